@@ -1,0 +1,338 @@
+"""The wire contract: every message that crosses Kafka, as a pydantic model.
+
+Values are JSON, UTF-8. Readers accept unknown fields and older schema versions; a newer major schema is
+refused by name, so that it reaches the dead letters instead of being half understood. Embeddings are
+base64 of little-endian float16 with their shape. Nothing here touches Kafka, Redis, torch or the clock,
+except `utc_now` and `new_id`, which callers use to stamp what they make.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import uuid_utils
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from cortex_core.errors import InputError
+from cortex_core.replay_buffer import ReplayEntry
+
+SCHEMA_VERSION = 1
+
+MAX_ID = 200
+"""Characters in an id; ids are keys in Kafka and Redis and must stay short."""
+
+Float16Array = npt.NDArray[np.float16]
+
+
+def utc_now() -> datetime:
+    """The wall clock, in UTC. The one place where events get their time from."""
+    return datetime.now(UTC)
+
+
+def new_id() -> str:
+    """A UUIDv7: unique, and ordered by the time it was made."""
+    return str(uuid_utils.uuid7())
+
+
+def _decode_array(value: Any) -> Float16Array:
+    if isinstance(value, np.ndarray):
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(value, dtype="<f2")
+    elif isinstance(value, dict):
+        shape, text = value.get("shape"), value.get("f16")
+        if (
+            not isinstance(shape, list)
+            or not 1 <= len(shape) <= 2
+            or not all(type(n) is int and n >= 0 for n in shape)
+            or not isinstance(text, str)
+        ):
+            raise ValueError('an embedding is {"shape": [rows, dim] or [dim], "f16": base64}')
+        try:
+            raw = base64.b64decode(text, validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"the embedding's f16 is no base64: {error}") from error
+        if len(raw) != 2 * math.prod(shape):
+            raise ValueError(
+                f"the embedding holds {len(raw)} bytes, but shape {shape} needs {2 * math.prod(shape)}"
+            )
+        array = np.frombuffer(raw, dtype="<f2").reshape(shape)
+    else:
+        raise ValueError(f"an embedding cannot be a {type(value).__name__}")
+    if not np.isfinite(array).all():
+        raise ValueError("the embedding holds NaN or infinity (or a number beyond float16's 65,504)")
+    return array
+
+
+def _encode_array(array: Float16Array) -> dict[str, Any]:
+    return {"shape": list(array.shape), "f16": base64.b64encode(array.tobytes()).decode("ascii")}
+
+
+Embedding = Annotated[
+    Float16Array,
+    BeforeValidator(_decode_array),
+    PlainSerializer(_encode_array, return_type=dict),
+    WithJsonSchema({"type": "object", "required": ["shape", "f16"]}),
+]
+"""One vector (dim,) or one matrix (rows, dim), float16 on the wire and in memory."""
+
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Signed = Annotated[float, Field(ge=-1.0, le=1.0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Propensity = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Event(BaseModel):
+    """What every event carries."""
+
+    model_config = ConfigDict(
+        extra="ignore", arbitrary_types_allowed=True, ser_json_inf_nan="constants", frozen=True
+    )
+
+    schema_version: int = SCHEMA_VERSION
+    occurred_at: AwareDatetime
+    """When it happened (UTC), by the clock of whoever made it. Join rules use this and no other clock."""
+
+    @model_validator(mode="after")
+    def _known_schema(self) -> Event:
+        if self.schema_version > SCHEMA_VERSION:
+            raise ValueError(
+                f"schema_version {self.schema_version} is newer than the {SCHEMA_VERSION} that this worker "
+                "reads: upgrade the worker, then retry the dead letter"
+            )
+        return self
+
+    def to_bytes(self) -> bytes:
+        """The value as it goes to Kafka."""
+        return self.model_dump_json().encode()
+
+
+class InteractionEvent(Event):
+    """One logged decision, with the exact tensors that the model saw.
+
+    D text dimension, S situation dimension, F metadata features, N logged memories (the K retrieved ones
+    first, then some that were passed over), A strategies.
+    """
+
+    interaction_id: Id
+    conversation_id: Id
+    model_id: Id
+    agent_id: Id = "agent"
+    weights_version: Annotated[int, Field(ge=0)]
+
+    message: Embedding
+    """(D,)"""
+    history: Embedding
+    """(D,)"""
+    metadata: list[Finite]
+    """(F,)"""
+    situation: Embedding
+    """(S,)"""
+    memories: Embedding
+    """(N, D)"""
+    memory_ids: list[Id]
+    """(N,)"""
+    memory_scores: list[Finite]
+    """(K,) of the retrieved; K ≤ N"""
+    memory_propensities: list[Propensity] = []
+    """(K,) probability with which each entered the slate, or empty"""
+
+    strategy_id: Id
+    strategy_ids: list[Id]
+    """(A,) what could have been chosen, in the order of `probabilities`"""
+    probabilities: list[Unit]
+    """(A,)"""
+    context: list[Finite]
+    """(7,) the context summary"""
+    confidence: Unit
+    text: str | None = None
+    """The user's message; only where CORTEX_STORE_TEXT is set."""
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> InteractionEvent:
+        k, n = len(self.memory_scores), len(self.memory_ids)
+        problems = []
+        if self.message.ndim != 1 or self.message.shape != self.history.shape:
+            problems.append(
+                f"message {self.message.shape} and history {self.history.shape} must be (dim,) alike"
+            )
+        if self.situation.ndim != 1:
+            problems.append(f"situation {self.situation.shape} must be (dim,)")
+        if self.memories.ndim != 2 or self.memories.shape[0] != n:
+            problems.append(f"memories {self.memories.shape} must have one row for each of {n} memory_ids")
+        if k > n:
+            problems.append(f"{k} memory_scores for {n} memories")
+        if self.memory_propensities and len(self.memory_propensities) != k:
+            problems.append(f"{len(self.memory_propensities)} memory_propensities for {k} retrieved memories")
+        if len(self.strategy_ids) != len(self.probabilities):
+            problems.append(
+                f"{len(self.probabilities)} probabilities for {len(self.strategy_ids)} strategy_ids"
+            )
+        elif self.strategy_id not in self.strategy_ids:
+            problems.append(f"strategy_id {self.strategy_id!r} is not one of {self.strategy_ids}")
+        elif self.propensity <= 0.0:
+            problems.append(f"the chosen strategy {self.strategy_id!r} has probability {self.propensity}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def propensity(self) -> float:
+        """Probability with which the strategy was chosen."""
+        return self.probabilities[self.strategy_ids.index(self.strategy_id)]
+
+
+class ReplyEvent(Event):
+    """What the user said or did about an interaction."""
+
+    reply_id: Id
+    conversation_id: Id
+    interaction_id: Id | None = None
+    """None: the conversation's latest interaction that occurred before this reply."""
+    kind: Literal["text", "rating", "outcome"] = "text"
+    """text: the next message; rating: the user rated; outcome: something that turned out later."""
+    text: str = ""
+    rating: Signed | None = None
+    """For rating and outcome: -1 (bad) to 1 (good)."""
+    embedding: Embedding | None = None
+    """(D,) of `text`, where the service that took it had a text encoder."""
+    message: Embedding | None = None
+    """(D,) of the user's message before, where known; topic switches are read from the two."""
+
+    @model_validator(mode="after")
+    def _kind_has_its_value(self) -> ReplyEvent:
+        if self.kind == "text" and not self.text.strip():
+            raise ValueError("a reply of kind text needs a text that is not blank")
+        if self.kind != "text" and self.rating is None:
+            raise ValueError(f"a reply of kind {self.kind} needs a rating in [-1, 1]")
+        return self
+
+
+class Signal(BaseModel):
+    """One feedback signal as read from a reply."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    type: Literal["positive", "negative", "correction", "confusion", "engagement", "disengagement"]
+    strength: Unit
+    reward: Signed
+    evidence: str = ""
+    """What in the text caused it; empty unless CORTEX_STORE_TEXT is set."""
+
+
+class ExperienceEvent(Event):
+    """An interaction and its reward. `occurred_at` is the interaction's.
+
+    What is here is a function of the interaction and the set of its replies alone: not of their order of
+    arrival, not of when a worker ran. That is what makes a rebuild equal to live processing.
+    """
+
+    interaction: InteractionEvent
+    revision: Annotated[int, Field(ge=0)]
+    """How many distinct replies stand behind the reward; 0 means that nobody answered."""
+    outcome: Literal["reply", "no_reply"]
+    reward: Signed
+    reward_confidence: Unit = 1.0
+    signals: list[Signal] = []
+    reply_ids: list[Id] = []
+    replied_at: AwareDatetime | None = None
+    """`occurred_at` of the newest reply."""
+    extractor: str = ""
+    """Name and version of what read the replies."""
+    aggregation: str = "last"
+    """How several replies' rewards became one."""
+
+    def to_entry(self) -> ReplayEntry:
+        """The replay entry that this experience is stored as."""
+        it = self.interaction
+        k = len(it.memory_scores)
+        return ReplayEntry(
+            situation_emb=it.situation.astype(np.float32),
+            memory_indices=list(range(k)),
+            memory_scores=it.memory_scores,
+            strategy_id=it.strategy_id,
+            confidence=it.confidence,
+            reward=self.reward,
+            id=it.interaction_id,
+            revision=self.revision,
+            occurred_at=it.occurred_at.timestamp(),
+            reward_confidence=self.reward_confidence,
+            message_emb=it.message.astype(np.float32),
+            history_emb=it.history.astype(np.float32),
+            metadata=np.asarray(it.metadata, dtype=np.float32),
+            memory_embs=it.memories.astype(np.float32),
+            propensity=it.propensity,
+            memory_propensities=it.memory_propensities,
+            context=it.context,
+            weights_version=it.weights_version,
+            text=it.text or "",
+        )
+
+
+class ControlEvent(Event):
+    """What an operator asks of a model's trainer."""
+
+    control_id: Id
+    model_id: Id
+    action: Literal["rollback", "pin", "unpin", "pause", "resume"]
+    version: int | None = None
+    reason: str = ""
+
+
+class DeadLetter(Event):
+    """Something that could not be read, kept whole."""
+
+    dead_letter_id: Id
+    reason: str
+    topic: str
+    partition: int
+    offset: int
+    key: str | None = None
+    """base64 of the key's bytes"""
+    raw: str
+    """base64 of the value's bytes"""
+    worker: str = ""
+
+
+E = TypeVar("E", bound=Event)
+
+
+def parse(kind: type[E], value: bytes | None) -> E:
+    """Reads an event.
+
+    Raises:
+        InputError: no JSON, a field missing or unusable, or a newer schema; the message lists each field,
+            what came and what was wanted.
+    """
+    if value is None:
+        raise InputError(f"a tombstone came where a {kind.__name__} was wanted")
+    try:
+        return kind.model_validate_json(value)
+    except ValidationError as error:
+        raise InputError(f"no {kind.__name__}: {describe(error)}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """A validation error in one line, without the input's values beyond 80 characters each."""
+    parts = []
+    for item in error.errors(include_url=False, include_context=False)[:8]:
+        where = ".".join(str(x) for x in item["loc"]) or "value"
+        got = repr(item.get("input"))
+        parts.append(f"{where}: {item['msg']} (got {got[:80] + '…' if len(got) > 80 else got})")
+    return "; ".join(parts)

@@ -1,0 +1,170 @@
+"""Every topic's name, key, partitions and retention. Nowhere else.
+
+| topic | key | value | kept |
+|---|---|---|---|
+| interactions | conversation_id | InteractionEvent | 30 days |
+| replies | conversation_id | ReplyEvent | 30 days |
+| experiences | model_id | ExperienceEvent | 90 days |
+| weights | model_id + part | manifest, chunks | compacted |
+| control | model_id | ControlEvent | compacted |
+| dead-letters | as received | DeadLetter | 30 days |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import TopicAlreadyExistsError, for_code
+
+from cortex_core.errors import ConfigError
+from streams.connections import kafka_client_options
+from streams.settings import Settings
+
+DAY_MS = 86_400_000
+MAX_RECORD_BYTES = 8_000_000
+"""An interaction with a thousand logged memories; weights chunks stay at 900 KB."""
+
+
+@dataclass(frozen=True)
+class TopicSpec:
+    """One topic as it must be."""
+
+    name: str
+    partitions: int
+    config: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Topics:
+    """The names of all topics under one prefix, and what each must be."""
+
+    prefix: str
+    partitions: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Topics:
+        return cls(settings.topic_prefix, settings.partitions)
+
+    @property
+    def interactions(self) -> str:
+        return f"{self.prefix}.interactions"
+
+    @property
+    def replies(self) -> str:
+        return f"{self.prefix}.replies"
+
+    @property
+    def experiences(self) -> str:
+        return f"{self.prefix}.experiences"
+
+    @property
+    def weights(self) -> str:
+        return f"{self.prefix}.weights"
+
+    @property
+    def control(self) -> str:
+        return f"{self.prefix}.control"
+
+    @property
+    def dead_letters(self) -> str:
+        return f"{self.prefix}.dead-letters"
+
+    def specs(self) -> list[TopicSpec]:
+        """Every topic as it must be."""
+        size = {"max.message.bytes": str(MAX_RECORD_BYTES)}
+
+        def kept(days: int) -> dict[str, str]:
+            return size | {"cleanup.policy": "delete", "retention.ms": str(days * DAY_MS)}
+
+        compacted = size | {
+            "cleanup.policy": "compact",
+            # A follower reads this topic from its beginning: small segments let the cleaner keep it short.
+            "segment.bytes": "33554432",
+            "min.cleanable.dirty.ratio": "0.3",
+            "max.compaction.lag.ms": "600000",
+        }
+        return [
+            TopicSpec(self.interactions, self.partitions, kept(30)),
+            TopicSpec(self.replies, self.partitions, kept(30)),
+            TopicSpec(self.experiences, self.partitions, kept(90)),
+            # One partition: every follower reads all of it, and versions of a model stay in one order.
+            TopicSpec(self.weights, 1, compacted),
+            TopicSpec(self.control, 1, compacted),
+            TopicSpec(self.dead_letters, 1, kept(30)),
+        ]
+
+
+async def create_topics(settings: Settings) -> list[str]:
+    """Creates what is missing and checks what exists; safe to call from every worker at once.
+
+    Returns:
+        The names created by this call.
+
+    Raises:
+        ConfigError: the three joined topics exist with unequal partition counts, so that one worker would
+            not own a conversation's partition of both.
+    """
+    topics = Topics.of(settings)
+    admin = AIOKafkaAdminClient(**kafka_client_options(settings))
+    await admin.start()
+    try:
+        existing = set(await admin.list_topics())
+        wanted = [s for s in topics.specs() if s.name not in existing]
+        created: list[str] = []
+        if wanted:
+            response = await admin.create_topics(
+                [
+                    NewTopic(
+                        s.name,
+                        num_partitions=s.partitions,
+                        replication_factor=settings.replication_factor,
+                        topic_configs=s.config,
+                    )
+                    for s in wanted
+                ]
+            )
+            for name, code, *rest in response.topic_errors:
+                if code == 0:
+                    created.append(name)
+                elif code != TopicAlreadyExistsError.errno:
+                    raise ConfigError(
+                        f"topic {name} cannot be created: {for_code(code).__name__} {rest[0] if rest else ''}"
+                    )
+        described = await admin.describe_topics([topics.interactions, topics.replies])
+        counts = {d["topic"]: len(d["partitions"]) for d in described if not d["error_code"]}
+        if len(set(counts.values())) > 1:
+            raise ConfigError(
+                f"{counts} must have the same number of partitions: one joiner owns partition i of both. "
+                "Add partitions to the smaller topic"
+            )
+        return created
+    finally:
+        await admin.close()
+
+
+async def describe_topics(settings: Settings) -> list[dict[str, object]]:
+    """For each topic: name, whether it exists, its partitions, and where its settings differ from wanted."""
+    topics = Topics.of(settings)
+    admin = AIOKafkaAdminClient(**kafka_client_options(settings))
+    await admin.start()
+    try:
+        existing = set(await admin.list_topics())
+        rows: list[dict[str, object]] = []
+        for spec in topics.specs():
+            if spec.name not in existing:
+                rows.append({"topic": spec.name, "exists": False, "partitions": 0, "differs": {}})
+                continue
+            partitions = len((await admin.describe_topics([spec.name]))[0]["partitions"])
+            [answer] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, spec.name)])
+            actual = {entry[0]: entry[1] for entry in answer.resources[0][4]}
+            differs = {
+                key: {"is": actual.get(key), "wanted": value}
+                for key, value in spec.config.items()
+                if actual.get(key) != value
+            }
+            rows.append({"topic": spec.name, "exists": True, "partitions": partitions, "differs": differs})
+        return rows
+    finally:
+        await admin.close()

@@ -1,0 +1,153 @@
+"""ConfidenceEstimator: how likely the user will be content with the answer, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cortex_core.errors import ConfigError, DimensionError
+
+Action = Literal["proceed", "hedge", "escalate"]
+
+PROCEED_AT = 0.8
+HEDGE_AT = 0.4
+
+
+def action_for(confidence: float) -> Action:
+    """proceed from 0.8, hedge from 0.4, else escalate."""
+    return "proceed" if confidence >= PROCEED_AT else "hedge" if confidence >= HEDGE_AT else "escalate"
+
+
+@dataclass(frozen=True, slots=True)
+class ContextSummary:
+    """What the decision itself looked like, before anyone replied: the estimator's second input."""
+
+    content_logit: float = 0.0
+    """log-odds of a content user that the reward model predicts for this strategy and these memories"""
+    strategy_margin: float = 0.0
+    """predicted probability of the chosen strategy minus that of the best other one"""
+    strategy_uncertainty: float = 1.0
+    """entropy of the choice, 0 (certain) to 1 (uniform)"""
+    top_memory_score: float = 0.0
+    mean_memory_score: float = 0.0
+    memory_margin: float = 0.0
+    """lowest retrieved score minus the highest one passed over"""
+    memory_count: float = 0.0
+    """retrieved memories k as k / (k + 3)"""
+
+    def to_tensor(self) -> Tensor:
+        """(7,) float32 in the order of the fields."""
+        return torch.tensor(astuple(self), dtype=torch.float32)
+
+
+CONTEXT_DIM = 7
+
+
+class ConfidenceEstimator(nn.Module):
+    """confidence = σ(linear(context) + MLP([situation, context])), exactly 0.5 at birth.
+
+    The linear part on the predicted log-odds is Platt's scaling; the MLP corrects it by situation.
+    """
+
+    def __init__(self, situation_dim: int = 384, hidden_dim: int = 64, dropout: float = 0.1) -> None:
+        super().__init__()
+        if min(situation_dim, hidden_dim) < 1 or not 0.0 <= dropout < 1.0:
+            raise ConfigError(
+                f"ConfidenceEstimator wants positive dimensions and dropout in [0, 1), got situation_dim="
+                f"{situation_dim}, hidden_dim={hidden_dim}, dropout={dropout}"
+            )
+        self.situation_dim = situation_dim
+        self.linear = nn.Linear(CONTEXT_DIM, 1)
+        self.hidden = nn.Linear(situation_dim + CONTEXT_DIM, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(hidden_dim, 1, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Back to birth; the same generator state gives the same weights."""
+        bound = self.hidden.in_features**-0.5
+        nn.init.uniform_(self.hidden.weight, -bound, bound, generator=generator)
+        for parameter in (self.hidden.bias, self.out.weight, self.linear.weight, self.linear.bias):
+            nn.init.zeros_(parameter)
+
+    def logits(self, situation: Tensor, context: Tensor) -> Tensor:
+        """(…,) log-odds for (…, S) and (…, 7)."""
+        if situation.shape[-1] != self.situation_dim:
+            raise DimensionError("situation", tuple(situation.shape), f"(…, {self.situation_dim})")
+        if context.shape[-1] != CONTEXT_DIM:
+            raise DimensionError("context", tuple(context.shape), f"(…, {CONTEXT_DIM})")
+        hidden = self.dropout(F.gelu(self.hidden(torch.cat([situation, context], dim=-1))))
+        out: Tensor = (self.linear(context) + self.out(hidden)).squeeze(-1)
+        return out
+
+    def forward(self, situation: Tensor, context: Tensor | ContextSummary) -> Tensor:
+        """(…,) probability that the user will be content."""
+        if isinstance(context, ContextSummary):
+            context = context.to_tensor()
+        return torch.sigmoid(self.logits(situation, context))
+
+
+class CalibrationLoss(nn.Module):
+    """BCE + `ece_weight` · soft-binned ECE (Karandikar et al., NeurIPS 2021, eq. 4 and 5, ‖·‖₂).
+
+    Each prediction belongs to every bin in part: softmax(−(p − centre)² / temperature). The loss is the root
+    of the membership-weighted mean squared gap between a bin's mean confidence and its mean outcome.
+
+    Args:
+        ece_weight: 0 leaves plain BCE.
+        bins: number of bins over [0, 1].
+        temperature: width of the membership; towards 0 this becomes the hard-binned ECE.
+    """
+
+    centres: Tensor
+
+    def __init__(self, ece_weight: float = 0.5, bins: int = 15, temperature: float = 0.01) -> None:
+        super().__init__()
+        if bins < 1 or temperature <= 0 or ece_weight < 0:
+            raise ConfigError(
+                "CalibrationLoss wants bins ≥ 1, temperature > 0, ece_weight ≥ 0; got "
+                f"{bins}, {temperature}, {ece_weight}"
+            )
+        self.ece_weight = ece_weight
+        self.temperature = temperature
+        self.register_buffer("centres", (torch.arange(bins) + 0.5) / bins, persistent=False)
+
+    def soft_ece(self, confidence: Tensor, outcome: Tensor, weight: Tensor | None = None) -> Tensor:
+        """A scalar in [0, 1] for (B,) confidences and (B,) outcomes in [0, 1]."""
+        weight = torch.ones_like(confidence) if weight is None else weight
+        membership = torch.softmax(
+            -((confidence[:, None] - self.centres[None, :]) ** 2) / self.temperature, dim=1
+        )  # (B, bins)
+        membership = membership * weight[:, None]
+        size = membership.sum(0)
+        mean_gap = (membership * (confidence - outcome)[:, None]).sum(0) / size.clamp_min(1e-8)
+        share = size / weight.sum().clamp_min(1e-8)
+        return torch.sqrt((share * mean_gap**2).sum() + 1e-12)
+
+    def forward(self, confidence: Tensor, outcome: Tensor, weight: Tensor | None = None) -> Tensor:
+        """A scalar; `weight` (B,) says how sure each outcome is."""
+        weight = torch.ones_like(confidence) if weight is None else weight
+        bce = F.binary_cross_entropy(confidence.clamp(1e-6, 1 - 1e-6), outcome, reduction="none")
+        loss = (weight * bce).sum() / weight.sum().clamp_min(1e-8)
+        return (
+            loss + self.ece_weight * self.soft_ece(confidence, outcome, weight) if self.ece_weight else loss
+        )
+
+
+def expected_calibration_error(confidence: npt.ArrayLike, outcome: npt.ArrayLike, bins: int = 15) -> float:
+    """ECE over `bins` equal-width bins (Guo et al. 2017, eq. 3): Σ share · |mean outcome − confidence|."""
+    p = np.asarray(confidence, dtype=np.float64)
+    y = np.asarray(outcome, dtype=np.float64)
+    if p.shape != y.shape or p.ndim != 1:
+        raise DimensionError("outcome", y.shape, p.shape)
+    if not len(p):
+        return 0.0
+    which = np.clip((p * bins).astype(int), 0, bins - 1)
+    gap = np.bincount(which, weights=p - y, minlength=bins)
+    return float(np.abs(gap).sum() / len(p))

@@ -1,0 +1,268 @@
+"""JointTrainer: all four components at once, from labelled samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator, ContextSummary
+from cortex_core.errors import ConfigError, InputError
+from cortex_core.memory_gate import MemoryGate
+from cortex_core.metadata import metadata_features
+from cortex_core.model import CortexModel
+from cortex_core.replay_buffer import FloatArray, as_float32
+from cortex_core.situation_encoder import SituationEncoder
+from cortex_core.strategy_registry import StrategyRegistry
+from cortex_core.strategy_selector import StrategySelector
+
+
+@dataclass(slots=True)
+class TrainingSample:
+    """One labelled example. Embeddings may be tensors, numpy arrays or lists."""
+
+    message_emb: Any
+    """(D,)"""
+    history_emb: Any
+    """(D,)"""
+    metadata: Mapping[str, Any] | FloatArray
+    """as `metadata_features` reads it, or its (F,) result"""
+    memory_embs: Any
+    """(N, D) candidates; N may be 0"""
+    relevant_indices: set[int]
+    """rows of `memory_embs` that help"""
+    strategy_id: str
+    outcome: float
+    """[0, 1]: 1 was good with this strategy, 0 bad"""
+
+
+@dataclass(slots=True)
+class JointMetrics:
+    """Mean losses by epoch."""
+
+    total: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+    strategy: list[float] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+
+    @property
+    def epochs(self) -> int:
+        return len(self.total)
+
+    def summary(self) -> str:
+        """First and last epoch of each loss, one line each."""
+        lines = [f"Joint Training: {self.epochs} epochs"]
+        for name, values in (
+            ("Total loss:", self.total),
+            ("Memory loss:", self.memory),
+            ("Strategy loss:", self.strategy),
+            ("Confidence loss:", self.confidence),
+        ):
+            if values:
+                lines.append(f"  {name:<16} {values[0]:.2f} → {values[-1]:.2f}")
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class _Data:
+    """All samples as tensors; N is the largest number of candidates."""
+
+    message: Tensor
+    history: Tensor
+    metadata: Tensor
+    memories: Tensor
+    relevant: Tensor
+    """(B, N) 1 for relevant, 0 for not"""
+    mask: Tensor
+    """(B, N) 1 where a candidate is"""
+    strategy: Tensor
+    outcome: Tensor
+
+    def rows(self, index: Tensor) -> _Data:
+        return _Data(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+
+class JointTrainer:
+    """L = w₁·L_memory + w₂·L_strategy + w₃·L_confidence, through the shared Situation Encoder.
+
+    Memory: contrastive with a margin. Strategy: cross-entropy for samples with a good outcome, and
+    −log(1 − p) for one that turned out bad (the same cross-entropy, of the event "this strategy pleases").
+    Confidence: BCE + soft ECE of the outcome. Adam with a cosine schedule, gradients clipped.
+
+    Args:
+        lr: Adam's, at the start of the schedule.
+        batch_size: samples in a step.
+        margin: of the contrastive loss, on scores that are cosines at birth.
+        seed: order of the samples and dropout.
+    """
+
+    def __init__(
+        self,
+        encoder: SituationEncoder,
+        gate: MemoryGate,
+        selector: StrategySelector,
+        estimator: ConfidenceEstimator,
+        registry: StrategyRegistry,
+        *,
+        lr: float = 1e-3,
+        batch_size: int = 32,
+        memory_weight: float = 1.0,
+        strategy_weight: float = 1.0,
+        confidence_weight: float = 0.5,
+        max_norm: float = 1.0,
+        margin: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        if lr <= 0 or batch_size < 1 or max_norm <= 0:
+            raise ConfigError(
+                f"JointTrainer wants positive lr, batch_size and max_norm; got {lr}, {batch_size}, {max_norm}"
+            )
+        self.encoder = encoder
+        self.gate = gate
+        self.selector = selector
+        self.estimator = estimator
+        self.registry = registry
+        self.lr = lr
+        self.batch_size = batch_size
+        self.weights = (memory_weight, strategy_weight, confidence_weight)
+        self.max_norm = max_norm
+        self.margin = margin
+        self.seed = seed
+        self.calibration = CalibrationLoss()
+
+    @classmethod
+    def for_model(cls, model: CortexModel, **options: Any) -> JointTrainer:
+        """A trainer of a model's components."""
+        return cls(model.encoder, model.gate, model.selector, model.estimator, model.registry, **options)
+
+    def train(self, samples: Sequence[TrainingSample], epochs: int = 100) -> JointMetrics:
+        """Trains in place and returns the losses.
+
+        Raises:
+            InputError: no samples, or one that is unusable; nothing is trained then.
+        """
+        if not samples or epochs < 1:
+            raise InputError(f"joint training wants samples and epochs ≥ 1, got {len(samples)} and {epochs}")
+        data = self._collate(samples)
+        modules = (self.encoder, self.gate, self.selector, self.estimator)
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=self.lr)
+        steps = -(-len(samples) // self.batch_size)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * steps)
+        order = np.random.default_rng(self.seed)
+        metrics = JointMetrics()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for module in modules:
+                module.train()
+            for _ in range(epochs):
+                sums = np.zeros(4)
+                permutation = torch.from_numpy(order.permutation(len(samples)))
+                for rows in torch.split(permutation, self.batch_size):
+                    total, parts = self.loss(data.rows(rows))
+                    optimizer.zero_grad(set_to_none=True)
+                    total.backward()  # type: ignore[no-untyped-call]
+                    torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+                    optimizer.step()
+                    schedule.step()
+                    sums += len(rows) * np.array([float(total.detach()), *(float(p.detach()) for p in parts)])
+                for values, value in zip(
+                    (metrics.total, metrics.memory, metrics.strategy, metrics.confidence),
+                    sums / len(samples),
+                    strict=True,
+                ):
+                    values.append(float(value))
+            for module in modules:
+                module.eval()
+        return metrics
+
+    def loss(self, data: _Data) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The weighted total, and the three parts: one forward pass for the batch."""
+        situation = self.encoder(data.message, data.history, data.metadata)
+        scores = self.gate.score_memories(situation, data.memories)  # (B, N)
+        memory = self._contrastive(scores, data)
+        logits = self.selector(situation)
+        log_p = F.log_softmax(logits, dim=-1)
+        chosen = log_p.gather(1, data.strategy[:, None]).squeeze(1)
+        missed = torch.log1p(-chosen.exp().clamp(max=1 - 1e-6))
+        strategy = -(data.outcome * chosen + (1 - data.outcome) * missed).mean()
+        context = self._contexts(logits.detach(), scores.detach(), data)
+        confidence = self.calibration(self.estimator(situation, context), data.outcome)
+        w = self.weights
+        return w[0] * memory + w[1] * strategy + w[2] * confidence, (memory, strategy, confidence)
+
+    def _contrastive(self, scores: Tensor, data: _Data) -> Tensor:
+        """`MemoryGate.contrastive_loss` for each row at once, averaged over the rows that have pairs."""
+        positive = data.relevant * data.mask
+        negative = (1 - data.relevant) * data.mask
+        pairs = positive[:, :, None] * negative[:, None, :]  # (B, N, N)
+        hinge = F.relu(self.margin - scores[:, :, None] + scores[:, None, :])
+        count = pairs.sum((1, 2))
+        per_row = (pairs * hinge).sum((1, 2)) / count.clamp_min(1.0)
+        return per_row.sum() / (count > 0).sum().clamp_min(1)
+
+    def _contexts(self, logits: Tensor, scores: Tensor, data: _Data, top_k: int = 3) -> Tensor:
+        """(B, 7) summaries of the decisions that the present weights would make with the given strategies."""
+        rows = []
+        probabilities = torch.softmax(logits, dim=-1)
+        for i in range(len(logits)):
+            row = scores[i][data.mask[i] > 0].sort(descending=True).values.tolist()
+            passed = row[top_k] if len(row) > top_k else None
+            summary: ContextSummary = CortexModel.summarize(
+                logits[i], probabilities[i], int(data.strategy[i]), row[:top_k], passed
+            )
+            rows.append(summary.to_tensor())
+        return torch.stack(rows)
+
+    def _collate(self, samples: Sequence[TrainingSample]) -> _Data:
+        size, dim = len(samples), self.encoder.text_dim
+        features = [
+            as_float32(
+                s.metadata if not isinstance(s.metadata, Mapping) else metadata_features(s.metadata),
+                "metadata",
+                1,
+            )
+            for s in samples
+        ]
+        memories = [
+            as_float32(s.memory_embs, "memory_embs", 2)
+            if len(s.memory_embs)
+            else np.zeros((0, dim), np.float32)
+            for s in samples
+        ]
+        most = max(len(m) for m in memories)
+        padded = np.zeros((size, most, dim), dtype=np.float32)
+        relevant = np.zeros((size, most), dtype=np.float32)
+        mask = np.zeros((size, most), dtype=np.float32)
+        for row, (sample, embs) in enumerate(zip(samples, memories, strict=True)):
+            outside = [i for i in sample.relevant_indices if not 0 <= i < len(embs)]
+            if outside:
+                raise InputError(
+                    f"sample {row}: relevant_indices {outside} lie outside its {len(embs)} memories"
+                )
+            if not 0.0 <= sample.outcome <= 1.0:
+                raise InputError(f"sample {row}: outcome is {sample.outcome}, wanted a number in [0, 1]")
+            if embs.shape[1] != dim:
+                raise InputError(f"sample {row}: memory_embs has {embs.shape[1]} columns, wanted {dim}")
+            padded[row, : len(embs)] = embs
+            mask[row, : len(embs)] = 1.0
+            relevant[row, list(sample.relevant_indices)] = 1.0
+        return _Data(
+            message=torch.from_numpy(
+                np.stack([as_float32(s.message_emb, "message_emb", 1) for s in samples])
+            ),
+            history=torch.from_numpy(
+                np.stack([as_float32(s.history_emb, "history_emb", 1) for s in samples])
+            ),
+            metadata=torch.from_numpy(np.stack(features)),
+            memories=torch.from_numpy(padded),
+            relevant=torch.from_numpy(relevant),
+            mask=torch.from_numpy(mask),
+            strategy=torch.tensor([self.registry.id_to_index(s.strategy_id) for s in samples]),
+            outcome=torch.tensor([s.outcome for s in samples], dtype=torch.float32),
+        )

@@ -1,0 +1,405 @@
+"""OnlineTrainer: users' replies become gradient steps on all four components, live.
+
+It reads experiences and draws replay; it publishes nothing and knows no Kafka.
+
+    trainer = OnlineTrainer.for_model(model, buffer=buffer)
+    for entry in experiences:       # each is in the buffer already
+        update = trainer.observe(entry)
+    trainer.flush()                 # whatever is pending, now
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cortex_core import checkpoints
+from cortex_core.batches import Batch, collate, encode
+from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator
+from cortex_core.errors import ConfigError, InputError
+from cortex_core.memory_gate import MemoryGate
+from cortex_core.metadata import metadata_features
+from cortex_core.replay_buffer import ReplayEntry, ReplayStore
+from cortex_core.situation_encoder import SituationEncoder
+from cortex_core.strategy_registry import StrategyRegistry
+from cortex_core.strategy_selector import StrategySelector
+
+if TYPE_CHECKING:
+    from cortex_core.feedback_collector import FeedbackCollector, FeedbackSignal
+    from cortex_core.model import CortexModel
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineUpdate:
+    """One training step, as metrics want it."""
+
+    update: int
+    """number of this step since birth"""
+    loss: float
+    strategy_loss: float
+    confidence_loss: float
+    ema_loss: float
+    grad_norm: float
+    """before clipping"""
+    fresh: int
+    """experiences trained on for the first time"""
+    replayed: int
+    skipped: bool = False
+    """the loss or a gradient was not finite, and the weights are as before"""
+    rolled_back: bool = False
+    """the step ended in going back to the last good weights"""
+
+
+@dataclass(frozen=True, slots=True)
+class InteractionOutcome:
+    """What a user's reply was taken to mean."""
+
+    entry: ReplayEntry
+    reward: float
+    signals: Sequence[FeedbackSignal]
+    update: OnlineUpdate | None
+    """the training step this interaction completed, if it did"""
+
+
+@dataclass(slots=True)
+class _Good:
+    """The last weights that were found good, to go back to."""
+
+    state: dict[str, Tensor]
+    ema_loss: float
+    updates: int
+
+
+@dataclass(slots=True)
+class _Progress:
+    updates: int = 0
+    interactions: int = 0
+    ema_loss: float | None = None
+    rollbacks: int = 0
+    pending: dict[str, ReplayEntry] = field(default_factory=dict)
+
+
+class OnlineTrainer:
+    """Learns from logged bandit feedback.
+
+    Args:
+        buffer: where replay comes from; `record_interaction` also adds to it.
+        lr: Adam's learning rate.
+        update_every: experiences between two steps.
+        batch_size: experiences in a step; the fresh ones are always among them, the rest is replay.
+        max_norm: gradients are clipped to this L2 norm.
+        ema_decay: of `ema_loss`.
+        degradation_margin: in nats; when `ema_loss` stands this much above that of the last good weights
+            and those do better on recent experiences, they are restored.
+        collector: reads replies in `record_interaction`; a `FeedbackCollector()` when not given.
+    """
+
+    def __init__(
+        self,
+        encoder: SituationEncoder,
+        gate: MemoryGate,
+        selector: StrategySelector,
+        estimator: ConfidenceEstimator,
+        registry: StrategyRegistry,
+        *,
+        buffer: ReplayStore,
+        lr: float = 1e-4,
+        update_every: int = 5,
+        batch_size: int = 16,
+        max_norm: float = 1.0,
+        ema_decay: float = 0.95,
+        degradation_margin: float = 0.5,
+        collector: FeedbackCollector | None = None,
+    ) -> None:
+        if lr <= 0 or update_every < 1 or batch_size < 1 or max_norm <= 0 or not 0 <= ema_decay < 1:
+            raise ConfigError(
+                "OnlineTrainer wants lr > 0, update_every ≥ 1, batch_size ≥ 1, max_norm > 0 and ema_decay in "
+                f"[0, 1); got {lr}, {update_every}, {batch_size}, {max_norm}, {ema_decay}"
+            )
+        self.encoder = encoder
+        self.gate = gate
+        self.selector = selector
+        self.estimator = estimator
+        self.registry = registry
+        self.buffer = buffer
+        self.update_every = update_every
+        self.batch_size = batch_size
+        self.max_norm = max_norm
+        self.ema_decay = ema_decay
+        self.degradation_margin = degradation_margin
+        self._collector = collector
+        self.calibration = CalibrationLoss()
+        self._modules: dict[str, nn.Module] = {
+            "encoder": encoder,
+            "gate": gate,
+            "selector": selector,
+            "estimator": estimator,
+        }
+        self._parameters = [p for m in self._modules.values() for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self._parameters, lr=lr, fused=True)
+        self._progress = _Progress()
+        self._good = _Good(self._weights(), math.inf, 0)
+
+    @classmethod
+    def for_model(cls, model: CortexModel, *, buffer: ReplayStore, **options: Any) -> OnlineTrainer:
+        """A trainer of a model's components, in place."""
+        return cls(
+            model.encoder,
+            model.gate,
+            model.selector,
+            model.estimator,
+            model.registry,
+            buffer=buffer,
+            **options,
+        )
+
+    @property
+    def ema_loss(self) -> float | None:
+        """Exponential moving average of the training loss; None before the first step."""
+        return self._progress.ema_loss
+
+    @property
+    def total_updates(self) -> int:
+        """Steps since birth."""
+        return self._progress.updates
+
+    @property
+    def total_interactions(self) -> int:
+        """Distinct experiences learned from since birth."""
+        return self._progress.interactions
+
+    @property
+    def pending(self) -> int:
+        """Experiences observed and not yet trained on."""
+        return len(self._progress.pending)
+
+    def record_interaction(  # noqa: PLR0917 - the specification names these six
+        self,
+        situation_emb: Any,
+        memory_indices: Sequence[int],
+        memory_scores: Sequence[float],
+        strategy_id: str,
+        confidence: float,
+        user_response: str,
+        *,
+        message_emb: Any = None,
+        history_emb: Any = None,
+        metadata: Mapping[str, Any] | Any = None,
+        memory_embs: Any = None,
+        propensity: float | None = None,
+        memory_propensities: Sequence[float] = (),
+        context: Sequence[float] = (),
+        conversation_continued: bool = True,
+        topic_switched: bool = False,
+        interaction_id: str = "",
+        occurred_at: float | None = None,
+    ) -> InteractionOutcome:
+        """Reads the reply, stores the experience and trains when enough have come.
+
+        The first six arguments are enough to teach the selector and the estimator. With the optional ones,
+        as `Decision` holds them, the Situation Encoder and the Memory Gate learn as well.
+
+        Raises:
+            InputError: something is unusable; nothing is stored then.
+        """
+        if self._collector is None:
+            from cortex_core.feedback_collector import FeedbackCollector  # noqa: PLC0415
+
+            self._collector = FeedbackCollector()
+        self.registry.id_to_index(strategy_id)
+        feedback = self._collector.extract(
+            user_response, conversation_continued=conversation_continued, topic_switched=topic_switched
+        )
+        now = time.time() if occurred_at is None else occurred_at
+        entry = ReplayEntry(
+            situation_emb=situation_emb,
+            memory_indices=list(memory_indices),
+            memory_scores=list(memory_scores),
+            strategy_id=strategy_id,
+            confidence=float(confidence),
+            reward=feedback.reward,
+            id=interaction_id or f"{now:.6f}-{self._progress.interactions + self.pending}",
+            occurred_at=now,
+            reward_confidence=feedback.confidence,
+            message_emb=message_emb,
+            history_emb=history_emb,
+            metadata=metadata_features(metadata) if isinstance(metadata, Mapping) else metadata,
+            memory_embs=memory_embs,
+            propensity=propensity,
+            memory_propensities=list(memory_propensities),
+            context=list(context),
+        )
+        self._check(entry)
+        self.buffer.add(entry)
+        return InteractionOutcome(entry, feedback.reward, feedback.signals, self.observe(entry))
+
+    def observe(self, entry: ReplayEntry) -> OnlineUpdate | None:
+        """Counts one experience that the buffer holds already; trains when `update_every` are pending.
+
+        A higher revision of a known id is an amended reward: it replaces the pending one.
+
+        Raises:
+            InputError: the entry does not fit this model; it is not counted.
+        """
+        self._check(entry)
+        known = self._progress.pending.get(entry.id) if entry.id else None
+        if known is not None and known.revision >= entry.revision:
+            return None
+        self._progress.pending[entry.id or f"#{len(self._progress.pending)}"] = entry
+        return self.flush() if self.pending >= self.update_every else None
+
+    def flush(self) -> OnlineUpdate | None:
+        """One training step on everything pending plus replay; None where nothing is pending."""
+        fresh = list(self._progress.pending.values())
+        if not fresh:
+            return None
+        self._progress.pending.clear()
+        self._progress.interactions += len(fresh)
+        ids = {e.id for e in fresh}
+        want = max(self.batch_size - len(fresh), 0)
+        replay = [e for e in self.buffer.sample(self.batch_size) if e.id not in ids][:want]
+        return self._step([*fresh, *replay], len(fresh))
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(total, strategy and memory, confidence) of a batch: one forward pass."""
+        situation = encode(self.encoder, batch)
+        content = (batch.reward > 0).float()
+        weight = batch.weight * batch.reward.abs().mul(2.0).clamp(max=1.0)
+        log_p = F.log_softmax(self.selector(situation), dim=-1)
+        chosen = log_p.gather(1, batch.strategy[:, None]).squeeze(1)
+        logit = chosen - torch.log1p(-chosen.exp().clamp(max=1 - 1e-6))
+        if batch.memories.shape[1]:
+            scores = self.gate.score_memories(situation, batch.memories)
+            logit = logit + self.gate.slate_logit(scores, batch.memory_mask)
+        nll = F.binary_cross_entropy_with_logits(logit, content, reduction="none")
+        strategy = (weight * nll).sum() / weight.sum().clamp_min(1e-6)
+        confidence = self.calibration(self.estimator(situation, batch.context), content, weight)
+        return strategy + 0.5 * confidence, strategy, confidence
+
+    def restore_best(self) -> None:
+        """Back to the last good weights; the optimizer forgets its momentum, which led away from them."""
+        for name, module in self._modules.items():
+            state = {k.partition(".")[2]: v for k, v in self._good.state.items() if k.startswith(f"{name}.")}
+            module.load_state_dict(state)
+        self.optimizer.state.clear()
+        self._progress.ema_loss = self._good.ema_loss if math.isfinite(self._good.ema_loss) else None
+        self._progress.rollbacks += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """`tensors` by name, and `meta` of plain JSON values: all that resuming needs."""
+        return checkpoints.pack(self._weights(), self.optimizer, self._meta())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; `WeightsError` where it does not fit, and nothing changes then."""
+        meta = checkpoints.unpack(state, self._modules, self.optimizer)
+        self._progress = _Progress(
+            updates=int(meta["updates"]),
+            interactions=int(meta["interactions"]),
+            ema_loss=meta["ema_loss"],
+            rollbacks=int(meta["rollbacks"]),
+        )
+        self._good = _Good(
+            self._weights(), meta["ema_loss"] if meta["ema_loss"] is not None else math.inf, meta["updates"]
+        )
+
+    def save_checkpoint(self, path: Path | str) -> None:
+        """Weights and optimizer in one safetensors file, atomically: a crash leaves the old or the new."""
+        checkpoints.save(path, self.state_dict())
+
+    def load_checkpoint(self, path: Path | str) -> None:
+        """Resumes where `save_checkpoint` stood; `WeightsError` where the file is damaged or does not fit."""
+        self.load_state_dict(checkpoints.load(path))
+
+    def _check(self, entry: ReplayEntry) -> None:
+        collate([entry], self.registry, self.encoder.text_dim, self.encoder.output_dim)
+
+    def _meta(self) -> dict[str, Any]:
+        p = self._progress
+        return {
+            "updates": p.updates,
+            "interactions": p.interactions,
+            "ema_loss": p.ema_loss,
+            "rollbacks": p.rollbacks,
+        }
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value.detach().clone()
+            for name, module in self._modules.items()
+            for key, value in module.state_dict().items()
+        }
+
+    def _step(self, entries: list[ReplayEntry], fresh: int) -> OnlineUpdate:
+        batch = collate(entries, self.registry, self.encoder.text_dim, self.encoder.output_dim)
+        for module in self._modules.values():
+            module.train()
+        try:
+            total, strategy, confidence = self.loss(batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            total.backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.max_norm)
+            value = float(total.detach())
+            usable = math.isfinite(value) and math.isfinite(float(norm))
+            if usable:
+                self.optimizer.step()
+        finally:
+            for module in self._modules.values():
+                module.eval()
+        progress = self._progress
+        rolled_back = False
+        if usable:
+            progress.updates += 1
+            old = progress.ema_loss
+            progress.ema_loss = value if old is None else self.ema_decay * old + (1 - self.ema_decay) * value
+            rolled_back = self._watch(batch)
+        return OnlineUpdate(
+            update=progress.updates,
+            loss=value,
+            strategy_loss=float(strategy.detach()),
+            confidence_loss=float(confidence.detach()),
+            ema_loss=progress.ema_loss if progress.ema_loss is not None else math.nan,
+            grad_norm=float(norm),
+            fresh=fresh,
+            replayed=len(entries) - fresh,
+            skipped=not usable,
+            rolled_back=rolled_back,
+        )
+
+    def _watch(self, batch: Batch) -> bool:
+        """Notes the weights when they are the best so far; goes back to those when they have degraded."""
+        ema = self._progress.ema_loss
+        assert ema is not None
+        if ema <= self._good.ema_loss:
+            self._good = _Good(self._weights(), ema, self._progress.updates)
+            return False
+        if ema <= self._good.ema_loss + self.degradation_margin:
+            return False
+        current = self._weights()
+        with torch.no_grad():
+            now = float(self.loss(batch)[0])
+            self.restore_best()
+            then = float(self.loss(batch)[0])
+        if then + self.degradation_margin < now:
+            return True
+        # The world changed and not the learner: the old weights are no better on what comes in now.
+        for name, module in self._modules.items():
+            module.load_state_dict(
+                {k.partition(".")[2]: v for k, v in current.items() if k.startswith(f"{name}.")}
+            )
+        self._progress.rollbacks -= 1
+        self._progress.ema_loss = ema
+        self._good = _Good(current, ema, self._progress.updates)
+        return False
+
+
+def unusable(entry: ReplayEntry, reason: str) -> InputError:
+    """An error that names the entry."""
+    return InputError(f"experience {entry.id or '(without id)'}: {reason}")

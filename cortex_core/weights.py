@@ -1,0 +1,206 @@
+"""WeightsSnapshot: one immutable version of a model's weights, as safetensors bytes and a manifest.
+
+Importing this loads no torch; `of`, `load_into` and `to_model` do. Nothing here is ever pickled, so a forged
+snapshot can at worst hold wrong numbers of the right shape, and never code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from cortex_core.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cortex_core.model import CortexModel
+
+
+class WeightsManifest(BaseModel):
+    """What is known of a snapshot without its bytes."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model_id: str = Field(min_length=1)
+    version: int = Field(ge=1)
+    parent: int | None = None
+    """the version that this one was trained from; None for the first"""
+    created_at: AwareDatetime
+    sha256: str
+    """of the payload, lower-case hex"""
+    bytes: int = Field(ge=0)
+    chunks: int = Field(ge=1)
+    """how many parts `split` makes of the payload"""
+    updates: int = Field(default=0, ge=0)
+    """gradient steps since birth"""
+    interactions: int = Field(default=0, ge=0)
+    """experiences learned from since birth"""
+    ema_loss: float | None = None
+    architecture: dict[str, Any]
+    """`ModelConfig.to_dict()`"""
+    reason: Literal["train", "rollback", "seed"] = "train"
+    consumed: dict[str, int] = {}
+    """"topic-partition" → next offset: what this version has learned from"""
+
+
+MAX_CHUNK = 900_000
+"""Bytes; Kafka's default limit for a message is 1 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsSnapshot:
+    """A manifest and the bytes it speaks of."""
+
+    manifest: WeightsManifest
+    payload: bytes
+
+    @classmethod
+    def of(
+        cls,
+        model: CortexModel,
+        *,
+        model_id: str,
+        version: int,
+        parent: int | None = None,
+        updates: int = 0,
+        interactions: int = 0,
+        ema_loss: float | None = None,
+        consumed: dict[str, int] | None = None,
+        created_at: datetime | None = None,
+        reason: Literal["train", "rollback", "seed"] = "train",
+    ) -> WeightsSnapshot:
+        """Snapshot of a model as it is now.
+
+        Raises:
+            WeightsError: a weight is not finite. Such weights must not leave the trainer.
+        """
+        from safetensors.torch import save  # noqa: PLC0415 - loads torch
+
+        state = {name: tensor.detach().contiguous() for name, tensor in sorted(model.state_dict().items())}
+        _check_finite(state)
+        payload = save(state)
+        return cls(
+            WeightsManifest(
+                model_id=model_id,
+                version=version,
+                parent=parent,
+                created_at=created_at or datetime.now(UTC),
+                sha256=hashlib.sha256(payload).hexdigest(),
+                bytes=len(payload),
+                chunks=max(1, math.ceil(len(payload) / MAX_CHUNK)),
+                updates=updates,
+                interactions=interactions,
+                ema_loss=ema_loss if ema_loss is None or math.isfinite(ema_loss) else None,
+                architecture=model.config.to_dict(),
+                reason=reason,
+                consumed=consumed or {},
+            ),
+            payload,
+        )
+
+    def verify(self) -> None:
+        """Raises `WeightsError` where the bytes are not those the manifest speaks of."""
+        if len(self.payload) != self.manifest.bytes:
+            raise WeightsError(
+                f"weights {self._name} hold {len(self.payload)} bytes, their manifest says "
+                f"{self.manifest.bytes}"
+            )
+        digest = hashlib.sha256(self.payload).hexdigest()
+        if digest != self.manifest.sha256:
+            raise WeightsError(
+                f"weights {self._name} have sha256 {digest}, their manifest says {self.manifest.sha256}"
+            )
+
+    def load_into(self, model: CortexModel) -> None:
+        """Puts the weights into a model of the same architecture: all of them, or none.
+
+        Raises:
+            WeightsError: damaged, forged, not finite, or of another architecture; the model is untouched.
+        """
+        import torch  # noqa: PLC0415
+
+        state = self._read()
+        if model.config.to_dict() != self.manifest.architecture:
+            raise WeightsError(
+                f"weights {self._name} are of architecture {self.manifest.architecture}, this model is "
+                f"{model.config.to_dict()}: make a model with to_model()"
+            )
+        own = model.state_dict()
+        if set(own) != set(state):
+            raise WeightsError(
+                f"weights {self._name} lack {sorted(set(own) - set(state))} and have unknown "
+                f"{sorted(set(state) - set(own))}"
+            )
+        for name, tensor in state.items():
+            if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+                raise WeightsError(
+                    f"weights {self._name}: {name} is {tensor.dtype} {tuple(tensor.shape)}, wanted "
+                    f"{own[name].dtype} {tuple(own[name].shape)}"
+                )
+        _check_finite(state)
+        with torch.no_grad():
+            for name, tensor in state.items():
+                own[name].copy_(tensor)
+
+    def to_model(self) -> CortexModel:
+        """A new model in evaluation mode with these weights; raises `WeightsError` as `load_into` does."""
+        from cortex_core.model import CortexModel, ModelConfig  # noqa: PLC0415 - loads torch
+
+        self.verify()
+        try:
+            model = CortexModel(ModelConfig.from_dict(self.manifest.architecture))
+        except ConfigError as error:
+            raise WeightsError(f"weights {self._name}: {error}") from error
+        self.load_into(model)
+        return model.eval()
+
+    def split(self, max_bytes: int = MAX_CHUNK) -> list[bytes]:
+        """The payload in `manifest.chunks` parts, for a broker that limits a message's size.
+
+        Raises:
+            WeightsError: `max_bytes` gives another number of parts than the manifest says.
+        """
+        parts = [self.payload[i : i + max_bytes] for i in range(0, len(self.payload), max_bytes)] or [b""]
+        if max_bytes == MAX_CHUNK and len(parts) != self.manifest.chunks:
+            raise WeightsError(
+                f"weights {self._name} split in {len(parts)}, their manifest says {self.manifest.chunks}"
+            )
+        return parts
+
+    @classmethod
+    def join(cls, manifest: WeightsManifest, chunks: Sequence[bytes]) -> WeightsSnapshot:
+        """The inverse of `split`, verified.
+
+        Raises:
+            WeightsError: a part is missing, damaged or of another version.
+        """
+        snapshot = cls(manifest, b"".join(chunks))
+        snapshot.verify()
+        return snapshot
+
+    @property
+    def _name(self) -> str:
+        return f"{self.manifest.model_id} v{self.manifest.version}"
+
+    def _read(self) -> dict[str, Tensor]:
+        from safetensors import SafetensorError  # noqa: PLC0415
+        from safetensors.torch import load  # noqa: PLC0415 - loads torch
+
+        self.verify()
+        try:
+            return load(self.payload)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise WeightsError(f"weights {self._name} are no safetensors: {error}") from error
+
+
+def _check_finite(state: dict[str, Tensor]) -> None:
+    bad = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise WeightsError(f"weights hold NaN or infinity in {', '.join(bad)}")

@@ -7,6 +7,7 @@ the environment.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -25,6 +26,11 @@ def default_data_dir() -> Path:
     return Path.home() / ".local" / "share" / "cortex"
 
 
+def default_cache_dir() -> Path:
+    """Where the embedded Kafka's jars are kept, for all data folders alike."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cortex"
+
+
 class Settings(BaseSettings):
     """All settings. `Settings.load()` is how a worker gets them."""
 
@@ -37,6 +43,8 @@ class Settings(BaseSettings):
     """redis://[user:password@]host:port/db or rediss://…. None: that of the stack that runs on `data`."""
     data: Path = Field(default_factory=default_data_dir)
     """Folder of the embedded servers, their logs and `stack.json`."""
+    cache: Path = Field(default_factory=default_cache_dir)
+    """Folder of what is fetched once: the embedded Kafka's jars."""
 
     # Kafka security, handed to the clients as it is
     kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
@@ -132,6 +140,18 @@ class Settings(BaseSettings):
                 for e in error.errors(include_url=False)
             ]
             raise ConfigError("unusable settings: " + "; ".join(lines)) from error
+
+    def environment(self) -> dict[str, str]:
+        """These settings as `CORTEX_*` variables, secrets included: what a worker process is started with."""
+        values: dict[str, str] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, SecretStr):
+                value = value.get_secret_value()
+            values[f"CORTEX_{name.upper()}"] = str(int(value) if isinstance(value, bool) else value)
+        return values
 
     @property
     def stack_file(self) -> Path:

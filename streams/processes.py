@@ -1,0 +1,131 @@
+"""Child processes: each in its own session, logging to a bounded file, never outliving its parent.
+
+It does not know what runs in them, and restarts nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+LOG_BYTES = 10_000_000
+"""A log file that grows past this becomes NAME.log.1, in place of the one before."""
+
+
+class Child:
+    """One child process and its log file.
+
+        child = Child("redis", [program, "redis.conf"], data / "logs" / "redis.log")
+        child.start()
+        ...
+        await child.stop()
+
+    `start` must be called from a thread that lives as long as the child may: the kernel ties the child to the
+    thread that started it, not to the process.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], log_file: Path, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self.command = list(command)
+        self.log_file = log_file
+        self.env = env
+        """Added to this process's environment."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    def start(self) -> None:
+        """Starts the command; the log is appended to."""
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_file.open("ab") as log:
+            self._log_start = log.tell()
+            guard = Path(__file__).with_name("guard.py")
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(guard), str(os.getpid()), *self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(self.env or {})},
+                # A terminal's Ctrl-C goes to the foreground process group: the parent alone decides the order
+                # in which its children stop.
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id; 0 before the start."""
+        return self._process.pid if self._process else 0
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def ending(self) -> str:
+        """How it ended, for a message."""
+        code = self._process.poll() if self._process else None
+        if code is None:
+            return "runs" if self._process else "was not started"
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.poll() if self._process else None
+
+    async def stop(self, grace_s: float = 8.0) -> bool:
+        """SIGTERM; after `grace_s` SIGKILL for it and all it started. True: it ended by itself in time."""
+        self.signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline:
+            if not self.alive:
+                return True
+            await asyncio.sleep(0.02)
+        self.kill()
+        return False
+
+    def signal(self, number: int) -> None:
+        """Sends a signal; nothing happens when the process is gone."""
+        if self._process:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL for the process and all in its session, and waits for its end."""
+        if self._process and self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def log_text(self) -> str:
+        """What this run has logged so far."""
+        try:
+            with self.log_file.open("rb") as log:
+                log.seek(min(self._log_start, self.log_file.stat().st_size))
+                return log.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def log_tail(self, lines: int = 15) -> str:
+        """The last lines of this run's log, indented, for an error message."""
+        tail = self.log_text().splitlines()[-lines:]
+        return "\n".join(f"    {line}" for line in tail) or "    (it logged nothing)"
+
+    def rotate_log(self, limit: int = LOG_BYTES) -> None:
+        """Keeps the log file under `limit` bytes (and one older file beside it).
+
+        Copied and truncated, since the child holds the file open; it appends, so it goes on at the new end.
+        Lines written between the two steps are lost.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if self.log_file.stat().st_size > limit:
+                shutil.copyfile(self.log_file, self.log_file.with_suffix(".log.1"))
+                os.truncate(self.log_file, 0)
+                self._log_start = 0

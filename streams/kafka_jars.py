@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,18 @@ def extra_missing(what: str, setting: str, error: ImportError) -> ConfigError:
     )
 
 
-def kafka_jars(cache: Path) -> Path:
+def kafka_jars(cache: Path, cancelled: threading.Event | None = None) -> Path:
     """The folder with Kafka's jars, fetched once with a progress bar; later calls need no network.
+
+    Args:
+        cache: they are kept in a folder of their own in here.
+        cancelled: once set, from another thread, a download ends at its next block.
 
     Raises:
         ConfigError: the extra `embedded` is not installed.
         UnavailableError: they cannot be fetched, or what came is not what it must be.
     """
+    cancelled = cancelled or threading.Event()
     folder = cache.absolute() / f"kafka-{VERSION}"
     if folder.exists():
         return folder
@@ -57,11 +63,11 @@ def kafka_jars(cache: Path) -> Path:
             # Fresh at each try: half a file left by a broken connection would be taken for a whole one.
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as scratch:
                 try:
-                    jars = _fetch(Path(scratch))
+                    jars = _fetch(Path(scratch), cancelled)
                     check_jars(jars)
                     os.replace(jars, folder)
                 except (OSError, RuntimeError) as error:
-                    if not tries_left:
+                    if not tries_left or cancelled.is_set():
                         raise UnavailableError(
                             f"Apache Kafka {VERSION} cannot be fetched ({type(error).__name__}: {error}). "
                             "That needs the network once; or give your own broker with --kafka host:port"
@@ -78,7 +84,7 @@ def check_jars(jars: Path) -> None:
         raise RuntimeError(f"not the files that were published: {', '.join(wrong)}")
 
 
-def _fetch(scratch: Path) -> Path:
+def _fetch(scratch: Path, cancelled: threading.Event) -> Path:
     """Downloads all jars into one folder under `scratch`."""
     from jgo.constants import MAVEN_CENTRAL_URL  # noqa: PLC0415
     from jgo.env import EnvironmentBuilder, LinkStrategy  # noqa: PLC0415
@@ -86,7 +92,7 @@ def _fetch(scratch: Path) -> Path:
 
     jars = scratch / "jars"
     jars.mkdir()
-    with _progress(f"Fetching Apache Kafka {VERSION} (once)") as on_file:
+    with _progress(f"Fetching Apache Kafka {VERSION} (once)", cancelled) as on_file:
         for artifact in ARTIFACTS:
             context = MavenContext(
                 resolver=PythonResolver(progress_callback=on_file),
@@ -102,7 +108,7 @@ def _fetch(scratch: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[str, int], Any]]:
+def _progress(title: str, cancelled: threading.Event) -> Iterator[Callable[[str, int], Any]]:
     """A bar on stderr; one plain line where stderr is no terminal. Yields jgo's callback for a file."""
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn  # noqa: PLC0415
@@ -116,7 +122,12 @@ def _progress(title: str) -> Iterator[Callable[[str, int], Any]]:
 
         @contextlib.contextmanager
         def on_file(_name: str, _size: int) -> Iterator[Callable[[int], None]]:
-            yield lambda received: progress.advance(task, received)
+            def on_block(received: int) -> None:
+                if cancelled.is_set():
+                    raise RuntimeError("cancelled")
+                progress.advance(task, received)
+
+            yield on_block
 
         yield on_file
         progress.update(task, completed=TOTAL_BYTES)

@@ -158,15 +158,24 @@ class Settings(BaseSettings):
         """What a running stack writes here: its addresses and process ids, as JSON."""
         return self.data / "stack.json"
 
+    def running_stack(self) -> dict[str, Any]:
+        """`stack.json` of the stack that runs on `data`; empty when none runs."""
+        try:
+            stack: dict[str, Any] = json.loads(self.stack_file.read_text())
+            os.kill(int(stack["pid"]), 0)
+        except PermissionError:  # it runs, as another user
+            return stack
+        except (OSError, ValueError, KeyError):  # no file; half a file; a stack that was killed
+            return {}
+        return stack
+
     def resolved(self) -> Settings:
         """These settings with both addresses filled in: configured ones, else those of a running stack.
 
         Raises:
             ConfigError: an address is neither configured nor known from a running stack.
         """
-        stack: dict[str, Any] = {}
-        if (self.kafka is None or self.redis_url is None) and self.stack_file.exists():
-            stack = json.loads(self.stack_file.read_text())
+        stack = self.running_stack() if self.kafka is None or self.redis_url is None else {}
         kafka = self.kafka or stack.get("kafka")
         redis_url = self.redis_url.get_secret_value() if self.redis_url else stack.get("redis_url")
         missing = [n for n, v in (("CORTEX_KAFKA", kafka), ("CORTEX_REDIS_URL", redis_url)) if not v]

@@ -1,12 +1,12 @@
-"""Everything on this machine: servers where none are given, topics, workers; kept running, and stopped in order.
+"""Everything on this machine: servers where none are given, topics, workers; kept running, stopped in order.
 
     async with Stack(settings, joiners=1, trainers=1, inference=2, on_event=print) as stack:
         stack.kafka, stack.redis_url, stack.inference_urls
         await something
 
-Inside the body all of it answers. What dies is started again, and said. On leaving, everything is stopped within
-ten seconds: inference first, then joiners and trainers (they finish their batch and commit), then the servers.
-It learns nothing and reads no event.
+Inside the body all of it answers. What dies is started again, and said. On leaving, everything is stopped
+within ten seconds: inference first, then joiners and trainers (they finish their batch and commit), then the
+servers. It learns nothing and reads no event.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import filelock
 import httpx
@@ -40,7 +40,7 @@ from streams.settings import Settings
 from streams.topics import create_topics
 
 WORKER_GRACE_S = 3.5
-"""Time for a worker to finish its batch and leave its group; twice this and the servers' make less than 10 s."""
+"""For a worker to finish its batch and leave its group; twice this and the servers' make less than 10 s."""
 SERVER_GRACE_S = 2.5
 READY_TIMEOUT_S = 120.0
 STARTS_BEFORE_GIVING_UP = 3
@@ -81,7 +81,8 @@ class Worker:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        everywhere = self.settings.host in ("0.0.0.0", "::", "localhost")
+        return f"http://{'127.0.0.1' if everywhere else self.settings.host}:{self.port}"
 
     @property
     def alive(self) -> bool:
@@ -177,8 +178,8 @@ class Stack:
         except filelock.Timeout:
             owner = self.settings.running_stack().get("pid", "unknown")
             raise ConfigError(
-                f"{data} is in use by another stack (process {owner}): stop that one, or choose another folder "
-                "with --data"
+                f"{data} is in use by another stack (process {owner}): stop that one, or choose another "
+                "folder with --data"
             ) from None
         except OSError as error:
             raise ConfigError(
@@ -297,9 +298,7 @@ class Stack:
             self._write_stack_file()
             self._say(f"{member.name} runs again")
             if before != (self.settings.kafka, self.settings.redis_url):
-                self._say(
-                    "its address has changed, as its port was taken meanwhile: starting all workers again"
-                )
+                self._say(f"the port of {member.name} was taken meanwhile: starting all workers again")
                 await _all(worker.stop() for worker in self.workers)
 
     # --- stopping -------------------------------------------------------------------------------------------
@@ -334,9 +333,9 @@ class Stack:
             child.kill()
 
 
-async def _all(steps: Iterable[object]) -> None:
+async def _all(steps: Iterable[Coroutine[Any, Any, object]]) -> None:
     """Runs coroutines side by side; the first error cancels the others and is raised as it is."""
-    tasks = [asyncio.ensure_future(step) for step in steps]  # type: ignore[arg-type,var-annotated]
+    tasks = [asyncio.create_task(step) for step in steps]
     try:
         await asyncio.gather(*tasks)
     finally:

@@ -6,7 +6,7 @@
 | replies | conversation_id | ReplyEvent | 30 days |
 | experiences | model_id | ExperienceEvent | 90 days |
 | weights | model_id + part | manifest, chunks | compacted |
-| control | model_id | ControlEvent | compacted |
+| control | model_id + subject | ControlEvent | compacted |
 | dead-letters | as received | DeadLetter | 30 days |
 """
 

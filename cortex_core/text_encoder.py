@@ -107,39 +107,14 @@ class SentenceTransformerEncoder:
         # The tokenizer keeps state between calls; two threads inside it raise "Already borrowed".
         self._lock = threading.Lock()
 
-    def encode(self, text: str) -> FloatArray:
-        row: FloatArray = self.encode_many([text])[0]
-        return row
-
-    def encode_many(self, texts: Sequence[str]) -> FloatArray:
-        if not texts:
-            return np.zeros((0, self.dim), dtype=np.float32)
-        checked = [_checked(text) for text in texts]
+    def cached(self, text: str) -> FloatArray | None:
+        """The (D,) vector where it is kept, else None; never encodes, so it may be asked on an event loop."""
         with self._lock:
-            rows = self._model.encode(
-                checked,
-                batch_size=64,
-                normalize_embeddings=True,
-                show_progress_bar=False,
-                convert_to_numpy=True,
-            )
-        return np.ascontiguousarray(rows, dtype=np.float32)
-
-
-class CachedEncoder:
-    """Keeps the latest `capacity` texts' vectors of another encoder. Safe to share between threads."""
-
-    def __init__(self, inner: TextEncoder, capacity: int = 10_000) -> None:
-        if capacity < 1:
-            raise ConfigError(f"CachedEncoder capacity is {capacity}, wanted at least 1")
-        self.inner = inner
-        self.capacity = capacity
-        self.dim = inner.dim
-        self.name = inner.name
-        self.hits = 0
-        self.misses = 0
-        self._rows: OrderedDict[str, FloatArray] = OrderedDict()
-        self._lock = threading.Lock()
+            row = self._rows.get(key := _cache_key(text))
+            if row is not None:
+                self._rows.move_to_end(key)
+                self.hits += 1
+            return row
 
     def encode(self, text: str) -> FloatArray:
         row: FloatArray = self.encode_many([text])[0]
@@ -148,24 +123,24 @@ class CachedEncoder:
     def encode_many(self, texts: Sequence[str]) -> FloatArray:
         if not texts:
             return np.zeros((0, self.dim), dtype=np.float32)
-        found: dict[str, FloatArray] = {}
-        with self._lock:
-            for text in dict.fromkeys(texts):
-                row = self._rows.get(text)
-                if row is not None:
-                    self._rows.move_to_end(text)
-                    found[text] = row
-        missing = [text for text in dict.fromkeys(texts) if text not in found]
-        self.hits += len(texts) - len(missing)
-        self.misses += len(missing)
+        wanted = list(dict.fromkeys(texts))
+        found = {text: row for text in wanted if (row := self.cached(text)) is not None}
+        missing = [text for text in wanted if text not in found]
         if missing:
             rows = self.inner.encode_many(missing)
             with self._lock:
+                self.misses += len(missing)
                 for text, row in zip(missing, rows, strict=True):
-                    found[text] = self._rows[text] = row
+                    found[text] = kept = row.copy()  # a view would keep the whole batch in memory
+                    kept.setflags(write=False)
+                    self._rows[_cache_key(text)] = kept
                 while len(self._rows) > self.capacity:
                     self._rows.popitem(last=False)
         return np.stack([found[text] for text in texts])
+
+
+def _cache_key(text: str) -> str | bytes:
+    return text if len(text) <= 64 else hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def load_encoder(spec: str = "minilm") -> TextEncoder:

@@ -69,11 +69,18 @@ class Settings(BaseSettings):
     max_body_bytes: Count = 4_000_000
     max_text_chars: Count = 32_000
     max_memories: Count = 1_000
+    """Most memories, and most earlier messages, in one request."""
+    publish_timeout_s: Positive = 5.0
+    """How long a request waits for Kafka's acknowledgement before it is answered 503."""
 
     # The model
     encoder: str = "minilm"
     """Text encoder: minilm, hashing, or a path or hub name of a SentenceTransformer."""
     text_dim: Count = 384
+    text_cache: Count = 10_000
+    """Texts whose embeddings an inference worker keeps; about 2 KB each."""
+    models_in_memory: Count = 100
+    """Models that an inference worker keeps ready, about 2 MB each; others are read from Kafka when asked for."""
     strategies: str = "generic"
     """Strategy set: generic, developer or support."""
     top_k: Count = 3

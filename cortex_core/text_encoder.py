@@ -107,6 +107,43 @@ class SentenceTransformerEncoder:
         # The tokenizer keeps state between calls; two threads inside it raise "Already borrowed".
         self._lock = threading.Lock()
 
+    def encode(self, text: str) -> FloatArray:
+        row: FloatArray = self.encode_many([text])[0]
+        return row
+
+    def encode_many(self, texts: Sequence[str]) -> FloatArray:
+        if not texts:
+            return np.zeros((0, self.dim), dtype=np.float32)
+        checked = [_checked(text) for text in texts]
+        with self._lock:
+            rows = self._model.encode(
+                checked,
+                batch_size=64,
+                normalize_embeddings=True,
+                show_progress_bar=False,
+                convert_to_numpy=True,
+            )
+        return np.ascontiguousarray(rows, dtype=np.float32)
+
+
+class CachedEncoder:
+    """Keeps the latest `capacity` texts' vectors of another encoder. Safe to share between threads.
+
+    Long texts are known by a digest, so that what is kept stays small (about 2 KB a text at D = 384).
+    """
+
+    def __init__(self, inner: TextEncoder, capacity: int = 10_000) -> None:
+        if capacity < 1:
+            raise ConfigError(f"CachedEncoder capacity is {capacity}, wanted at least 1")
+        self.inner = inner
+        self.capacity = capacity
+        self.dim = inner.dim
+        self.name = inner.name
+        self.hits = 0
+        self.misses = 0
+        self._rows: OrderedDict[str | bytes, FloatArray] = OrderedDict()
+        self._lock = threading.Lock()
+
     def cached(self, text: str) -> FloatArray | None:
         """The (D,) vector where it is kept, else None; never encodes, so it may be asked on an event loop."""
         with self._lock:

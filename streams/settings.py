@@ -80,7 +80,7 @@ class Settings(BaseSettings):
     text_cache: Count = 10_000
     """Texts whose embeddings an inference worker keeps; about 2 KB each."""
     models_in_memory: Count = 100
-    """Models that an inference worker keeps ready, about 2 MB each; others are read from Kafka when asked for."""
+    """Models that an inference worker keeps ready, about 2 MB each; others are read from Kafka on demand."""
     strategies: str = "generic"
     """Strategy set: generic, developer or support."""
     top_k: Count = 3

@@ -148,6 +148,11 @@ class Settings(BaseSettings):
             ]
             raise ConfigError("unusable settings: " + "; ".join(lines)) from error
 
+    @property
+    def local_host(self) -> str:
+        """Where a process on this machine reaches what listens on `host`."""
+        return "127.0.0.1" if self.host in ("0.0.0.0", "::", "localhost") else self.host
+
     def environment(self) -> dict[str, str]:
         """These settings as `CORTEX_*` variables, secrets included: what a worker process is started with."""
         values: dict[str, str] = {}

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable
@@ -81,8 +82,7 @@ class Worker:
 
     @property
     def url(self) -> str:
-        everywhere = self.settings.host in ("0.0.0.0", "::", "localhost")
-        return f"http://{'127.0.0.1' if everywhere else self.settings.host}:{self.port}"
+        return f"http://{self.settings.local_host}:{self.port}"
 
     @property
     def alive(self) -> bool:
@@ -136,7 +136,6 @@ class Stack:
         self._say = on_event or (lambda _: None)
         self._keepers: list[asyncio.Task[None]] = []
         self._lock = filelock.FileLock(settings.data / "lock")
-        self._started = time.monotonic()
 
     # --- what it offers -------------------------------------------------------------------------------------
 
@@ -313,6 +312,7 @@ class Stack:
 
     async def stop(self) -> None:
         """Stops everything, whatever happens meanwhile; also safe after a failed start, and twice."""
+        self._say("stopping")
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
@@ -324,8 +324,10 @@ class Stack:
             await _all(s.stop(SERVER_GRACE_S) for s in self.servers)
         finally:
             self.kill()
-            self.settings.stack_file.unlink(missing_ok=True)
-            self._lock.release()
+            if self._lock.is_locked:
+                self.settings.stack_file.unlink(missing_ok=True)
+                self._lock.release()
+                self._say("stopped")
 
     def kill(self) -> None:
         """SIGKILL for everything that still runs."""
@@ -342,3 +344,39 @@ async def _all(steps: Iterable[Coroutine[Any, Any, object]]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def run_until_signal(stack: Stack, on_up: Callable[[], None]) -> None:
+    """Runs the stack until SIGINT or SIGTERM; a second one ends all at once.
+
+    Args:
+        on_up: called once everything answers.
+
+    Raises:
+        ConfigError, UnavailableError: as `Stack` does.
+    """
+
+    async def body() -> None:
+        loop, main = asyncio.get_running_loop(), asyncio.current_task()
+        assert main is not None
+        signals = 0
+
+        def on_signal() -> None:
+            nonlocal signals
+            signals += 1
+            if signals == 1:
+                main.cancel()
+            else:
+                stack.kill()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        try:
+            async with stack:
+                on_up()
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if not signals:
+                raise
+
+    asyncio.run(body())

@@ -236,6 +236,19 @@ class Signal(BaseModel):
     """What in the text caused it; empty unless CORTEX_STORE_TEXT is set."""
 
 
+class Reading(BaseModel):
+    """What one reply said, as its reader understood it; without the reply's text."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    reply_id: Id
+    occurred_at: AwareDatetime
+    reward: Signed
+    confidence: Unit
+    signals: list[Signal] = []
+    extractor: str = ""
+
+
 class ExperienceEvent(Event):
     """An interaction and its reward. `occurred_at` is the interaction's.
 
@@ -250,6 +263,9 @@ class ExperienceEvent(Event):
     reward: Signed
     reward_confidence: Unit = 1.0
     signals: list[Signal] = []
+    """What the reward stands on: of the reply that `aggregation` chose, or of all of them."""
+    readings: list[Reading] = []
+    """Every reply's own reading, by (`occurred_at`, `reply_id`): an experience can be amended from itself."""
     reply_ids: list[Id] = []
     replied_at: AwareDatetime | None = None
     """`occurred_at` of the newest reply."""

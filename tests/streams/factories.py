@@ -1,0 +1,75 @@
+"""Events for tests: valid, small unless asked otherwise, and different for each id."""
+
+from __future__ import annotations
+
+import zlib
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+
+from streams.events import InteractionEvent, ReplyEvent
+
+T0 = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def at(seconds: float) -> datetime:
+    """`seconds` after `T0`."""
+    return T0 + timedelta(seconds=seconds)
+
+
+def interaction(
+    interaction_id: str,
+    conversation_id: str = "c",
+    *,
+    at_s: float = 0.0,
+    occurred_at: datetime | None = None,
+    model_id: str = "default",
+    dim: int = 4,
+    memories: int = 3,
+    **changes: Any,
+) -> InteractionEvent:
+    """A logged decision with two retrieved memories; 384 dimensions and 8 memories make 12 KB."""
+    rng = np.random.default_rng(zlib.crc32(interaction_id.encode()))
+    fields: dict[str, Any] = {
+        "occurred_at": occurred_at or at(at_s),
+        "interaction_id": interaction_id,
+        "conversation_id": conversation_id,
+        "model_id": model_id,
+        "weights_version": 3,
+        "message": rng.normal(size=dim),
+        "history": rng.normal(size=dim),
+        "metadata": [0.5, 1.0],
+        "situation": rng.normal(size=dim),
+        "memories": rng.normal(size=(memories, dim)),
+        "memory_ids": [f"m{i}" for i in range(memories)],
+        "memory_scores": [0.9, 0.4][:memories],
+        "memory_propensities": [0.5, 0.25][:memories],
+        "strategy_id": "step_by_step",
+        "strategy_ids": ["quick_answer", "step_by_step"],
+        "probabilities": [0.75, 0.25],
+        "context": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        "confidence": 0.7,
+    }
+    return InteractionEvent(**fields | changes)
+
+
+def reply(
+    reply_id: str,
+    interaction_id: str | None = None,
+    conversation_id: str = "c",
+    *,
+    at_s: float = 1.0,
+    occurred_at: datetime | None = None,
+    text: str = "Thanks, that worked!",
+    **changes: Any,
+) -> ReplyEvent:
+    """A reply in words; give `kind="rating", rating=…` for another."""
+    return ReplyEvent(
+        occurred_at=occurred_at or at(at_s),
+        reply_id=reply_id,
+        conversation_id=conversation_id,
+        interaction_id=interaction_id,
+        text=text,
+        **changes,
+    )

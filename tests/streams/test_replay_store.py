@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+import redis
+import redis.asyncio
+
+from cortex_core.replay_buffer import ReplayBuffer
+from streams.events import ExperienceEvent, Reading
+from streams.replay_store import RedisReplayBuffer, ReplayWrite, ReplayWriter, Wrote, model_ids, to_entry
+from tests.contracts.replay_store_contract import MakeStore, ReplayStoreContract, entry, ids, same
+from tests.streams.factories import interaction
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(redis_url) as it:
+        yield it
+
+
+@pytest.fixture
+def prefix(client: redis.Redis) -> Iterator[str]:
+    name = f"test-{uuid.uuid4().hex[:10]}"
+    yield name
+    for keys in iter(lambda: list(client.scan_iter(f"{name}:*", count=1000)), []):
+        client.delete(*keys)
+
+
+class TestRedisReplayBuffer(ReplayStoreContract):
+    @pytest.fixture
+    def make_store(self, client: redis.Redis, prefix: str) -> MakeStore:
+        return lambda capacity: RedisReplayBuffer(
+            client, uuid.uuid4().hex, prefix=prefix, capacity=capacity, rng=0
+        )
+
+
+def experience(entry_id: str, at_s: float = 0.0, reward: float = 0.5, revision: int = 1) -> ExperienceEvent:
+    it = interaction(entry_id, at_s=at_s)
+    readings = [
+        Reading(
+            reply_id=f"r{i}", occurred_at=it.occurred_at + timedelta(seconds=i), reward=reward, confidence=1.0
+        )
+        for i in range(revision)
+    ]
+    return ExperienceEvent(
+        occurred_at=it.occurred_at,
+        interaction=it,
+        revision=revision,
+        outcome="reply",
+        reward=reward,
+        readings=readings,
+    )
+
+
+def written(event: ExperienceEvent, *, force: bool = False) -> ReplayWrite:
+    return ReplayWrite(
+        event.interaction.interaction_id,
+        event.occurred_at.timestamp(),
+        event.revision,
+        event.to_bytes(),
+        force,
+    )
+
+
+def test_an_experience_is_read_as_its_entry_and_kept_byte_for_byte(client: redis.Redis, prefix: str) -> None:
+    store = RedisReplayBuffer(client, "m", prefix=prefix)
+    event = experience("i1", reward=-0.3)
+    assert store.write([written(event)]) == [Wrote.CHANGED]
+    got = store.get("i1")
+    assert got is not None
+    assert same(got, event.to_entry(), atol=0)
+    assert [v for _, v in store.raw_values(["i1", "none"])] == [b"1\n" + event.to_bytes(), None]
+
+
+def test_each_write_says_what_became_of_it(client: redis.Redis, prefix: str) -> None:
+    store = RedisReplayBuffer(client, "m", prefix=prefix, capacity=2)
+    answers = store.write(
+        [
+            written(experience("b", 2, revision=2)),
+            written(experience("b", 2, revision=2)),
+            written(experience("b", 2, revision=1)),
+            written(experience("c", 3)),
+            written(experience("a", 1)),
+            written(experience("b", 2, revision=1, reward=-1.0), force=True),
+            written(experience("b", 2, revision=1, reward=-1.0), force=True),
+            ReplayWrite("c", 0, 0, b""),
+            ReplayWrite("c", 0, 0, b""),
+        ]
+    )
+    assert answers == [
+        Wrote.CHANGED,
+        Wrote.SAME,
+        Wrote.STALE,
+        Wrote.CHANGED,
+        Wrote.TOO_OLD,
+        Wrote.CHANGED,
+        Wrote.SAME,
+        Wrote.CHANGED,
+        Wrote.SAME,
+    ]
+    assert [(e.id, e.revision, e.reward) for e in store.entries()] == [("b", 1, -1.0)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_kept_is_the_same_for_every_order_and_as_in_the_file_buffer(
+    client: redis.Redis, prefix: str, seed: int
+) -> None:
+    rng = random.Random(seed)
+    writes = [
+        entry(f"{i:02d}", float(i // 3), revision=r, reward=r / 10) for i in range(30) for r in (1, 2, 3)
+    ]
+    highest = {e.id: e for e in writes}
+    rng.shuffle(writes)
+    store = RedisReplayBuffer(client, "m", prefix=prefix, capacity=10)
+    in_memory = ReplayBuffer(capacity=10)
+    store.extend(writes)
+    in_memory.extend(writes)
+    assert ids(store) == ids(in_memory) == [f"{i:02d}" for i in range(20, 30)]
+    assert all(same(e, highest[e.id]) for e in store.entries())
+
+
+async def test_a_pipeline_of_many_models_answers_in_order(
+    client: redis.Redis, redis_url: str, prefix: str
+) -> None:
+    async with redis.asyncio.Redis.from_url(redis_url) as aio:
+        writer = ReplayWriter(aio, prefix=prefix, capacity=300)
+        pairs = [("ab"[i % 2], written(experience(f"i{i}", i))) for i in range(500)]
+        pairs += [("a", written(experience("i0", 0)))]
+        answers = await writer.write(pairs)
+        assert answers == [Wrote.CHANGED] * 500 + [Wrote.SAME]
+        assert model_ids(client, prefix) == ["a", "b"]
+        assert len(RedisReplayBuffer(client, "a", prefix=prefix)) == 250
+        found = await writer.find([("a", "i2"), (None, "i3"), ("a", "i3"), (None, "never")])
+        assert [f and (f[0], f[1].interaction.interaction_id) for f in found] == [
+            ("a", "i2"),
+            ("b", "i3"),
+            None,
+            None,
+        ]
+        assert await writer.write([]) == []
+
+
+def test_readers_see_whole_entries_while_a_writer_amends(client: redis.Redis, prefix: str) -> None:
+    store = RedisReplayBuffer(client, "m", prefix=prefix, capacity=20)
+    store.extend(entry(f"{i:02d}", float(i)) for i in range(20))
+    for i in range(20, 60):
+        store.add(entry(f"{i:02d}", float(i)))
+        assert len({e.id for e in store.sample(20)}) == 20
+    assert to_entry(next(store.raw_values(["59"]))[1] or b"").id == "59"

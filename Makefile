@@ -1,0 +1,67 @@
+# Every target sets up what it needs in .venv, once: the set-up is redone when pyproject.toml or
+# constraints.txt change. A second run needs no network.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup up demo test check format bench constraints clean
+
+# The first of these that is Python 3.11 or newer; `make PYTHON=/path/to/python …` chooses another.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# Named by their contents and not dated, so that a fresh checkout of the same files redoes nothing.
+KEY := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
+SETUP := $(VENV)/set-up-$(KEY)
+SETUP_BENCH := $(VENV)/set-up-bench-$(KEY)
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable
+
+help:  ## Show this help
+	@echo "usage: make TARGET [ARGS='…']"; echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(SETUP)  ## Install everything into .venv (the other targets do it by themselves)
+
+up: $(SETUP)  ## Start everything on this machine; Ctrl-C stops all
+	@$(BIN)/cortex up $(ARGS)
+
+demo: $(SETUP)  ## Start everything, let simulated users talk, show how it learns (ARGS='--seconds 60 --seed 7')
+	@$(BIN)/cortex demo $(ARGS)
+
+test: $(SETUP)  ## Run all tests, on a real Kafka and a real Redis (ARGS='tests/streams -k joiner')
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(SETUP)  ## Lint, formatting, types, and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(SETUP)  ## Format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(SETUP_BENCH)  ## Measure quality and speed; rewrites the tables of docs/benchmarks.md
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+constraints: $(SETUP)  ## Bring constraints.txt up to date with pyproject.toml and the newest releases
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
+		--no-header --no-annotate --no-emit-index-url --output-file constraints.txt
+
+clean:  ## Remove .venv, caches and build results
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(SETUP):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found (make PYTHON=…)" >&2; exit 1; }
+	@test -x $(BIN)/uv || { echo "setting up $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV) \
+		&& $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv; }
+	@echo "installing into $(VENV) (torch is large: a few minutes at the first time)"
+	@$(INSTALL) '.[embedded,dev]'
+	@rm -f $(VENV)/set-up-*
+	@touch $@
+
+$(SETUP_BENCH): $(SETUP)
+	@$(INSTALL) '.[embedded,dev,bench]'
+	@touch $@

@@ -1,0 +1,242 @@
+"""From a user's reply to a reward: what the reply says about the answer before it.
+
+    collector = FeedbackCollector()
+    feedback = collector.extract("Thanks, that worked!")
+    feedback.reward, feedback.confidence      # 0.85, 0.97
+    [(s.type, s.evidence) for s in feedback.signals]
+
+It reads the reply alone, with the message before it where that is given. It loads no torch, keeps no state
+between replies, and may be shared by threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from cortex_core.errors import ConfigError, DimensionError, InputError, NonFiniteError
+from cortex_core.feedback_patterns import POSITIVE_KINDS, Hit, read
+from cortex_core.feedback_signals import (
+    SIGNAL_REWARDS,
+    Aggregation,
+    Feedback,
+    FeedbackSignal,
+    SignalType,
+    aggregate_rewards,
+)
+from cortex_core.replay_buffer import FloatArray, as_float32
+
+__all__ = [
+    "EXTRACTORS",
+    "SIGNAL_REWARDS",
+    "Aggregation",
+    "Feedback",
+    "FeedbackCollector",
+    "FeedbackSignal",
+    "SignalType",
+    "aggregate_rewards",
+]
+
+SIGNAL_OF_KIND = {
+    "P": SignalType.POSITIVE, "S": SignalType.POSITIVE, "T": SignalType.POSITIVE, "Z": SignalType.POSITIVE,
+    "N": SignalType.NEGATIVE, "F": SignalType.NEGATIVE, "I": SignalType.NEGATIVE,
+    "X": SignalType.CORRECTION, "x": SignalType.CORRECTION,
+    "Q": SignalType.CONFUSION, "q": SignalType.CONFUSION,
+}  # fmt: skip
+
+SURENESS = {
+    "P": 0.85, "S": 0.9, "T": 0.85, "Z": 0.6, "N": 0.85, "F": 0.8, "I": 0.8,
+    "X": 0.75, "x": 0.4, "Q": 0.8, "q": 0.5,
+}  # fmt: skip
+"""How often one phrase of a kind, alone, gives the right sign."""
+
+UNSURE = 0.1
+"""Confidence of a reply that says nothing of the answer: going on, or not, is weak evidence."""
+SAME_REQUEST = 0.8
+"""Share of words in common from which a message asks the one before it again."""
+SAME_MEANING = 0.97
+"""Cosine of two consecutive messages from which the second asks the first again."""
+OTHER_TOPIC = 0.05
+"""Cosine of two consecutive messages below which the topic has switched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an extractor makes of one reply: explicit signals alone, and how sure it is of their sign."""
+
+    signals: list[FeedbackSignal]
+    confidence: float
+
+
+class Extractor(Protocol):
+    """Reads explicit signals out of one reply. `embedding` is the reply's, where it is at hand."""
+
+    def __call__(self, text: str, embedding: FloatArray | None) -> Reading: ...
+
+
+def signals_of(hits: list[Hit]) -> list[FeedbackSignal]:
+    """One signal for each type among `hits`; its strength grows with the number of matches, to three."""
+    grouped: dict[SignalType, list[Hit]] = {}
+    for hit in hits:
+        grouped.setdefault(SIGNAL_OF_KIND[hit.kind], []).append(hit)
+    signals = []
+    for type_ in SignalType:
+        if type_ in grouped:
+            matches = sum(hit.weight for hit in grouped[type_])
+            evidence = " … ".join(dict.fromkeys(hit.evidence for hit in grouped[type_]))
+            signals.append(FeedbackSignal.of(type_, (min(matches, 3) - 1) / 2, evidence))
+    return signals
+
+
+def sureness_of(hits: list[Hit], conceded: bool) -> float:
+    """Confidence of patterns: each agreeing match adds to it, contradiction takes most of it away."""
+    if not hits:
+        return UNSURE
+    doubt = {True: 1.0, False: 1.0}
+    for hit in hits:
+        sureness = SURENESS[hit.kind] * (0.85 if hit.flipped else 1.0)
+        doubt[hit.kind in POSITIVE_KINDS] *= 1.0 - sureness
+    confidence = abs(doubt[True] - doubt[False])
+    if doubt[True] < 1.0 and doubt[False] < 1.0:
+        confidence *= 0.5
+    return max(confidence * (0.9 if conceded else 1.0), UNSURE)
+
+
+def patterns(text: str, embedding: FloatArray | None = None) -> Reading:
+    """The transparent reader: phrases and the words around them. Needs no embedding."""
+    hits, cues = read(text)
+    return Reading(signals_of(hits), sureness_of(hits, bool(cues.conceded)))
+
+
+EXTRACTORS: dict[str, Callable[[], Extractor]] = {"patterns-1": lambda: patterns}
+"""Name and version of every extractor, and what makes it. A changed reading gets a new version."""
+
+
+class FeedbackCollector:
+    """Extracts feedback signals from replies and adds them up to a reward.
+
+    | signal | example | reward |
+    |---|---|---|
+    | positive | "Thanks!", "Perfect", "That's right" | +0.5 … +1.0 |
+    | negative | "That's wrong", "Not right" | -0.5 … -1.0 |
+    | correction | "No, I meant …", "Actually …" | -0.2 … -0.5 |
+    | confusion | "What?", "I don't understand" | -0.1 … -0.3 |
+    | engagement | the conversation goes on | +0.1 |
+    | disengagement | the topic switched | -0.1 |
+
+    One match gives the mildest reward of its kind, three or more the strongest. Signals of different kinds
+    add up and the sum is clamped to [-1, 1]. Engagement counts where nothing complains: a complaint goes on
+    with the conversation too, and that is no praise.
+    """
+
+    def __init__(self, extractor: str = "patterns-1") -> None:
+        """
+        Args:
+            extractor: a key of `EXTRACTORS`.
+
+        Raises:
+            ConfigError: no such extractor.
+        """
+        if extractor not in EXTRACTORS:
+            raise ConfigError(f"extractor is {extractor!r}, wanted one of {', '.join(sorted(EXTRACTORS))}")
+        self.extractor = extractor
+        self._extract = EXTRACTORS[extractor]()
+
+    def extract(
+        self,
+        text: str,
+        *,
+        conversation_continued: bool = True,
+        topic_switched: bool | None = None,
+        previous_text: str | None = None,
+        embedding: FloatArray | None = None,
+        previous_embedding: FloatArray | None = None,
+    ) -> Feedback:
+        """Reads one reply.
+
+        Args:
+            text: the user's message that followed the answer; "" when nobody replied.
+            conversation_continued: whether the user went on after the answer.
+            topic_switched: whether the reply is about something else; None judges by the two embeddings where
+                both are given, and else takes it that it is not.
+            previous_text: the user's message before, which the answer was to: asking the same again is a
+                correction.
+            embedding: (D,) sentence embedding of `text`, where it is at hand; none is computed here.
+            previous_embedding: (D,) that of the message before.
+
+        Raises:
+            InputError: `text` is no string.
+            DimensionError, NonFiniteError: an unusable embedding.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"the reply is {type(text).__name__}, wanted a string")
+        now = _unit(embedding, "embedding")
+        before = _unit(previous_embedding, "previous_embedding")
+        if now is not None and before is not None and now.shape != before.shape:
+            raise DimensionError("previous_embedding", before.shape, now.shape)
+        if not text.strip():
+            signals = [_engagement()] if conversation_continued else []
+            return Feedback.of(signals, UNSURE if signals else 0.0, self.extractor)
+
+        reading = self._extract(text, now)
+        signals = list(reading.signals)
+        confidence = reading.confidence
+        similarity = float(now @ before) if now is not None and before is not None else None
+        if not signals and previous_text is not None and _asks_again(text, previous_text, similarity):
+            signals.append(FeedbackSignal.of(SignalType.CORRECTION, 0.5, "[the same request again]"))
+            confidence = 0.7
+        if topic_switched is None:
+            topic_switched = (
+                not signals and similarity is not None and similarity < OTHER_TOPIC and len(text.split()) > 3
+            )
+        if topic_switched:
+            signals.append(FeedbackSignal.of(SignalType.DISENGAGEMENT, 1.0, "[the topic switched]"))
+        elif conversation_continued and not any(signal.reward < 0 for signal in signals):
+            signals.append(_engagement())
+        return Feedback.of(signals, confidence, self.extractor)
+
+    def from_rating(self, value: float) -> Feedback:
+        """An explicit rating or a delayed outcome in [-1, 1], taken at its word with confidence 1.
+
+        A rating of 0 is feedback of reward 0, which is not the same as no feedback.
+
+        Raises:
+            InputError: outside [-1, 1], or no number.
+        """
+        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            raise InputError(f"the rating is {value!r}, wanted a number in [-1, 1]")
+        rating = float(value)
+        if not np.isfinite(rating):
+            raise NonFiniteError("the rating")
+        if not -1.0 <= rating <= 1.0:
+            raise InputError(f"the rating is {rating}, wanted a number in [-1, 1]")
+        signals = []
+        if rating:
+            type_ = SignalType.POSITIVE if rating > 0 else SignalType.NEGATIVE
+            signals.append(FeedbackSignal(type_, abs(rating), rating, f"[rating {rating:g}]"))
+        return Feedback(tuple(signals), rating, 1.0, "rating-1")
+
+
+def _engagement() -> FeedbackSignal:
+    return FeedbackSignal.of(SignalType.ENGAGEMENT, 1.0, "[the conversation went on]")
+
+
+def _unit(embedding: FloatArray | None, what: str) -> FloatArray | None:
+    if embedding is None:
+        return None
+    vector = as_float32(embedding, what, 1)
+    norm = float(np.linalg.norm(vector))
+    return vector / np.float32(norm) if norm > 0 else vector
+
+
+def _asks_again(text: str, previous: str, similarity: float | None) -> bool:
+    now = set("".join(c if c.isalnum() else " " for c in text.lower()).split())
+    before = set("".join(c if c.isalnum() else " " for c in previous.lower()).split())
+    if len(now) < 3 or len(before) < 3:
+        return False
+    if len(now & before) >= SAME_REQUEST * len(now | before):
+        return True
+    return similarity is not None and similarity >= SAME_MEANING

@@ -48,6 +48,8 @@ class WeightsManifest(BaseModel):
     reason: Literal["train", "rollback", "seed"] = "train"
     consumed: dict[str, int] = {}
     """"topic-partition" → next offset: what this version has learned from"""
+    oldest_reply_at: AwareDatetime | None = None
+    """when the oldest reply was given that this version learned from and its parent had not; for latencies"""
 
 
 MAX_CHUNK = 900_000
@@ -73,6 +75,7 @@ class WeightsSnapshot:
         interactions: int = 0,
         ema_loss: float | None = None,
         consumed: dict[str, int] | None = None,
+        oldest_reply_at: datetime | None = None,
         created_at: datetime | None = None,
         reason: Literal["train", "rollback", "seed"] = "train",
     ) -> WeightsSnapshot:
@@ -101,6 +104,7 @@ class WeightsSnapshot:
                 architecture=model.config.to_dict(),
                 reason=reason,
                 consumed=consumed or {},
+                oldest_reply_at=oldest_reply_at,
             ),
             payload,
         )

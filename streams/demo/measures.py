@@ -14,15 +14,12 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 FIRST_SHARE = 0.10
 """`…_first` are means over this share of the interactions, from the beginning."""
 LAST_SHARE = 0.25
 """`…_last` and `reward_control` are means over this share, up to the end."""
 ECE_BINS = 15
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +116,12 @@ def control_rewards(samples: Sequence[Sample], strategy: str | None = None) -> l
     return [sample.control[fixed] for sample in samples] if fixed else []
 
 
-def moving_mean(values: Sequence[float], window: int) -> Floats:
-    """(n,) mean of the last `window` values at each place, of fewer at the beginning."""
+def moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place, of fewer at the beginning."""
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])
     ends = np.arange(1, len(sums))
     starts = np.maximum(ends - window, 0)
-    means: Floats = (sums[ends] - sums[starts]) / (ends - starts)
+    means: list[float] = ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
     return means
 
 

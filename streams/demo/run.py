@@ -1,0 +1,301 @@
+"""`cortex demo`: the whole loop on this machine, under simulated users, measured from outside.
+
+    summary = run_demo(settings, seconds=90, seed=0, json_path=Path("demo.json"))
+
+It starts the stack, lets users talk to the inference service for a while, waits until everything that was
+said has been learned, counts what is there against what was acknowledged, and stops the stack. It talks to
+the system through HTTP alone and reads its topics and replay; nothing is short-cut in process.
+
+The control is the strongest policy that does not look at the request: the memories that an untrained gate
+(cosine similarity) shows, served by the same workers for the same requests, and the one fixed strategy that
+was best in hindsight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cortex_core.errors import ConfigError, UnavailableError
+from streams.client import CortexClient
+from streams.demo import measures, report
+from streams.demo.measures import Tally
+from streams.demo.traffic import Traffic
+from streams.demo.users import Users
+from streams.demo.view import Picture, View
+from streams.demo.watch import ExperienceReader, WorkerWatch, end_offsets, ids_logged
+from streams.events import new_id
+from streams.replay_store import RedisReplayBuffer
+from streams.settings import Settings
+from streams.stack import Stack
+from streams.topics import Topics
+
+RATE = 15.0
+"""Interactions a second, each asked of the learning model and of the control; two cores hold it."""
+SECONDS = 90.0
+DRAIN_S = 30.0
+"""How long to wait, after the last reply, for what is still on its way."""
+DRAIN_INTERRUPTED_S = 3.0
+FRAME_S = 0.25
+
+
+def run_demo(
+    settings: Settings,
+    *,
+    seconds: float = SECONDS,
+    rate: float = RATE,
+    seed: int = 0,
+    json_path: Path | None = None,
+    plot_path: Path | None = None,
+    console: Console | None = None,
+) -> report.Summary:
+    """Runs the demo to its end, or until SIGINT or SIGTERM, and prints its summary.
+
+    Args:
+        settings: `kafka` or `redis_url` None: embedded ones are started, on `data`.
+        seconds: of traffic, > 0.
+        rate: interactions a second, > 0.
+        seed: of the users; the same seed asks the same requests in the same order.
+        json_path: where the summary goes, in the fields of `report.JSON_FIELDS` and a few more.
+        plot_path: where the learning curve goes, as PNG.
+        console: where the picture goes; None: the terminal, or plain lines on standard output.
+
+    Raises:
+        ConfigError: an unusable argument or setting.
+        UnavailableError: a server or worker does not come up.
+    """
+    if not (seconds > 0 and rate > 0):
+        raise ConfigError(f"the demo wants seconds > 0 and rate > 0, got {seconds} and {rate}")
+    if round(seconds * rate) < 1:
+        raise ConfigError(f"{seconds} s at {rate} interactions a second are none at all")
+    view = View(console)
+    summary, tally = asyncio.run(_run(settings, seconds, rate, seed, view))
+    samples = sorted(tally.samples, key=lambda s: s.index)
+    report.print_summary(summary, view.console)
+    if json_path:
+        report.write_json(summary, json_path)
+        view.say(f"figures: {json_path}")
+    if plot_path and samples:
+        report.plot(samples, plot_path)
+        view.say(f"learning curve: {plot_path}")
+    return summary
+
+
+async def _run(
+    settings: Settings, seconds: float, rate: float, seed: int, view: View
+) -> tuple[report.Summary, Tally]:
+    async with contextlib.AsyncExitStack() as exits:
+        stop = exits.enter_context(_stop_on_signal())
+        stack = Stack(settings, on_event=view.say)
+        if not await _unless_stopped(exits.enter_async_context(stack), stop):
+            raise UnavailableError("stopped before the stack was up")
+        return await _Run(stack.settings, stack.inference_urls, seconds, rate, seed, view, stop).measured()
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[asyncio.Event]:
+    """An event that SIGINT and SIGTERM set, instead of ending the process."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+async def _unless_stopped(work: Any, stop: asyncio.Event) -> bool:
+    """Awaits `work`; cancels it and returns False when `stop` is set before it is done."""
+    task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([task, stopped], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return False
+        await task
+        return True
+    finally:
+        stopped.cancel()
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run against a stack that is up."""
+
+    settings: Settings
+    urls: Sequence[str]
+    seconds: float
+    rate: float
+    seed: int
+    view: View
+    stop: asyncio.Event
+
+    async def measured(self) -> tuple[report.Summary, Tally]:
+        topics = Topics.of(self.settings)
+        # A model of its own, so that every run starts cold.
+        model_id = f"demo-{new_id()}"
+        before = await end_offsets(self.settings, topics.interactions, topics.dead_letters)
+        async with contextlib.AsyncExitStack() as exits:
+            clients = [
+                # Each client prefers its own worker and knows the others, should that one die.
+                await exits.enter_async_context(CortexClient(",".join([*self.urls[n:], *self.urls[:n]])))
+                for n in range(len(self.urls))
+            ]
+            reader = await exits.enter_async_context(ExperienceReader(self.settings, model_id))
+            watch = await exits.enter_async_context(WorkerWatch(self.urls, model_id))
+            traffic = Traffic(Users(self.seed), clients, model_id)
+            exits.enter_context(self.view.showing())
+            live = _Live(self, traffic, reader, watch)
+            drawing = asyncio.create_task(live.draw())
+            try:
+                begun = time.monotonic()
+                await traffic.run(round(self.seconds * self.rate), self.rate, self.stop)
+                lasted_s = time.monotonic() - begun
+                await live.drain(DRAIN_INTERRUPTED_S if self.stop.is_set() else DRAIN_S)
+            finally:
+                drawing.cancel()
+                await asyncio.gather(drawing, return_exceptions=True)
+            live.phase = "counting"
+            live.show()
+            await watch.look()
+            after = await end_offsets(self.settings, topics.dead_letters)
+            dead_letters = sum(end - before[partition] for partition, end in after.items())
+            model_ids = frozenset((traffic.model_id, traffic.control_id))
+            counted = measures.audit(
+                traffic.tally,
+                reader.seen,
+                await self._replay(model_id),
+                logged=await ids_logged(self.settings, before, model_ids),
+                replay_capacity=self.settings.replay_capacity,
+                learned=watch.newest.learned,
+            )
+        summary = self._summary(traffic, reader, watch, counted)
+        summary |= {"seconds": lasted_s, "dead_letters": dead_letters}
+        return summary, traffic.tally
+
+    async def _replay(self, model_id: str) -> dict[str, int]:
+        """Interaction id → revision of what is in replay."""
+        store = RedisReplayBuffer.of(self.settings, model_id)
+        return await asyncio.to_thread(lambda: {e.id: e.revision for e in store.entries()})
+
+    def _summary(
+        self, traffic: Traffic, reader: ExperienceReader, watch: WorkerWatch, counted: measures.Audit
+    ) -> report.Summary:
+        tally = traffic.tally
+        first, last = measures.spans(tally.samples)
+        newest = watch.newest
+        versions = [list(worker.versions.values()) for worker in watch.workers]
+        latency = measures.reply_to_weights_ms(reader.seen, reader.topic, versions)
+        return {
+            "interactions": len(tally.interactions),
+            "replies": len(tally.replies),
+            "joined": counted.joined,
+            "duplicates": counted.duplicates,
+            "lost": len(counted.lost),
+            "updates": newest.updates,
+            "versions": newest.version,
+            "reward_first": measures.mean(s.reward for s in first),
+            "reward_last": measures.mean(s.reward for s in last),
+            "reward_control": measures.mean(measures.control_rewards(last)),
+            "memory_precision_first": measures.mean(s.precision for s in first),
+            "memory_precision_last": measures.mean(s.precision for s in last),
+            "ece_last": measures.calibration_error([s.confidence for s in last], [s.content for s in last]),
+            "reply_to_weights_ms": {
+                "p50": measures.percentile(latency, 50),
+                "p99": measures.percentile(latency, 99),
+                "max": max(latency, default=None),
+                "count": len(latency),
+            },
+            # Beyond the fields that every reader may rely on:
+            "memory_precision_control": measures.mean(s.control_precision for s in last),
+            "control_strategy": measures.best_fixed(last),
+            "ema_loss": newest.ema_loss,
+            "errors": tally.errors.total(),
+            "error_messages": dict(tally.errors.most_common(5)),
+            "redelivered": counted.redelivered,
+            "lost_ids": sorted(counted.lost)[:20],
+            "unlearned": measures.unlearned(reader.seen, reader.topic, versions),
+            "interrupted": self.stop.is_set(),
+            "seed": self.seed,
+            "rate": self.rate,
+            "model_id": traffic.model_id,
+        }
+
+
+@dataclass(slots=True)
+class _Live:
+    """What the picture is made from."""
+
+    run: _Run
+    traffic: Traffic
+    reader: ExperienceReader
+    watch: WorkerWatch
+    begun: float = 0.0
+    phase: str = "talking"
+    waiting_for: str = ""
+
+    async def draw(self) -> None:
+        """Draws a picture every `FRAME_S`, for ever."""
+        self.begun = time.monotonic()
+        while True:
+            self.show()
+            await asyncio.sleep(FRAME_S)
+
+    def show(self) -> None:
+        self.run.view.show(self._picture())
+
+    async def drain(self, within_s: float) -> None:
+        """Waits until every reply has become an experience and every worker serves what was learned."""
+        self.phase = "draining"
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            missing = set(self.traffic.tally.replies) - self.reader.reply_ids
+            unlearned = measures.unlearned(self.reader.seen, self.reader.topic, self._versions())
+            self.waiting_for = f"{len(missing)} replies to join, {unlearned} experiences to learn"
+            if not missing and not unlearned:
+                break
+            await asyncio.sleep(0.1)
+        self.waiting_for = ""
+
+    def _versions(self) -> list[list[measures.VersionSeen]]:
+        return [list(worker.versions.values()) for worker in self.watch.workers]
+
+    def _picture(self) -> Picture:
+        tally = self.traffic.tally
+        samples = sorted(tally.samples, key=lambda s: s.index)
+        recent = samples[-200:]
+        elapsed_s = time.monotonic() - self.begun
+        window = max(10, round(measures.FIRST_SHARE * self.run.seconds * self.run.rate))
+        latency = measures.reply_to_weights_ms(self.reader.seen[-300:], self.reader.topic, self._versions())
+        p50, p99 = measures.percentile(latency, 50), measures.percentile(latency, 99)
+        return Picture(
+            phase=self.phase,
+            elapsed_s=elapsed_s,
+            seconds=self.run.seconds,
+            interactions=len(tally.interactions),
+            expected=round(self.run.seconds * self.run.rate),
+            replies=len(tally.replies),
+            joined=len(self.reader.reply_ids & set(tally.replies)),
+            errors=tally.errors.total(),
+            reward=measures.moving_mean([s.reward for s in samples], window),
+            control=measures.moving_mean(measures.control_rewards(samples), window),
+            memory_precision=measures.mean(s.precision for s in recent),
+            control_precision=measures.mean(s.control_precision for s in recent),
+            ema_loss=self.watch.newest.ema_loss,
+            ece=measures.calibration_error([s.confidence for s in recent], [s.content for s in recent]),
+            versions={worker.name: worker.version for worker in self.watch.workers},
+            events_per_s=tally.events / elapsed_s if elapsed_s > 0 else None,
+            latency_ms=(p50, p99) if p50 is not None and p99 is not None else None,
+            waiting_for=self.waiting_for,
+        )

@@ -1,0 +1,163 @@
+"""Simulated users at the service's door: requests in at a steady rate, replies a moment later.
+
+Everything goes over HTTP, as an agent's would. It measures nothing; it notes what happened in a `Tally`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import httpx
+
+from cortex_core.errors import CortexError
+from cortex_core.strategy_registry import StrategyRegistry
+from streams.demo.measures import Sample, Tally
+from streams.demo.scenario import MEMORIES
+from streams.demo.users import Request, Users, memory_precision, reward
+
+if TYPE_CHECKING:
+    from streams.client import CortexClient, Decision
+
+CONCURRENCY = 64
+"""Requests in flight, at most; over it the next ones wait, and are sent late."""
+STRATEGIES = StrategyRegistry().ids
+MEMORY_POOL = [{"id": memory_id, "text": text} for memory_id, text in MEMORIES.items()]
+
+
+class Traffic:
+    """One run of one population against the inference workers, in turn.
+
+    Every request is asked twice, at the same worker: for the model that learns, and for one that never gets
+    a reply and so stays as it was born, which shows what cosine similarity alone would have retrieved.
+    """
+
+    def __init__(
+        self, users: Users, clients: Sequence[CortexClient], model_id: str, *, concurrency: int = CONCURRENCY
+    ) -> None:
+        self.users = users
+        self.model_id = model_id
+        self.control_id = f"{model_id}-control"
+        self.tally = Tally()
+        self._clients = clients
+        self._slots = asyncio.Semaphore(concurrency)
+        # Within one conversation requests and unnamed replies keep their order, as one person's do.
+        self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._latest: dict[str, str] = {}
+
+    async def run(self, count: int, rate: float, stop: asyncio.Event) -> None:
+        """Sends `count` requests, `rate` a second whatever comes back, and the replies to them.
+
+        Returns when every user has said what there was to say, or soon after `stop` is set.
+        """
+        begun = asyncio.get_running_loop().time()
+        async with asyncio.TaskGroup() as group:
+            tasks = []
+            for index in range(count):
+                due = begun + index / rate - asyncio.get_running_loop().time()
+                if due > 0 and await _set_within(stop, due):
+                    break
+                await self._slots.acquire()
+                if stop.is_set():
+                    break
+                tasks.append(group.create_task(self._one(index)))
+            stopped = group.create_task(stop.wait())
+            while any(not task.done() for task in tasks) and not stop.is_set():
+                await asyncio.wait(
+                    [*(t for t in tasks if not t.done()), stopped], return_when="FIRST_COMPLETED"
+                )
+            stopped.cancel()
+            for task in tasks:
+                task.cancel()
+
+    async def _one(self, index: int) -> None:
+        request = self.users.request(index)
+        client = self._clients[index % len(self._clients)]
+        conversation = f"{self.model_id}/{request.conversation}"
+        try:
+            learned, control = await asyncio.gather(
+                self._decide(client, request, conversation),
+                self._ask(client, request, f"{conversation}/control", self.control_id, explore=False),
+            )
+        finally:
+            self._slots.release()
+        if control is not None:
+            self.tally.control_interactions.append(control.interaction_id)
+        if learned is None:
+            return
+        self.tally.interactions.append(learned.interaction_id)
+        shown = [memory.id for memory in learned.memories]
+        reaction = self.users.react(request, learned.strategy.id, shown)
+        if control is not None:
+            self._note(request, learned, control, reaction.reward, reaction.content)
+        for place, reply in enumerate(reaction.replies):
+            await asyncio.sleep(reply.delay_s)
+            # Some chats cannot say which answer a message belongs to; the joiner then finds it.
+            unnamed = place == 0 and index % 4 == 0
+            await self._reply(client, conversation, learned, reply.text, unnamed)
+
+    async def _decide(self, client: CortexClient, request: Request, conversation: str) -> Decision | None:
+        async with self._turns[conversation]:
+            decision = await self._ask(client, request, conversation, self.model_id, explore=True)
+            if decision is not None:
+                self._latest[conversation] = decision.interaction_id
+            return decision
+
+    async def _ask(
+        self, client: CortexClient, request: Request, conversation: str, model_id: str, *, explore: bool
+    ) -> Decision | None:
+        try:
+            return await client.decide(
+                message=request.text,
+                conversation_id=conversation,
+                history=list(request.history),
+                metadata=dict(request.metadata),
+                memories=MEMORY_POOL,
+                model_id=model_id,
+                explore=explore,
+            )
+        except (CortexError, httpx.HTTPError) as error:
+            self.tally.errors[f"decide: {type(error).__name__}: {error}"] += 1
+            return None
+
+    async def _reply(
+        self, client: CortexClient, conversation: str, decision: Decision, text: str, unnamed: bool
+    ) -> None:
+        async with self._turns[conversation]:
+            named = not unnamed or self._latest[conversation] != decision.interaction_id
+            try:
+                reply_id = await client.reply(
+                    decision if named else None, text, conversation_id=None if named else conversation
+                )
+            except (CortexError, httpx.HTTPError) as error:
+                self.tally.errors[f"reply: {type(error).__name__}: {error}"] += 1
+                return
+        self.tally.replies[reply_id] = decision.interaction_id
+
+    def _note(
+        self, request: Request, learned: Decision, control: Decision, value: float, content: bool
+    ) -> None:
+        shown = [memory.id for memory in learned.memories]
+        cosine = [memory.id for memory in control.memories]
+        self.tally.samples.append(
+            Sample(
+                index=request.index,
+                reward=value,
+                content=content,
+                precision=memory_precision(request.kind, shown),
+                control_precision=memory_precision(request.kind, cosine),
+                confidence=learned.confidence,
+                weights_version=learned.weights_version,
+                control={s: reward(request.kind, s, cosine) for s in STRATEGIES},
+            )
+        )
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return False
+    return True

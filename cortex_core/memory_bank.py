@@ -124,7 +124,7 @@ class MemoryBank:
         if int(stored) != dim:
             self.close()
             raise ConfigError(f"{path} holds embeddings of {stored} dimensions, and dim is {dim}")
-        self._cache: tuple[list[str], FloatArray] | None = None
+        self._cache: tuple[list[str], FloatArray, FloatArray] | None = None
         self._seen_version = -1
 
     def close(self) -> None:
@@ -210,11 +210,11 @@ class MemoryBank:
             raise InputError(f"k is {k}, wanted 0 or more")
         at = self.clock() if now is None else now
         with self._lock:
-            ids, matrix = self._matrix()
+            ids, matrix, norms = self._matrix()
             vector = as_float32(query, "query", 1) if gate is not None else self._vector(query, "query")
             if not ids or k == 0:
                 return []
-            scores = _unit_rows(matrix) @ _unit(vector) if gate is None else _gated(gate, vector, matrix)
+            scores = matrix @ _unit(vector) / norms if gate is None else _gated(gate, vector, matrix)
             top = np.argsort(-scores, kind="stable")[:k]
             chosen = [ids[i] for i in top]
             marks = ",".join("?" * len(chosen))
@@ -318,13 +318,14 @@ class MemoryBank:
             raise InputError(f"{what} is all zeros and has no direction to compare")
         return vector
 
-    def _matrix(self) -> tuple[list[str], FloatArray]:
-        """All ids and embeddings, read again only after a change, here or by another process."""
+    def _matrix(self) -> tuple[list[str], FloatArray, FloatArray]:
+        """All ids, embeddings and their lengths, read again only after a change, here or by another process."""
         (version,) = self._db.execute("PRAGMA data_version").fetchone()
         if self._cache is None or version != self._seen_version:
             rows = self._db.execute("SELECT id, embedding FROM memories ORDER BY created_at, id").fetchall()
             flat = np.frombuffer(b"".join(row[1] for row in rows), dtype="<f4")
-            self._cache = ([row[0] for row in rows], flat.reshape(len(rows), self.dim).astype(np.float32))
+            matrix = flat.reshape(len(rows), self.dim).astype(np.float32)
+            self._cache = ([row[0] for row in rows], matrix, np.linalg.norm(matrix, axis=1))
             self._seen_version = version
         return self._cache
 
@@ -366,13 +367,9 @@ def _gated(gate: Gate, situation: FloatArray, memories: FloatArray) -> FloatArra
 
     with torch.no_grad():
         scores = gate.score_memories(torch.from_numpy(situation), torch.from_numpy(memories))
-    array = np.asarray(
-        scores.detach().cpu().numpy() if hasattr(scores, "detach") else scores, dtype=np.float32
-    )
+    array = as_float32(scores, "the gate's scores", 1)
     if array.shape != (len(memories),):
         raise DimensionError("the gate's scores", array.shape, (len(memories),))
-    if not np.isfinite(array).all():
-        raise NonFiniteError("the gate's scores")
     return array
 
 

@@ -6,7 +6,6 @@ Every part is asked for by itself: one that does not answer is reported as such,
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Awaitable
 from typing import Any
 
@@ -16,7 +15,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from rich.console import Console
 from rich.table import Table
 
-from streams.connections import async_redis_client, kafka_client_options
+from streams.connections import kafka_client_options, redis_client
+from streams.replay_store import RedisReplayBuffer, model_ids
 from streams.settings import Settings
 from streams.topics import Topics
 
@@ -122,16 +122,15 @@ async def _groups(settings: Settings) -> list[dict[str, Any]]:
 
 async def _replay(settings: Settings) -> list[dict[str, Any]]:
     """Entries in replay, by model."""
-    client = async_redis_client(settings)
-    prefix = f"{settings.topic_prefix}:replay:{{"
-    sizes: dict[str, int] = defaultdict(int)
-    try:
-        async for key in client.scan_iter(f"{settings.topic_prefix}:replay:*", count=1000):
-            name = key.decode().removeprefix(prefix).rpartition("}")[0]
-            sizes[name] += 1
-    finally:
-        await client.aclose()
-    return [{"model_id": name, "entries": size} for name, size in sorted(sizes.items())]
+
+    def sizes() -> list[dict[str, Any]]:
+        with redis_client(settings) as client:
+            return [
+                {"model_id": name, "entries": len(RedisReplayBuffer.of(settings, name, client))}
+                for name in model_ids(client, settings.topic_prefix)
+            ]
+
+    return await asyncio.to_thread(sizes)
 
 
 async def _weights(settings: Settings) -> list[dict[str, Any]]:

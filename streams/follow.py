@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import structlog
@@ -64,6 +64,43 @@ async def reading(
             await consumer.stop()
 
 
+class EndProbe:
+    """Asks where partitions end, counting what is not committed yet.
+
+    Read uncommitted on purpose: an open transaction before a committed one hides the latter from the end
+    that a committed reader is told.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._consumer: AIOKafkaConsumer | None = None
+        self._lock = asyncio.Lock()
+
+    async def ends(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        """Offset after the last record of each.
+
+        Raises:
+            KafkaError, OSError (TimeoutError too): the broker does not answer within ten seconds.
+        """
+        async with self._lock:
+            try:
+                async with asyncio.timeout(10.0):
+                    if self._consumer is None:
+                        self._consumer = AIOKafkaConsumer(**kafka_client_options(self._settings))
+                        await self._consumer.start()
+                    return dict(await self._consumer.end_offsets(list(partitions)))
+            except BaseException:
+                await self.close()
+                raise
+
+    async def close(self) -> None:
+        """Closes the connection; the next question opens another."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            with contextlib.suppress(KafkaError, OSError):
+                await consumer.stop()
+
+
 class TopicFollower:
     """Hands every record of partition 0 to `handle`, in order, from the first one on."""
 
@@ -92,8 +129,7 @@ class TopicFollower:
         self._stall_s = stall_s
         self._moved = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
-        self._probe: AIOKafkaConsumer | None = None
-        self._probe_lock = asyncio.Lock()
+        self._probe = EndProbe(settings)
         self._stalled = False
         self._busy = False
 
@@ -107,7 +143,7 @@ class TopicFollower:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._close_probe()
+        await self._probe.close()
 
     async def __aenter__(self) -> TopicFollower:
         await self.start()
@@ -122,19 +158,7 @@ class TopicFollower:
         Raises:
             KafkaError, OSError, TimeoutError: the broker does not answer.
         """
-        async with self._probe_lock:
-            try:
-                async with asyncio.timeout(10.0):
-                    if self._probe is None:
-                        # Read uncommitted on purpose: an open transaction before a committed one hides
-                        # the latter from the end that a committed reader is told.
-                        self._probe = AIOKafkaConsumer(**kafka_client_options(self.settings))
-                        await self._probe.start()
-                    ends = await self._probe.end_offsets([self.partition])
-                    return int(ends[self.partition])
-            except BaseException:
-                await self._close_probe()
-                raise
+        return (await self._probe.ends([self.partition]))[self.partition]
 
     async def catch_up(self) -> None:
         """Returns when all that stood in the topic at the time of the call has been handled.
@@ -199,9 +223,3 @@ class TopicFollower:
         why = f"Kafka at {self.settings.kafka_address} does not answer ({type(error).__name__}: {error})"
         log.warning("unreachable", topic=self.partition.topic, why=why)
         self._on_state(why)
-
-    async def _close_probe(self) -> None:
-        probe, self._probe = self._probe, None
-        if probe is not None:
-            with contextlib.suppress(KafkaError, OSError):
-                await probe.stop()

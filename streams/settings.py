@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     """Texts whose embeddings an inference worker keeps; about 2 KB each."""
     models_in_memory: Count = 100
     """Models that an inference worker keeps ready, about 2 MB each; others are read from Kafka on demand."""
-    strategies: str = "generic"
+    strategies: Literal["generic", "developer", "support"] = "generic"
     """Strategy set: generic, developer or support."""
     top_k: Count = 3
     """Memories that enter the context, unless a request asks for another number."""

@@ -53,6 +53,14 @@ Redis = Annotated[
     str | None,
     typer.Option("--redis", metavar="URL", help="redis://host:port/db. Default: the running stack's."),
 ]
+OwnKafka = Annotated[
+    str | None,
+    typer.Option("--kafka", metavar="HOST:PORT", help="Your own Kafka instead of the embedded one."),
+]
+OwnRedis = Annotated[
+    str | None,
+    typer.Option("--redis", metavar="URL", help="Your own Redis instead of the embedded one."),
+]
 Data = Annotated[
     Path | None,
     typer.Option("--data", metavar="DIR", help="Data folder of the stack. Default: ~/.local/share/cortex."),
@@ -94,14 +102,8 @@ def up(
     joiners: Annotated[int, typer.Option(min=0, help="Joiner processes.")] = 1,
     trainers: Annotated[int, typer.Option(min=0, help="Trainer processes.")] = 1,
     inference: Annotated[int, typer.Option(min=0, help="Inference processes.")] = 2,
-    kafka: Annotated[
-        str | None,
-        typer.Option("--kafka", metavar="HOST:PORT", help="Your own Kafka instead of the embedded one."),
-    ] = None,
-    redis: Annotated[
-        str | None,
-        typer.Option("--redis", metavar="URL", help="Your own Redis instead of the embedded one."),
-    ] = None,
+    kafka: OwnKafka = None,
+    redis: OwnRedis = None,
     data: Data = None,
     host: Host = None,
     port: Annotated[
@@ -142,6 +144,28 @@ def up(
         say("")
 
     run_until_signal(stack, on_up)
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float, typer.Option(help="How long the users talk.")] = 90.0,
+    rate: Annotated[float, typer.Option(help="Interactions a second.")] = 15.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same users and requests.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Figures as JSON.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="The learning curve as PNG.")
+    ] = None,
+    kafka: OwnKafka = None,
+    redis: OwnRedis = None,
+    data: Data = None,
+    topic_prefix: Prefix = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Start everything, let simulated users talk, and show how it learns from their replies."""
+    settings = load(kafka=kafka, redis=redis, data=data, topic_prefix=topic_prefix, log_level=log_level)
+    from streams.demo.run import run_demo
+
+    run_demo(settings, seconds=seconds, rate=rate, seed=seed, json_path=json_file, plot_path=plot_file)
 
 
 def say(text: str) -> None:

@@ -74,7 +74,7 @@ KINDS: tuple[Kind, ...] = (
         "deploy",
         "step_by_step",
         ("blue-green", "freeze", "migrations"),
-        ("the {env} deployment", "the release of {service}", "rolling out {service}"),
+        ("the deployment to {env}", "the release of {service}", "rolling out {service}"),
         (
             "How do I deploy {service} to {env}?",
             "What's the way to get {service} out to {env} {when}?",

@@ -319,7 +319,7 @@ class MemoryBank:
         return vector
 
     def _matrix(self) -> tuple[list[str], FloatArray, FloatArray]:
-        """All ids, embeddings and their lengths, read again only after a change, here or by another process."""
+        """All ids, embeddings and their lengths, read again after a change only, whoever made it."""
         (version,) = self._db.execute("PRAGMA data_version").fetchone()
         if self._cache is None or version != self._seen_version:
             rows = self._db.execute("SELECT id, embedding FROM memories ORDER BY created_at, id").fetchall()

@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cortex_core.feedback_collector import FeedbackCollector
+from streams.conversation import LATE_S, Conversation
+from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
+from streams.join import Changes, Join, Orphan, Put, Retract
+from tests.streams.factories import T0, at, interaction, reply
+
+WINDOW = 1800.0
+START = T0.timestamp()
+
+
+def make_join(**changes: Any) -> Join:
+    options: dict[str, Any] = {
+        "window_s": WINDOW,
+        "aggregation": "last",
+        "collector": FeedbackCollector(),
+    }
+    return Join(**options | changes)
+
+
+@dataclass
+class World:
+    """The join with a replay that is a dictionary, as the joiner uses it."""
+
+    join: Join = field(default_factory=make_join)
+    conversation: Conversation = field(default_factory=Conversation)
+    replay: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    published: list[ExperienceEvent] = field(default_factory=list)
+    totals: Changes = field(default_factory=Changes)
+
+    def see(self, event: InteractionEvent | ReplyEvent) -> World:
+        changes, work = Changes(), self.conversation.copy()
+        if isinstance(event, InteractionEvent):
+            self.join.on_interaction(work, event, changes)
+        else:
+            self.join.on_reply(work, self.join.read(event), changes)
+        return self._apply(work, changes)
+
+    def timer(self, now_s: float) -> World:
+        changes, work = Changes(), self.conversation.copy()
+        self.join.on_timer(work, START + now_s, changes)
+        return self._apply(work, changes)
+
+    def _apply(self, work: Conversation, changes: Changes) -> World:
+        # Through storage and back, so that nothing depends on what a stored conversation does not hold.
+        self.conversation = Conversation.load(work.dump(Conversation())[0])
+        for effect in changes.effects:
+            match effect:
+                case Put(known, replies, force):
+                    body = known.body
+                    if body is None and known.id in self.replay:
+                        body = parse(ExperienceEvent, self.replay[known.id][1]).interaction.to_bytes()
+                    if body is not None:
+                        self._write(known.id, self.join.experience(body, replies), force)
+                case Retract(known):
+                    self.replay.pop(known.id, None)
+                case Orphan(heard):
+                    stored = self.replay.get(heard.names or "")
+                    merged = stored and self.join.merged(parse(ExperienceEvent, stored[1]), heard)
+                    if merged and heard.names:
+                        self._write(heard.names, merged, False)
+                    changes.counts["orphans"] += not stored
+        self.totals.counts.update(changes.counts)
+        return self
+
+    def _write(self, entry_id: str, value: bytes, force: bool) -> None:
+        event = parse(ExperienceEvent, value)
+        if force or entry_id not in self.replay or self.replay[entry_id][0] < event.revision:
+            self.replay[entry_id] = (event.revision, value)
+            self.published.append(event)
+
+    def experience(self, interaction_id: str) -> ExperienceEvent:
+        return parse(ExperienceEvent, self.replay[interaction_id][1])
+
+    def count(self, name: str) -> int:
+        return self.totals.counts[name]
+
+
+THUMBS_DOWN = {"kind": "rating", "rating": -1.0, "text": ""}
+
+
+def test_a_reply_completes_its_interaction_at_once() -> None:
+    it = interaction("i1")
+    world = World().see(it)
+    assert not world.replay
+    world.see(reply("r1", "i1", at_s=5))
+    got = world.experience("i1")
+    feedback = FeedbackCollector().extract("Thanks, that worked!")
+    assert (got.revision, got.outcome, got.reward) == (1, "reply", feedback.reward)
+    assert got.reward_confidence == feedback.confidence
+    assert got.occurred_at == it.occurred_at
+    assert got.replied_at == at(5)
+    assert got.reply_ids == ["r1"]
+    assert got.aggregation == "last"
+    assert got.extractor == feedback.extractor
+    assert got.interaction.to_bytes() == it.to_bytes()
+    assert [(s.type, s.evidence) for s in got.signals] == [(s.type, "") for s in feedback.signals]
+
+
+def test_a_reply_may_arrive_before_its_interaction() -> None:
+    world = World().see(reply("r1", "i1", at_s=5)).see(reply("r2", at_s=6))
+    assert (world.count("waiting"), world.count("joined"), world.replay) == (2, 0, {})
+    world.see(interaction("i1"))
+    assert world.experience("i1").reply_ids == ["r1", "r2"]
+    assert world.count("joined") == 2
+
+
+def test_a_later_reply_amends_the_same_experience() -> None:
+    world = World().see(interaction("i1")).see(reply("r1", "i1", at_s=5))
+    world.see(reply("r2", "i1", at_s=9, **THUMBS_DOWN))
+    got = world.experience("i1")
+    assert (got.revision, got.reward, got.reply_ids) == (2, -1.0, ["r1", "r2"])
+    assert [e.revision for e in world.published] == [1, 2]
+    assert world.count("amended") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "reward", "confidence"),
+    [
+        ("first", 0.4, 1.0),
+        ("last", 0.2, 1.0),
+        ("mean", 0.0, 1.0),
+        ("min", -0.6, 1.0),
+        ("max", 0.4, 1.0),
+        ("sum", 0.0, 1.0),
+    ],
+)
+def test_rewards_are_aggregated_as_asked_in_the_order_of_time(
+    how: Any, reward: float, confidence: float
+) -> None:
+    world = World(make_join(aggregation=how)).see(interaction("i1"))
+    for second, rating in ((3, 0.2), (2, -0.6), (1, 0.4)):
+        world.see(reply(f"r{second}", "i1", at_s=second, kind="rating", rating=rating, text=""))
+    got = world.experience("i1")
+    assert got.reward == pytest.approx(reward)
+    assert got.reward_confidence == confidence
+    assert got.aggregation == how
+    assert [r.reward for r in got.readings] == [0.4, -0.6, 0.2]
+
+
+def test_a_reply_without_an_id_is_about_the_latest_interaction_before_it() -> None:
+    world = World().see(interaction("i1", at_s=0)).see(interaction("i2", at_s=10))
+    world.see(interaction("i3", at_s=20))
+    world.see(reply("r", at_s=20))  # the message that i3 answers is no reply to i3
+    assert set(world.replay) == {"i2"}
+    world.see(reply("named", "i1", at_s=30))
+    assert world.experience("i1").reply_ids == ["named"]
+
+
+def test_a_reply_moves_when_its_own_interaction_arrives_late() -> None:
+    world = World().see(interaction("i1", at_s=0)).see(reply("r", at_s=30))
+    assert world.experience("i1").reply_ids == ["r"]
+    world.see(interaction("i2", at_s=10))
+    assert set(world.replay) == {"i2"}, "i1 is open again"
+    assert world.experience("i2").reply_ids == ["r"]
+    assert world.count("moved") == 1
+    assert world.count("joined") == 1
+    world.timer(WINDOW)
+    assert world.experience("i1").outcome == "no_reply"
+
+
+def test_what_nobody_answers_closes_after_the_window() -> None:
+    world = World().see(interaction("i1"))
+    assert world.timer(WINDOW - 0.001).replay == {}
+    assert world.conversation.due(WINDOW) == START + WINDOW
+    got = world.timer(WINDOW).experience("i1")
+    assert (got.revision, got.outcome, got.reward, got.reward_confidence) == (0, "no_reply", 0.0, 0.0)
+    assert world.conversation.due(WINDOW) is None
+    world.timer(2 * WINDOW)
+    assert len(world.published) == world.count("no_reply") == 1
+
+
+def test_a_clock_that_jumps_back_changes_nothing() -> None:
+    world = World().see(interaction("i1")).timer(WINDOW)
+    before = (world.replay.copy(), world.conversation.dump(Conversation()))
+    world.timer(0).timer(-1e9)
+    assert (world.replay, world.conversation.dump(Conversation())) == before
+
+
+def test_the_same_event_twice_changes_nothing_and_is_counted() -> None:
+    events = [interaction("i1"), reply("r1", "i1"), reply("r2", at_s=3)]
+    world = World()
+    for event in events:
+        world.see(event)
+    before = (world.replay.copy(), world.conversation.dump(Conversation()))
+    for event in events:
+        world.see(event)
+    assert (world.replay, world.conversation.dump(Conversation())) == before
+    assert world.count("duplicates") == 3
+    assert len(world.published) == 2
+
+
+@pytest.mark.parametrize("names", ["i1", None])
+def test_a_late_reply_amends_what_is_still_in_replay(names: str | None) -> None:
+    world = World().see(interaction("i1")).timer(WINDOW)
+    world.see(reply("late", names, at_s=WINDOW + 60, **THUMBS_DOWN))
+    got = world.experience("i1")
+    assert (got.revision, got.outcome, got.reward) == (1, "reply", -1.0)
+    assert world.count("late") == 1
+
+
+def test_a_reply_later_than_all_state_amends_replay_and_once_only() -> None:
+    world = World().see(interaction("i1")).see(reply("r1", "i1")).timer(LATE_S + WINDOW)
+    assert world.conversation == Conversation()
+    much_later = LATE_S + 3 * WINDOW
+    for _ in range(2):
+        world.see(reply("r2", "i1", at_s=much_later, **THUMBS_DOWN)).timer(much_later + WINDOW)
+        got = world.experience("i1")
+        assert (got.revision, got.reward, got.reply_ids) == (2, -1.0, ["r1", "r2"])
+    assert world.count("orphans") == 0
+
+
+def test_a_late_reply_to_what_replay_let_go_changes_nothing() -> None:
+    world = World().see(interaction("i1")).timer(WINDOW)
+    del world.replay["i1"]
+    world.see(reply("late", "i1", at_s=WINDOW + 60))
+    assert world.replay == {}
+
+
+def test_a_reply_whose_interaction_never_comes_is_an_orphan_after_the_window() -> None:
+    world = World().see(reply("r1", "never", at_s=0)).see(reply("r2", at_s=0))
+    assert world.timer(WINDOW - 1).count("orphans") == 0
+    assert world.timer(WINDOW).count("orphans") == 2
+    assert world.conversation == Conversation()
+
+
+def test_state_is_bounded() -> None:
+    world = World(make_join(max_kept=5))
+    for i in range(20):
+        world.see(interaction(f"i{i}", at_s=i))
+        world.see(reply(f"r{i}", f"i{i}", at_s=i + 0.5))
+        world.see(reply(f"w{i}", "unknown", at_s=i + 0.5))
+    assert list(world.conversation.interactions) == [f"i{i}" for i in range(15, 20)]
+    assert len(world.conversation.replies) == 10
+    assert len(world.replay) == 20
+    assert world.count("orphans") == 15
+    for i in range(20):
+        world.see(reply(f"x{i}", "i19", at_s=40))
+    assert world.experience("i19").revision == 5
+    assert world.count("excess") == 16
+    world.timer(10 * LATE_S)
+    assert world.conversation == Conversation()
+
+
+@pytest.mark.parametrize("store_text", [False, True])
+def test_text_is_kept_only_where_asked_for(store_text: bool) -> None:
+    world = World(make_join(store_text=store_text)).see(interaction("i1", text="my secret"))
+    world.see(reply("r1", "i1", text="Perfect, thanks, you saved me"))
+    value = world.replay["i1"][1]
+    state = b"".join(world.conversation.dump(Conversation())[0].values())
+    for words in (b"my secret", b"Perfect"):
+        assert (words in value) == store_text
+        assert (words in state) == store_text
+    assert b"you saved me" not in state or store_text
+
+
+def test_a_switched_topic_is_seen_once_the_interaction_is_known() -> None:
+    it = interaction("i1", message=np.array([1.0, 0, 0, 0]))
+    same, other = np.array([1.0, 0.1, 0, 0]), np.array([0.0, 1.0, 0, 0])
+    text = "book me a table for two tonight"
+    for embedding, expected in ((same, "engagement"), (other, "disengagement"), (np.ones(3), "engagement")):
+        for events in itertools.permutations([it, reply("r1", "i1", text=text, embedding=embedding)]):
+            world = World()
+            for event in events:
+                world.see(event)
+            assert [s.type for s in world.experience("i1").signals] == [expected]
+
+
+def test_after_a_conflict_everything_is_said_again() -> None:
+    world = World().see(interaction("i1")).see(interaction("i2", at_s=5)).see(reply("r", "i2", at_s=6))
+    world.see(interaction("i3", at_s=-2 * WINDOW)).timer(0)
+    changes = Changes()
+    world.join.everything(world.conversation, changes)
+    said = {e.interaction.id: e for e in changes.effects if isinstance(e, Put | Retract)}
+    assert isinstance(said["i1"], Retract)
+    assert isinstance(said["i2"], Put)
+    assert said["i2"].force
+    assert isinstance(said["i3"], Put)
+    assert said["i3"].replies == ()
+
+
+# --- for every order
+
+TIMES = st.integers(min_value=0, max_value=8).map(lambda n: n * WINDOW / 3)
+IDS = st.sampled_from(["i0", "i1", "i2", "i3"])
+
+
+@st.composite
+def event_sets(draw: st.DrawFn) -> list[InteractionEvent | ReplyEvent]:
+    events: list[InteractionEvent | ReplyEvent] = [
+        interaction(f"i{n}", at_s=draw(TIMES)) for n in range(draw(st.integers(1, 4)))
+    ]
+    times = {e.interaction_id: (e.occurred_at - T0).total_seconds() for e in events}
+    for n in range(draw(st.integers(1, 5))):
+        rating = draw(st.sampled_from([-1.0, -0.5, 0.5, 1.0]))
+        names = draw(st.none() | IDS)
+        at_s = max(draw(TIMES), times.get(names or "", 0.0))  # nobody answers what did not occur yet
+        events.append(reply(f"r{n}", names, at_s=at_s, kind="rating", rating=rating, text=""))
+    return events
+
+
+def final(world: World) -> dict[str, tuple[int, bytes]]:
+    return world.timer(10 * LATE_S).replay
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_the_same_set_of_events_makes_the_same_experiences_in_every_order(data: st.DataObject) -> None:
+    events = data.draw(event_sets())
+    how = data.draw(st.sampled_from(["first", "last", "mean", "min", "max", "sum"]))
+    in_order = World(make_join(aggregation=how))
+    for event in sorted(events, key=lambda e: e.occurred_at):
+        in_order.see(event)
+    wanted = final(in_order)
+    assert set(wanted) == {e.interaction_id for e in events if isinstance(e, InteractionEvent)}
+
+    arrivals = data.draw(st.permutations(events + data.draw(st.lists(st.sampled_from(events), max_size=4))))
+    world = World(make_join(aggregation=how))
+    for n, event in enumerate(arrivals):
+        # Time may pass as far as the promise goes that nothing arrives later than the window.
+        first = {id(e): e for e in reversed(arrivals[:n])}
+        to_come = [e.occurred_at.timestamp() - START for e in arrivals[n:] if id(e) not in first]
+        if to_come and data.draw(st.booleans()):
+            world.timer(min(to_come) + WINDOW - 1)
+        world.see(event)
+    assert final(world) == wanted
+
+
+@given(events=event_sets(), cut=st.integers(0, 8))
+@settings(max_examples=50, deadline=None)
+def test_a_stored_conversation_comes_back_as_it_was(
+    events: list[InteractionEvent | ReplyEvent], cut: int
+) -> None:
+    world = World()
+    stored: dict[bytes, bytes] = {}
+    for n, event in enumerate(events):
+        before = world.conversation
+        (world.timer(cut * WINDOW / 3) if n == cut else world).see(event)
+        fields, gone = world.conversation.dump(before)
+        stored = {k: v for k, v in (stored | fields).items() if k not in gone}
+        assert Conversation.load(stored) == world.conversation

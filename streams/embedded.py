@@ -308,10 +308,13 @@ class EmbeddedRedis(EmbeddedServer):
         return [redis_program(), str(config)]
 
     async def answers(self) -> None:
-        import redis.asyncio  # noqa: PLC0415
+        from redis.asyncio import Redis  # noqa: PLC0415
+        from redis.asyncio.retry import Retry  # noqa: PLC0415
+        from redis.backoff import NoBackoff  # noqa: PLC0415
 
-        async with redis.asyncio.Redis(host="127.0.0.1", port=self.port, socket_timeout=5) as client:
-            await client.ping()  # refused with BUSY LOADING until the data are read
+        once = Retry(NoBackoff(), 0)
+        async with Redis(host="127.0.0.1", port=self.port, socket_timeout=5, retry=once) as client:
+            await client.ping()  # refused with LOADING until the data are read
 
 
 def redis_program() -> str:

@@ -1,8 +1,9 @@
 """Runs a command that cannot outlive its parent: `python guard.py PARENT_PID COMMAND…`.
 
 A parent that is killed hard cannot stop its servers, so the servers must notice it themselves. On Linux the
-kernel does it (`PR_SET_PDEATHSIG`, which survives the exec). Elsewhere a forked watcher looks twice a second
-whether the parent still lives. Either way the command keeps the process id that the parent knows.
+kernel does it (`PR_SET_PDEATHSIG`, which survives the exec). Elsewhere standard input is a pipe from the
+parent, and a forked watcher kills the command when it closes. Either way the command keeps the process id that
+the parent knows.
 
 Run as a script and not as a module, so that it starts in ten milliseconds; it imports nothing of ours.
 """
@@ -10,9 +11,9 @@ Run as a script and not as a module, so that it starts in ten milliseconds; it i
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
-import time
 
 PR_SET_PDEATHSIG = 1
 
@@ -25,18 +26,16 @@ def ask_kernel() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
-def fork_watcher(parent: int) -> None:
-    """Forks a process that kills this one once `parent` is gone, and ends when this one does."""
+def fork_watcher() -> None:
+    """Forks a process that kills this one when standard input closes, and ends when this one does."""
     watched = os.getpid()
     if os.fork():
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         return
     while os.getppid() == watched:
-        try:
-            os.kill(parent, 0)
-        except ProcessLookupError:
+        if select.select([0], [], [], 0.5)[0]:  # nobody writes to it: this is its end
             os.kill(watched, signal.SIGKILL)
             break
-        time.sleep(0.5)
     os._exit(0)
 
 
@@ -45,7 +44,7 @@ def main() -> None:
     if sys.platform == "linux":
         ask_kernel()
     else:
-        fork_watcher(parent)
+        fork_watcher()
     if os.getppid() != parent:  # it died before we asked
         sys.exit(f"the process {parent} that started {command[0]} is gone")
     try:

@@ -51,7 +51,8 @@ class Child:
             guard = Path(__file__).with_name("guard.py")
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(guard), str(os.getpid()), *self.command],
-                stdin=subprocess.DEVNULL,
+                # Where the kernel does not watch for our end, the child sees it by this pipe closing.
+                stdin=subprocess.DEVNULL if sys.platform == "linux" else subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(self.env or {})},

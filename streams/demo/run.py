@@ -147,14 +147,10 @@ class _Run:
         model_id = f"demo-{new_id()}"
         before = await end_offsets(self.settings, topics.interactions, topics.dead_letters)
         async with contextlib.AsyncExitStack() as exits:
-            clients = [
-                # Each client prefers its own worker and knows the others, should that one die.
-                await exits.enter_async_context(CortexClient(",".join([*self.urls[n:], *self.urls[:n]])))
-                for n in range(len(self.urls))
-            ]
+            client = await exits.enter_async_context(CortexClient(self.urls))
             reader = await exits.enter_async_context(ExperienceReader(self.settings, model_id))
             watch = await exits.enter_async_context(WorkerWatch(self.urls, model_id))
-            traffic = Traffic(Users(self.seed), clients, model_id)
+            traffic = Traffic(Users(self.seed), client, model_id)
             exits.enter_context(self.view.showing())
             live = _Live(self, traffic, reader, watch)
             drawing = asyncio.create_task(live.draw())

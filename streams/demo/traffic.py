@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import httpx
@@ -24,24 +23,23 @@ if TYPE_CHECKING:
 CONCURRENCY = 64
 """Requests in flight, at most; over it the next ones wait, and are sent late."""
 STRATEGIES = StrategyRegistry().ids
-MEMORY_POOL = [{"id": memory_id, "text": text} for memory_id, text in MEMORIES.items()]
 
 
 class Traffic:
-    """One run of one population against the inference workers, in turn.
+    """One run of one population; the client spreads its conversations over the inference workers.
 
-    Every request is asked twice, at the same worker: for the model that learns, and for one that never gets
-    a reply and so stays as it was born, which shows what cosine similarity alone would have retrieved.
+    Every request is asked twice: for the model that learns, and for one that never gets a reply and so stays
+    as it was born, which shows what cosine similarity alone would have retrieved.
     """
 
     def __init__(
-        self, users: Users, clients: Sequence[CortexClient], model_id: str, *, concurrency: int = CONCURRENCY
+        self, users: Users, client: CortexClient, model_id: str, *, concurrency: int = CONCURRENCY
     ) -> None:
         self.users = users
         self.model_id = model_id
         self.control_id = f"{model_id}-control"
         self.tally = Tally()
-        self._clients = clients
+        self._client = client
         self._slots = asyncio.Semaphore(concurrency)
         # Within one conversation requests and unnamed replies keep their order, as one person's do.
         self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -74,12 +72,11 @@ class Traffic:
 
     async def _one(self, index: int) -> None:
         request = self.users.request(index)
-        client = self._clients[index % len(self._clients)]
         conversation = f"{self.model_id}/{request.conversation}"
         try:
             learned, control = await asyncio.gather(
-                self._decide(client, request, conversation),
-                self._ask(client, request, f"{conversation}/control", self.control_id, explore=False),
+                self._decide(request, conversation),
+                self._ask(request, f"{conversation}/control", self.control_id, explore=False),
             )
         finally:
             self._slots.release()
@@ -96,25 +93,25 @@ class Traffic:
             await asyncio.sleep(reply.delay_s)
             # Some chats cannot say which answer a message belongs to; the joiner then finds it.
             unnamed = place == 0 and index % 4 == 0
-            await self._reply(client, conversation, learned, reply.text, unnamed)
+            await self._reply(conversation, learned, reply.text, unnamed)
 
-    async def _decide(self, client: CortexClient, request: Request, conversation: str) -> Decision | None:
+    async def _decide(self, request: Request, conversation: str) -> Decision | None:
         async with self._turns[conversation]:
-            decision = await self._ask(client, request, conversation, self.model_id, explore=True)
+            decision = await self._ask(request, conversation, self.model_id, explore=True)
             if decision is not None:
                 self._latest[conversation] = decision.interaction_id
             return decision
 
     async def _ask(
-        self, client: CortexClient, request: Request, conversation: str, model_id: str, *, explore: bool
+        self, request: Request, conversation: str, model_id: str, *, explore: bool
     ) -> Decision | None:
         try:
-            return await client.decide(
+            return await self._client.decide(
                 message=request.text,
                 conversation_id=conversation,
                 history=list(request.history),
                 metadata=dict(request.metadata),
-                memories=MEMORY_POOL,
+                memories=MEMORIES,
                 model_id=model_id,
                 explore=explore,
             )
@@ -122,13 +119,11 @@ class Traffic:
             self.tally.errors[f"decide: {type(error).__name__}: {error}"] += 1
             return None
 
-    async def _reply(
-        self, client: CortexClient, conversation: str, decision: Decision, text: str, unnamed: bool
-    ) -> None:
+    async def _reply(self, conversation: str, decision: Decision, text: str, unnamed: bool) -> None:
         async with self._turns[conversation]:
             named = not unnamed or self._latest[conversation] != decision.interaction_id
             try:
-                reply_id = await client.reply(
+                reply_id = await self._client.reply(
                     decision if named else None, text, conversation_id=None if named else conversation
                 )
             except (CortexError, httpx.HTTPError) as error:

@@ -1,0 +1,299 @@
+"""Does it learn, and better than what people would use instead?
+
+    python -m benchmarks.learning --data ../shared/data/clinc150 --json learning.json --plot learning.png
+
+Delayed progressive validation: the decision first, the reply later; every figure is over decisions that were
+made before their reply was known. `benchmarks/README.md` says what the tasks and the figures are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import measures
+from benchmarks.baselines import FullLabels, KernelUCB, LinUCB, Thompson, Uniform, VowpalWabbit
+from benchmarks.cortex_learner import Ablation, CortexLearner
+from benchmarks.measures import Run
+from benchmarks.memory_baselines import Bilinear, ConstantConfidence, Cosine, KernelAndBilinear
+from benchmarks.replies import BANKS
+from benchmarks.sentences import Sentences, load
+from benchmarks.tasks import Settings, World, make
+from cortex_core.evaluation import progressive_validation
+
+BANDITS: dict[str, Callable[..., Any]] = {
+    learner.name: learner for learner in (Uniform, LinUCB, Thompson, VowpalWabbit, KernelUCB)
+}
+OURS: dict[str, Callable[..., Any]] = {CortexLearner.name: CortexLearner}
+ABLATIONS: dict[str, Callable[..., Any]] = {
+    "cortex without replay": partial(CortexLearner, ablation=Ablation(replay=False)),
+    "cortex without the encoder's gradient": partial(
+        CortexLearner, ablation=Ablation(encoder_gradient=False)
+    ),
+    "cortex without exploration": partial(CortexLearner, ablation=Ablation(exploration=False)),
+    "cortex without soft ECE": partial(CortexLearner, ablation=Ablation(soft_ece=False)),
+}
+MEMORY = {learner.name: learner for learner in (Uniform, Cosine, Bilinear)}
+CONFIDENCE = {learner.name: learner for learner in (ConstantConfidence, KernelAndBilinear)}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One table: a world, who is judged in it, and by what."""
+
+    title: str
+    world: World
+    learners: dict[str, Callable[..., Any]]
+    figures: Callable[[Run], dict[str, float | None]]
+    headline: str
+    curve: str
+
+
+BLOCKS: dict[str, Block] = {
+    "strategy": Block(
+        "Strategy: accuracy",
+        "strategy",
+        OURS | BANDITS | {FullLabels.name: FullLabels},
+        measures.strategy_figures,
+        "accuracy_final",
+        "right",
+    ),
+    "memory": Block(
+        "Memory: precision@3 of 200",
+        "memory",
+        OURS | MEMORY,
+        measures.memory_figures,
+        "precision_final",
+        "precision",
+    ),
+    "confidence": Block(
+        "Confidence, strategy and memory together",
+        "combined",
+        OURS | CONFIDENCE,
+        measures.confidence_figures,
+        "content_final",
+        "content",
+    ),
+    "switch": Block(
+        "Switch: preferences change at half time",
+        "strategy",
+        OURS | {k: v for k, v in BANDITS.items() if k != Uniform.name},
+        measures.switch_figures,
+        "accuracy_final",
+        "right",
+    ),
+    "ablations": Block(
+        "Ablations, strategy and memory together",
+        "combined",
+        OURS | ABLATIONS,
+        measures.ablation_figures,
+        "content_final",
+        "content",
+    ),
+}
+SWITCHING = 0.4
+"""Share of the kinds that change at half time in the task `switch`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where sentences come from."""
+
+    data: Path | None
+    kinds: int | None
+    encoder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One learner in one seed of one block."""
+
+    block: str
+    learner: str
+    seed: int
+    settings: Settings
+    source: Source
+
+
+@lru_cache(maxsize=2)
+def sentences_of(source: Source) -> Sentences:
+    """The sentences, once in a process."""
+    return load(source.data, kinds=source.kinds, encoder=source.encoder)
+
+
+def run(job: Job) -> Run:
+    """Judges one learner."""
+    block = BLOCKS[job.block]
+    task = make(block.world, sentences_of(job.source), job.settings, job.seed)
+    learner = block.learners[job.learner](task, job.seed)
+    steps = len(task.requests)
+    right, precision, content, chance, confidence = np.zeros((5, steps))
+    began = time.perf_counter()
+    for step in progressive_validation(task.requests, learner, task.reply, delay=job.settings.delay):
+        outcome = task.outcome(step.request, step.answer)
+        i = step.step
+        right[i], precision[i], content[i] = outcome.right, outcome.precision, outcome.content
+        chance[i] = outcome.chance
+        confidence[i] = np.nan if step.answer.confidence is None else step.answer.confidence
+    return Run(
+        learner=job.learner,
+        seed=job.seed,
+        right=right,
+        precision=precision,
+        content=content,
+        chance=chance,
+        confidence=confidence,
+        changed=task.changed,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def run_all(jobs: Sequence[Job], processes: int, console: Console) -> Iterator[tuple[Job, Run]]:
+    """Every job, in this process or in several, with a progress bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("starting", total=len(jobs))
+
+        def done(job: Job) -> None:
+            progress.update(bar, advance=1, description=f"{job.block}, seed {job.seed}: {job.learner}")
+
+        if processes == 1:
+            for job in jobs:
+                progress.update(bar, description=f"{job.block}, seed {job.seed}: {job.learner}")
+                yield job, run(job)
+                progress.advance(bar)
+            return
+        # spawn: a forked process would inherit the threads of torch and BLAS half way through.
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+            futures = {pool.submit(run, job): job for job in jobs}
+            for future in as_completed(futures):
+                done(futures[future])
+                yield futures[future], future.result()
+
+
+def _one_thread() -> None:
+    # Comes with scikit-learn, and publishes no types.
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    threadpool_limits(1)
+
+
+def blocks_of(args: argparse.Namespace) -> dict[str, tuple[str, Settings]]:
+    """key in the JSON → (block, settings)."""
+    base = Settings(
+        steps=args.steps,
+        strategies=args.strategies,
+        silence=args.silence,
+        noise=args.noise,
+        replies=args.replies,
+        groups=args.groups,
+        memories=args.memories,
+        delay=args.delay,
+    )
+    wanted = list(BLOCKS) if args.task == "all" else [args.task]
+    out: dict[str, tuple[str, Settings]] = {}
+    for name in wanted:
+        settings = replace(base, switch=SWITCHING) if name == "switch" else base
+        out[name] = (name, settings)
+        if args.oracle_replies:
+            out[f"{name}_oracle"] = (name, replace(settings, oracle=True))
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark and prints its tables."""
+    args = _parser().parse_args(argv)
+    console = Console(stderr=True)
+    source = Source(args.data, args.kinds, args.encoder)
+    load(args.data, kinds=args.kinds, encoder=args.encoder, note=lambda m: console.print(m, style="dim"))
+    blocks = blocks_of(args)
+    only = None if args.only is None else {name.strip() for name in args.only.split(",")}
+    jobs: dict[Job, str] = {}
+    for key, (name, settings) in blocks.items():
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            for learner in BLOCKS[name].learners:
+                if only is None or learner in only:
+                    jobs[Job(name, learner, seed, settings, source)] = key
+    if not jobs:
+        console.print(f"--only {args.only} names no learner of {', '.join(blocks)}")
+        return 2
+    runs: dict[str, list[Run]] = {key: [] for key in blocks}
+    began = time.perf_counter()
+    _one_thread()
+    for job, result in run_all(list(jobs), args.jobs, console):
+        runs[jobs[job]].append(result)
+    out = Console(width=None if sys.stdout.isatty() else 220)
+    summaries: dict[str, Any] = {}
+    titles: dict[str, Any] = {}
+    for key, (name, settings) in blocks.items():
+        block = BLOCKS[name]
+        own = [r for learner in block.learners for r in runs[key] if r.learner == learner]
+        if not own:
+            continue
+        summaries[key] = measures.summarize(own, block.figures, block.headline, block.curve)
+        read = "replies read perfectly" if settings.oracle else "replies read by FeedbackCollector"
+        title = f"{block.title} ({read}; {args.seeds} seeds, {settings.steps} steps)"
+        titles[title] = summaries[key]
+        out.print(measures.table(title, summaries[key]))
+    if args.json is not None:
+        report = {
+            "settings": {
+                **{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "json"},
+                "source": sentences_of(source).source,
+                "world": asdict(next(iter(blocks.values()))[1]),
+                "python": platform.python_version(),
+                "cpus": os.cpu_count(),
+                "seconds": round(time.perf_counter() - began, 1),
+            },
+            "tasks": summaries,
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.plot is not None:
+        measures.plot(titles, args.plot)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.learning", description=(__doc__ or "").partition("\n")[0]
+    )
+    add = parser.add_argument
+    add("--data", type=Path, help="CLINC150's folder; without it sentences are generated")
+    add("--task", choices=[*BLOCKS, "all"], default="all")
+    add("--seeds", type=int, default=5)
+    add("--first-seed", type=int, default=0)
+    add("--steps", type=int, default=3000)
+    add("--only", help="learners to run, by name, separated by commas")
+    add("--strategies", type=int, default=7)
+    add("--kinds", type=int, help="kinds of request: all 150 of CLINC150, else 60 generated ones")
+    add("--groups", type=int, help="groups of kinds that share helpful memories; without it one an area")
+    add("--memories", type=int, default=200)
+    add("--silence", type=float, default=0.3, help="share of users who say nothing about the answer")
+    add("--noise", type=float, default=0.1, help="share of replies that contradict the truth")
+    add("--replies", choices=list(BANKS), default="plain", help="what the users type")
+    add("--oracle-replies", action="store_true", help="a second block whose replies are read perfectly")
+    add("--delay", type=int, default=0, help="further decisions before a reply arrives")
+    add("--encoder", default="minilm", help="minilm, hashing, hashing-DIM, a directory or a hub name")
+    add("--jobs", type=int, default=1, help="processes")
+    add("--json", type=Path, help="write all figures and curves here")
+    add("--plot", type=Path, help="write the learning curves here as PNG")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

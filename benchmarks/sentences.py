@@ -1,0 +1,203 @@
+"""Sentences of known kinds, and their embeddings: CLINC150 where its folder is given, else made here.
+
+CLINC150: Larson et al., "An Evaluation Dataset for Intent Classification and Out-of-Scope Prediction",
+EMNLP 2019, CC BY 3.0; `data_full.json.gz` and `domains.json` in one folder. It is not part of this project.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from cortex_core.replay_buffer import FloatArray
+from cortex_core.text_encoder import load_encoder
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Sentences:
+    """n sentences, each of one kind; each kind in one area."""
+
+    source: str
+    texts: tuple[str, ...]
+    kind: Ints
+    """(n,) 0 … kinds − 1; the users' hidden preference hangs on it"""
+    area: Ints
+    """(kinds,) 0 … areas − 1"""
+    embeddings: FloatArray
+    """(n, D) unit rows"""
+
+    @property
+    def kinds(self) -> int:
+        """How many kinds there are."""
+        return len(self.area)
+
+    @property
+    def areas(self) -> int:
+        """How many areas there are."""
+        return int(self.area.max()) + 1
+
+
+def clinc150(folder: Path) -> tuple[list[str], list[int], list[int]]:
+    """(texts, kind of each, area of each kind) of CLINC150's training part.
+
+    Raises:
+        SystemExit: the folder does not hold it.
+    """
+    data, domains = folder / "data_full.json.gz", folder / "domains.json"
+    if not data.is_file() or not domains.is_file():
+        raise SystemExit(f"{folder} holds no {data.name} and {domains.name}; --data wants CLINC150's folder")
+    with gzip.open(data, "rt", encoding="utf-8") as file:
+        rows: list[tuple[str, str]] = json.load(file)["train"]
+    areas: dict[str, list[str]] = json.loads(domains.read_text("utf-8"))
+    area_of = {intent: number for number, name in enumerate(sorted(areas)) for intent in areas[name]}
+    intents = sorted({intent for _, intent in rows})
+    number_of = {intent: number for number, intent in enumerate(intents)}
+    return [t for t, _ in rows], [number_of[i] for _, i in rows], [area_of[i] for i in intents]
+
+
+# fmt: off
+_OBJECTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "billing": (("invoice", "bill", "monthly statement"), ("refund", "money back", "reimbursement"),
+                ("payment card", "credit card", "card on file"), ("discount code", "voucher", "coupon"),
+                ("tax form", "VAT receipt", "tax statement")),
+    "access": (("password", "login", "passphrase"), ("two-factor code", "security code", "one-time code"),
+               ("user role", "permission", "access level"), ("account", "profile", "user account"),
+               ("VPN", "remote access", "company network connection")),
+    "hardware": (("laptop", "notebook", "work computer"), ("printer", "printer on the second floor",
+    "copier"),
+                 ("headset", "headphones", "microphone"), ("monitor", "second screen", "display"),
+                 ("docking station", "dock", "USB hub")),
+    "data": (("database", "customer table", "SQL server"), ("spreadsheet", "Excel sheet", "workbook"),
+             ("sales report", "quarterly figures", "revenue report"), ("backup", "nightly backup",
+              "archive copy"),
+             ("dashboard", "chart of signups", "metrics page")),
+    "travel": (("flight", "plane ticket", "flight to Lisbon"), ("hotel room", "hotel", "place to stay"),
+               ("rental car", "car", "hire car"), ("visa", "travel permit", "entry papers"),
+               ("train seat", "rail ticket", "train to Lyon")),
+    "people": (("holiday request", "vacation days", "time off"), ("job interview", "candidate call",
+    "screening call"),
+               ("salary", "pay", "payslip"), ("training course", "workshop", "class"),
+               ("parental leave", "maternity leave", "leave for the baby")),
+    "code": (("unit test", "test suite", "failing test"), ("pull request", "code review", "merge request"),
+             ("build", "CI job", "pipeline"), ("memory leak", "crash in the service", "segfault"),
+             ("API key", "access token", "client secret")),
+    "kitchen": (("coffee machine", "espresso maker", "coffee maker"), ("lunch order", "catering",
+    "sandwich order"),
+                ("fridge", "refrigerator", "freezer"), ("dishwasher", "dish washer", "sink"),
+                ("birthday cake", "cake", "party food")),
+}
+_ACTIONS: tuple[tuple[str, ...], ...] = (
+    ("I want to cancel my {}", "please drop the {}", "get rid of the {}", "stop my {}",
+     "how do I call off the {}"),
+    ("my {} does not work", "something is wrong with the {}", "there is a problem with my {}",
+     "the {} is broken", "the {} stopped working this morning"),
+    ("how much does the {} cost", "what is the price of the {}", "what do I pay for the {}",
+     "is the {} expensive", "what will the {} cost me"),
+    ("where is my {}", "I cannot find the {}", "I lost my {}", "have you seen the {}",
+     "the {} has gone missing"),
+    ("I need a new {}", "can I get another {}", "please order one more {}", "set up a {} for me",
+     "I would like to have a {}"),
+    ("change my {}", "update the {}", "I have to move the {}", "edit my {}", "can you correct the {}"),
+)
+_OPENERS = ("", "", "hi, ", "hello there, ", "quick one: ", "hey, ", "sorry to bother you, ", "morning, ",
+            "so, ")
+_CLOSERS = ("", "", "", " please", " today", " before the meeting", " for my colleague", " again",
+            ", it is urgent", " by Friday", " as soon as you can", " if that is possible")
+# fmt: on
+
+
+def generated(kinds: int, seed: int) -> tuple[list[str], list[int], list[int]]:
+    """(texts, kind of each, area of each kind): `kinds` pairs of a thing and what is wanted of it."""
+    things = [(area, names) for area, group in enumerate(_OBJECTS.values()) for names in group]
+    pairs = list(itertools.product(things, _ACTIONS))
+    if not 2 <= kinds <= len(pairs):
+        raise SystemExit(f"--kinds is {kinds}, wanted 2 to {len(pairs)} without --data")
+    rng = np.random.default_rng(seed)
+    texts: list[str] = []
+    kind_of: list[int] = []
+    area_of: list[int] = []
+    for kind, place in enumerate(rng.choice(len(pairs), kinds, replace=False)):
+        (area, names), phrasings = pairs[place]
+        area_of.append(area)
+        own = {
+            f"{opener}{phrasing.format(name)}{closer}"
+            for opener, phrasing, name, closer in itertools.product(_OPENERS, phrasings, names, _CLOSERS)
+        }
+        chosen = rng.permutation(sorted(own))[:200]
+        texts.extend(str(text) for text in chosen)
+        kind_of.extend([kind] * len(chosen))
+    present = sorted(set(area_of))
+    return texts, kind_of, [present.index(area) for area in area_of]
+
+
+def load(
+    data: Path | None,
+    *,
+    kinds: int | None = None,
+    encoder: str = "minilm",
+    seed: int = 0,
+    note: Callable[[str], None] = lambda message: None,
+) -> Sentences:
+    """Sentences with their embeddings.
+
+    Args:
+        data: CLINC150's folder; None makes sentences.
+        kinds: how many kinds to keep, drawn with `seed`; None all of CLINC150's, or 60 made ones.
+        encoder: as `cortex_core.text_encoder.load_encoder` takes it.
+        note: told what takes a while.
+    """
+    if data is None:
+        texts, kind_list, area_list = generated(kinds or 60, seed)
+        source = "generated"
+    else:
+        texts, kind_list, area_list = clinc150(data)
+        source = "CLINC150"
+        if kinds is not None and kinds < len(area_list):
+            kept = np.random.default_rng(seed).choice(len(area_list), kinds, replace=False).tolist()
+            new = {old: number for number, old in enumerate(kept)}
+            rows = [(t, new[k]) for t, k in zip(texts, kind_list, strict=True) if k in new]
+            texts, kind_list = [t for t, _ in rows], [k for _, k in rows]
+            area_list = [area_list[k] for k in kept]
+            present = sorted(set(area_list))
+            area_list = [present.index(a) for a in area_list]
+    return Sentences(
+        source=source,
+        texts=tuple(texts),
+        kind=np.array(kind_list),
+        area=np.array(area_list),
+        embeddings=embed(texts, encoder, note=note),
+    )
+
+
+def embed(
+    texts: Sequence[str], encoder: str = "minilm", *, note: Callable[[str], None] = lambda message: None
+) -> FloatArray:
+    """(n, D) embeddings, kept in the user's cache folder: a sentence encoder takes milliseconds a text."""
+    digest = hashlib.sha256("\0".join([encoder, *texts]).encode()).hexdigest()[:20]
+    path = cache_folder() / f"{digest}.npy"
+    if path.is_file():
+        rows: FloatArray = np.load(path)
+        return rows
+    note(f"embedding {len(texts):,} sentences with {encoder}, once")
+    rows = load_encoder(encoder).encode_many(texts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.npy")
+    np.save(partial, rows)
+    partial.replace(path)
+    return rows
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/cortex/benchmarks`, else under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cortex" / "benchmarks"

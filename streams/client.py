@@ -12,12 +12,13 @@ Importing this loads no torch; only an in-process client does, when it starts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
 from cortex_core.errors import ConfigError
 from cortex_core.strategy_registry import StrategyProfile
@@ -25,6 +26,8 @@ from streams.api import Action, DecideRequest, Memory, ReplyRequest, RequestErro
 from streams.events import new_id
 from streams.settings import Settings
 from streams.transport import Http, InProcess, Transport
+
+T = TypeVar("T")
 
 __all__ = ["CortexClient", "Decision", "Memory", "Retrieved"]
 
@@ -75,7 +78,7 @@ class CortexClient:
         """
         Args:
             urls: of inference services, "http://host:port[,http://…]". With several, a conversation stays
-                with one of them, and goes to another while that does not answer. None, with no `kafka` either:
+                with one of them, and goes to another while that does not answer. None, with no `kafka`:
                 those of the stack that runs on this machine (`cortex up`).
             kafka: "host:port[,…]": no service; decide in this process, following weights from this Kafka.
             settings: for `kafka`, and for finding the running stack; by default from the environment.
@@ -165,7 +168,7 @@ class CortexClient:
                 "explore": explore,
             },
         )
-        answer = await self._transport.decide(request)
+        answer = await _sent(self._transport.decide(request))
         texts = {memory.id: memory.text for memory in candidates}
         strategy = answer.strategy.model_dump()
         return Decision(
@@ -216,7 +219,14 @@ class CortexClient:
                 "reply_id": reply_id or new_id(),
             },
         )
-        return (await self._transport.reply(request)).reply_id
+        return (await _sent(self._transport.reply(request))).reply_id
+
+
+async def _sent(call: Awaitable[T]) -> T:
+    try:
+        return await call
+    except PydanticSerializationError as error:  # an object in metadata, half a surrogate pair in a text
+        raise RequestError(f"something handed in cannot be written as JSON: {error}") from error
 
 
 def _valid(model: type[Any], values: dict[str, Any]) -> Any:

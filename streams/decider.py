@@ -20,7 +20,7 @@ import numpy as np
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
-from cortex_core.errors import ConfigError, WeightsError
+from cortex_core.errors import ConfigError
 from cortex_core.metadata import metadata_features
 from cortex_core.model import CortexModel, ModelConfig
 from cortex_core.model import Decision as ModelDecision
@@ -106,21 +106,11 @@ class Models:
             loading.add_done_callback(lambda _: self._loading.pop(model_id, None))
         return await asyncio.shield(loading)
 
-    async def put(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
-        """Swaps in a version. A model that nobody has asked for is taken in only while there is room.
-
-        Raises:
-            WeightsError: of another text dimension than this service's encoder; what is served stays.
-        """
-        manifest = snapshot.manifest
-        model_id = manifest.model_id
-        if model.config.text_dim != self.config.text_dim:
-            raise WeightsError(
-                f"weights {model_id} v{manifest.version} want texts of {model.config.text_dim} dimensions, "
-                f"this service encodes {self.config.text_dim}: start it with the trainer's CORTEX_ENCODER"
-            )
+    def put(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
+        """Swaps in a version. A model that nobody has asked for is taken in only while there is room."""
+        model_id = snapshot.manifest.model_id
         if model_id in self._ready or model_id in self._loading or len(self._ready) < self.capacity:
-            self._swap(Served(model_id, manifest.version, model, manifest))
+            self._swap(Served(model_id, snapshot.manifest.version, model, snapshot.manifest))
 
     def summary(self, model_id: str, newest: WeightsManifest | None) -> ModelSummary:
         """What is served for a model; `newest` is what Kafka holds of it."""
@@ -228,6 +218,12 @@ class Decider:
         return await asyncio.get_running_loop().run_in_executor(
             self._pool, self._decide, request, interaction_id, served, rows[:turns], metadata, memories
         )
+
+    def warm_up(self) -> None:
+        """One throw-away decision: at the first, torch loads modules for half a second."""
+        message = self.embedder.encoder.inner.encode("How do I deploy?")
+        model = CortexModel.create(self.models.config)
+        model.decide(message, None, None, message[np.newaxis], rng=np.random.default_rng(0))
 
     async def embed(self, text: str) -> Float16Array:
         """(D,) of one text, as it is logged."""

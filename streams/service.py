@@ -285,7 +285,8 @@ class Service:
     async def _load_encoder(self) -> None:
         self._state("encoder", f"{self.settings.encoder} is being loaded")
         encoder = await asyncio.to_thread(load_encoder, self.settings.encoder)
-        self._decider = Decider(self.settings, encoder, self._models)
+        decider = self._decider = Decider(self.settings, encoder, self._models)
+        await asyncio.to_thread(decider.warm_up)
         self._state("encoder", None)
 
     async def _connect(self) -> None:
@@ -296,14 +297,8 @@ class Service:
         self._state("weights", None)
 
     async def _swap(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
-        manifest = snapshot.manifest
-        try:
-            await self._models.put(snapshot, model)
-        except WeightsError as error:
-            self.refused["unusable"] += 1
-            log.warning("weights refused", reason="unusable", error=str(error))
-            return
-        log.info("weights applied", model_id=manifest.model_id, version=manifest.version)
+        self._models.put(snapshot, model)
+        log.debug("weights swapped", model_id=snapshot.manifest.model_id, version=snapshot.manifest.version)
 
     async def _fetch(self, model_id: str) -> tuple[WeightsSnapshot, CortexModel] | None:
         """Reads a model's newest version that is no longer in memory."""

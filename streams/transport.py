@@ -1,6 +1,7 @@
-"""How a client reaches a service: over HTTP with fail-over, or in this process. Both repeat until acknowledged.
+"""How a client reaches a service: over HTTP with fail-over, or in this process.
 
-A repetition carries the same ids, so it can only complete what an earlier attempt began.
+Both repeat until acknowledged. A repetition carries the same ids, so that it can only complete what an
+earlier attempt began.
 """
 
 from __future__ import annotations

@@ -1,0 +1,138 @@
+"""What tests of service, inference worker and client share: topics read whole, versions published."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from cortex_core.model import CortexModel
+from cortex_core.weights import WeightsSnapshot
+from streams.connections import kafka_client_options
+from streams.events import InteractionEvent, ReplyEvent, parse
+from streams.inference import create_app
+from streams.learning import model_config
+from streams.service import NEEDS, Service
+from streams.settings import Settings
+from streams.topics import MAX_RECORD_BYTES, Topics, create_topics
+from streams.weights_log import publish
+from streams.worker import Worker
+
+
+async def records(settings: Settings, topic: str) -> list[Any]:
+    """Every committed record of a topic, partition by partition."""
+    consumer = AIOKafkaConsumer(
+        **kafka_client_options(settings),
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        max_partition_fetch_bytes=MAX_RECORD_BYTES,
+    )
+    await consumer.start()
+    try:
+        partitions = [TopicPartition(topic, p) for p in await consumer_partitions(consumer, topic)]
+        consumer.assign(partitions)
+        await consumer.seek_to_beginning(*partitions)
+        ends = await consumer.end_offsets(partitions)
+        found: list[Any] = []
+        for partition in partitions:
+            while await consumer.position(partition) < ends[partition]:
+                found += (await consumer.getmany(partition, timeout_ms=200)).get(partition, [])
+        return found
+    finally:
+        await consumer.stop()
+
+
+async def consumer_partitions(consumer: AIOKafkaConsumer, topic: str) -> list[int]:
+    await consumer._client._wait_on_metadata(topic)
+    return sorted(consumer.partitions_for_topic(topic) or ())
+
+
+async def interactions(settings: Settings) -> list[InteractionEvent]:
+    """All interactions in Kafka, in order within a conversation."""
+    return [
+        parse(InteractionEvent, r.value) for r in await records(settings, Topics.of(settings).interactions)
+    ]
+
+
+async def replies(settings: Settings) -> list[ReplyEvent]:
+    """All replies in Kafka, in order within a conversation."""
+    return [parse(ReplyEvent, r.value) for r in await records(settings, Topics.of(settings).replies)]
+
+
+def version(
+    settings: Settings, number: int, model_id: str = "default", *, favours: int = 0
+) -> WeightsSnapshot:
+    """A version of a model that chooses strategy `favours` nearly always."""
+    model = CortexModel.create(model_config(settings), model_id)
+    with torch.no_grad():
+        model.selector.out.bias[favours] = 20.0
+    return WeightsSnapshot.of(
+        model, model_id=model_id, version=number, parent=number - 1 or None, consumed={"x-0": 10 * number}
+    )
+
+
+@asynccontextmanager
+async def publishing(settings: Settings) -> AsyncIterator[AIOKafkaProducer]:
+    """A transactional producer as a trainer has one."""
+    await create_topics(settings)
+    producer = AIOKafkaProducer(
+        **kafka_client_options(settings),
+        transactional_id=f"{settings.topic_prefix}-test",
+        max_request_size=MAX_RECORD_BYTES,
+    )
+    await producer.start()
+    try:
+        yield producer
+    finally:
+        await producer.stop()
+
+
+async def publish_versions(settings: Settings, *snapshots: WeightsSnapshot) -> None:
+    """Publishes versions, each in its own transaction."""
+    async with publishing(settings) as producer:
+        for snapshot in snapshots:
+            async with producer.transaction():
+                await publish(producer, settings, snapshot)
+
+
+@asynccontextmanager
+async def served(settings: Settings) -> AsyncIterator[tuple[Service, httpx.AsyncClient]]:
+    """A service that is ready, and an HTTP client of its application in this process."""
+    service = Service(settings)
+    app = create_app(service, Worker("inference", settings, NEEDS))
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
+        try:
+            async with asyncio.timeout(60):
+                await service.start()
+            yield service, http
+        finally:
+            await service.stop()
+
+
+def seeded(interaction_id: str) -> np.random.Generator:
+    """The chance that a decision with this id meets."""
+    digest = hashlib.blake2b(interaction_id.encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    """A usable decide request with these fields on top."""
+    return {"conversation_id": "c-1", "message": "How do I deploy billing?"} | fields
+
+
+def raw(**fields: Any) -> bytes:
+    """The same as bytes, with NaN and Infinity as Python writes them."""
+    return json.dumps(body(**fields)).encode()
+
+
+JSON = {"Content-Type": "application/json"}

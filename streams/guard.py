@@ -2,8 +2,8 @@
 
 A parent that is killed hard cannot stop its servers, so the servers must notice it themselves. On Linux the
 kernel does it (`PR_SET_PDEATHSIG`, which survives the exec). Elsewhere standard input is a pipe from the
-parent, and a forked watcher kills the command when it closes. Either way the command keeps the process id that
-the parent knows.
+parent, and a forked watcher kills the command when it closes. Either way the command keeps the process id
+that the parent knows.
 
 Run as a script and not as a module, so that it starts in ten milliseconds; it imports nothing of ours.
 """

@@ -33,6 +33,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from cortex_core.errors import ConfigError
 from streams.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -170,13 +171,23 @@ class Worker:
         self.stop()
 
 
+def config_error(error: BaseException) -> ConfigError | None:
+    """The `ConfigError` that this is, or that a task group has wrapped; None for any other error."""
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(config_error, error.exceptions)), None)
+    return error if isinstance(error, ConfigError) else None
+
+
 def run_worker(
     name: str,
     settings: Settings,
     main: Callable[[Worker], Awaitable[None]],
     needs: tuple[str, ...] = ("kafka", "redis"),
 ) -> None:
-    """Runs `main` until it returns or SIGINT/SIGTERM comes; exits the process with 0, or 1 on failure."""
+    """Runs `main` until it returns or SIGINT/SIGTERM comes; exits the process.
+
+    Exit codes: 0; 1 on failure; 2 where `ConfigError` says that starting it again would change nothing.
+    """
     configure_logs(settings)
 
     async def body() -> int:
@@ -190,6 +201,9 @@ def run_worker(
         except asyncio.CancelledError:
             raise
         except Exception as error:
+            if refused := config_error(error):
+                log.error("cannot run with these settings", error=str(refused))
+                return 2
             log.exception("crashed", error=str(error))
             return 1
         return 1 if worker.failed else 0

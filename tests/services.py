@@ -10,7 +10,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,16 +44,13 @@ def wait_for(
 
 
 async def async_wait_for(
-    predicate: Callable[[], T | Awaitable[T]],
-    timeout_s: float = 30.0,
-    what: str = "it",
-    every_s: float = 0.02,
-) -> T:
+    predicate: Callable[[], Any], timeout_s: float = 30.0, what: str = "it", every_s: float = 0.02
+) -> Any:
     """Like `wait_for`, on an event loop; `predicate` may be async."""
     deadline = time.monotonic() + timeout_s
     while True:
         result = predicate()
-        value: T = (await result) if inspect.isawaitable(result) else result
+        value = (await result) if inspect.isawaitable(result) else result
         if value:
             return value
         if time.monotonic() > deadline:

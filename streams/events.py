@@ -26,6 +26,7 @@ from pydantic import (
     PlainSerializer,
     ValidationError,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 
@@ -109,14 +110,15 @@ class Event(BaseModel):
     occurred_at: AwareDatetime
     """When it happened (UTC), by the clock of whoever made it. Join rules use this and no other clock."""
 
-    @model_validator(mode="after")
-    def _known_schema(self) -> Event:
-        if self.schema_version > SCHEMA_VERSION:
+    @field_validator("schema_version")
+    @classmethod
+    def _known_schema(cls, version: int) -> int:
+        if version > SCHEMA_VERSION:
             raise ValueError(
-                f"schema_version {self.schema_version} is newer than the {SCHEMA_VERSION} that this worker "
+                f"schema_version {version} is newer than the {SCHEMA_VERSION} that this worker "
                 "reads: upgrade the worker, then retry the dead letter"
             )
-        return self
+        return version
 
     def to_bytes(self) -> bytes:
         """The value as it goes to Kafka."""
@@ -323,6 +325,9 @@ class DeadLetter(Event):
     """base64 of the key's bytes"""
     raw: str
     """base64 of the value's bytes"""
+    raw_at_source: bool = False
+    """Too large to copy: `raw` is empty, and the bytes are at topic, partition and offset, which are kept as
+    long as this is."""
     worker: str = ""
 
 

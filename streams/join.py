@@ -241,21 +241,26 @@ class Join:
 
     def experience(self, body: bytes, replies: Iterable[Heard]) -> bytes:
         """JSON of the `ExperienceEvent` that an interaction and its replies, in order, make."""
+        return self.compose(body, self.settle(body, replies))
+
+    def settle(self, body: bytes, replies: Iterable[Heard]) -> list[dict[str, Any]]:
+        """Each reply's reading, now that it is known what the interaction was about."""
         message = None
         readings = []
         for reply in replies:
+            reading = reply.reading
             if reply.switched is not None and reply.embedding is not None:
                 if message is None:
-                    packed = orjson.loads(body)["message"]
-                    message = np.frombuffer(base64.b64decode(packed["f16"]), dtype="<f2")
-                vector = np.frombuffer(reply.embedding, dtype="<f2")
-                readings.append(reply.switched if _another_topic(vector, message) else reply.reading)
-            else:
-                readings.append(reply.reading)
-        return self.compose(body, readings)
+                    message = np.frombuffer(
+                        base64.b64decode(orjson.loads(body)["message"]["f16"]), dtype="<f2"
+                    )
+                if _another_topic(np.frombuffer(reply.embedding, dtype="<f2"), message):
+                    reading = reply.switched
+            readings.append(reading)
+        return readings
 
     def compose(self, body: bytes, readings: list[dict[str, Any]]) -> bytes:
-        """Like `experience`, of readings that are settled."""
+        """JSON of the `ExperienceEvent` that an interaction and settled readings, in order, make."""
         rewards = [r["reward"] for r in readings]
         chosen = readings
         if self.aggregation in ("first", "last", "min", "max") and readings:
@@ -285,16 +290,19 @@ class Join:
         # The interaction's own bytes go in as they are: it was checked when it came.
         return orjson.dumps(head)[:-1] + b',"interaction":' + body + b"}"
 
-    def merged(self, stored: ExperienceEvent, reply: Heard) -> bytes | None:
-        """A stored experience with one more reply; None when it has it already."""
-        if reply.id in stored.reply_ids:
+    def merged(self, stored: ExperienceEvent, replies: Iterable[Heard]) -> tuple[bytes, int] | None:
+        """A stored experience with more replies, and its revision; None when it has them all already."""
+        new = {r.id: r for r in replies if r.id not in stored.reply_ids}
+        if not new:
             return None
         body = stored.interaction.to_bytes()
-        settled = orjson.loads(self.experience(body, [reply]))["readings"]
-        readings = [r.model_dump(mode="json") for r in stored.readings] + settled
+        settled = {r.reply_id: r.model_dump(mode="json") for r in stored.readings}
         order = {r.reply_id: (r.occurred_at.timestamp(), r.reply_id) for r in stored.readings}
-        order[reply.id] = reply.order
-        return self.compose(body, sorted(readings, key=lambda r: order[r["reply_id"]]))
+        for reply in new.values():
+            settled[reply.id] = self.settle(body, [reply])[0]
+            order[reply.id] = reply.order
+        readings = [settled[reply_id] for reply_id in sorted(settled, key=order.__getitem__)]
+        return self.compose(body, readings), len(readings)
 
 
 def _iso(moment: datetime) -> str:

@@ -66,9 +66,9 @@ class World:
                     self.replay.pop(known.id, None)
                 case Orphan(heard):
                     stored = self.replay.get(heard.names or "")
-                    merged = stored and self.join.merged(parse(ExperienceEvent, stored[1]), heard)
+                    merged = stored and self.join.merged(parse(ExperienceEvent, stored[1]), [heard])
                     if merged and heard.names:
-                        self._write(heard.names, merged, False)
+                        self._write(heard.names, merged[0], False)
                     changes.counts["orphans"] += not stored
         self.totals.counts.update(changes.counts)
         return self

@@ -29,7 +29,7 @@ from safetensors.torch import load, save
 from cortex_core.errors import WeightsError
 from cortex_core.model import CortexModel, ModelConfig
 from cortex_core.online_trainer import OnlineTrainer, OnlineUpdate
-from cortex_core.replay_buffer import ReplayStore
+from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry, ReplayStore
 from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.weights import WeightsSnapshot
 from streams.events import ExperienceEvent
@@ -104,6 +104,16 @@ def model_config(settings: Settings) -> ModelConfig:
     return ModelConfig(
         text_dim=settings.text_dim, strategies=StrategyRegistry.from_set(settings.strategies).ids
     )
+
+
+def warm_up(settings: Settings) -> None:
+    """One throw-away step: at the first, torch loads modules for seconds, and no reply should wait for that."""
+    model = CortexModel.create(model_config(settings))
+    trainer = OnlineTrainer.for_model(model, buffer=ReplayBuffer(1))
+    situation = np.zeros(model.config.situation_dim)
+    trainer.observe(ReplayEntry(situation, [], [], model.config.strategies[0], 0.5, 1.0, id="warm-up"))
+    trainer.flush()
+    WeightsSnapshot.of(model, model_id="warm-up", version=1).to_model()
 
 
 class ModelLearner:

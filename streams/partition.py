@@ -21,15 +21,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import redis
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, ProducerFenced
 from aiokafka.partitioner import murmur2
 
 from cortex_core.errors import CortexError, InputError, WeightsError
+from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
 from streams.events import DeadLetter, ExperienceEvent, new_id, parse, utc_now
 from streams.learning import ModelLearner
@@ -44,8 +45,9 @@ if TYPE_CHECKING:
     from streams.weights_log import WeightsFollower
 
 log = structlog.get_logger(__name__)
-T = TypeVar("T")
 
+Version = tuple[ModelLearner, WeightsSnapshot, bytes]
+"""A learner, its next version, and what the next owner must know beyond it."""
 TRANSACTION_TIMEOUT_MS = 10_000
 """A trainer that dies inside a transaction holds back every reader of the weights for so long, at most."""
 PUBLISH_TIMEOUT_S = 20.0
@@ -137,9 +139,8 @@ class PartitionLearner:
             await self.tools.follower.catch_up()
             await self.tools.controls.catch_up()
             committed = await self._consumer.committed(self.tp)
-            if committed is None:
-                committed = (await self._consumer.beginning_offsets([self.tp]))[self.tp]
-        self.position = self.committed = self._reached = int(committed)
+        # Where retention took the first offsets away, the consumer goes to the first one there is.
+        self.position = self.committed = self._reached = int(committed or 0)
         self._consumer.seek(self.tp, self.position)
         for model_id in self.tools.controls.models():
             await self.obey(model_id)
@@ -194,17 +195,17 @@ class PartitionLearner:
         versions = await self.tools.in_thread(self._next_versions)
         letters, self._letters = self._letters, []
         stepped = time.monotonic()
-        async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-            await self._producer.begin_transaction()
-            for _, snapshot, resume in versions:
-                await publish(self._producer, self.settings, snapshot, resume)
-            sent = [
-                await self._producer.send(Topics.of(self.settings).dead_letters, letter.to_bytes())
-                for letter in letters
-            ]
-            await asyncio.gather(*sent)
-            await self._producer.send_offsets_to_transaction({self.tp: offset}, self.settings.trainer_group)
-            await self._producer.commit_transaction()
+        try:
+            async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                await self._transact(versions, letters, offset)
+        except ProducerFenced:
+            raise
+        except Exception:
+            # An open transaction would hold back every reader of the weights until it times out.
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(2.0):
+                    await self._producer.abort_transaction()
+            raise
         self.last_publish = time.monotonic()
         self.committed = offset
         for learner, snapshot, _ in versions:
@@ -213,6 +214,19 @@ class PartitionLearner:
         self.tools.metrics.publish_seconds.observe(self.last_publish - stepped)
         self.tools.metrics.flush_seconds.observe(stepped - started)
         self._unload()
+
+    async def _transact(
+        self, versions: Sequence[Version], letters: Sequence[DeadLetter], offset: int
+    ) -> None:
+        producer, settings = self._producer, self.settings
+        assert producer is not None
+        await producer.begin_transaction()
+        for _, snapshot, resume in versions:
+            await publish(producer, settings, snapshot, resume)
+        topic = Topics.of(settings).dead_letters
+        await asyncio.gather(*[await producer.send(topic, letter.to_bytes()) for letter in letters])
+        await producer.send_offsets_to_transaction({self.tp: offset}, settings.trainer_group)
+        await producer.commit_transaction()
 
     async def obey(self, model_id: str) -> None:
         """Does what operators want of the model; nothing where its home is another partition."""
@@ -318,7 +332,7 @@ class PartitionLearner:
         self._seen[model_id] = record.offset + 1
         self.tools.metrics.learned(model_id, outcome, update, time.monotonic() - started)
 
-    def _next_versions(self) -> list[tuple[ModelLearner, Any, bytes]]:
+    def _next_versions(self) -> list[Version]:
         """In the learning thread: the next version of each model that learned."""
         out = []
         for learner in self._dirty():

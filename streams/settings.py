@@ -114,6 +114,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     shutdown_timeout_s: Positive = 8.0
     """After SIGTERM a worker that has not stopped by itself is ended hard."""
+    session_timeout_s: Annotated[float, Field(ge=1)] = 6.0
+    """Silence after which a dead trainer's partitions go to another. Brokers allow no less than 6 s unless
+    their `group.min.session.timeout.ms` says so."""
     torch_threads: Count = 1
 
     @field_validator("redis_url")

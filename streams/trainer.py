@@ -24,6 +24,7 @@ import structlog
 import torch
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import ProducerFenced
+from prometheus_client import REGISTRY, CollectorRegistry
 
 from streams.connections import (
     REACHABILITY_ERRORS,
@@ -34,6 +35,7 @@ from streams.connections import (
 )
 from streams.control import Control, ControlFollower
 from streams.follow import PROBE_S, EndProbe
+from streams.learning import warm_up
 from streams.partition import LearningError, PartitionLearner, Tools
 from streams.settings import Settings
 from streams.topics import MAX_RECORD_BYTES, Topics, create_topics
@@ -43,16 +45,12 @@ from streams.worker import Worker, run_worker
 
 log = structlog.get_logger(__name__)
 
-SESSION_TIMEOUT_MS = 6_000
-"""After which a dead trainer's partitions go to another; brokers allow no less by default."""
 BATCH = 64
 """Experiences per read."""
 IDLE_MS = 200
 """How long a read waits: operators' wishes and SIGTERM are seen after that, at the latest."""
 STALL_S = 30.0
 """Without progress on experiences that stand there, the consumer is replaced."""
-FENCED_RETRY_S = 2 * SESSION_TIMEOUT_MS / 1000
-"""After being fenced: long enough for the group to say whose the partition is."""
 TRIES = 3
 """Failures on one experience alone before it goes to the dead letters."""
 
@@ -63,11 +61,11 @@ AWAY: tuple[type[Exception], ...] = (redis.RedisError, *REACHABILITY_ERRORS)
 class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
     """One trainer process."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, registry: CollectorRegistry = REGISTRY) -> None:
         self.worker = worker
         self.settings = settings = worker.settings
         self.topic = Topics.of(settings).experiences
-        self.metrics = Metrics()
+        self.metrics = Metrics(registry)
         self._owned: dict[TopicPartition, PartitionLearner] = {}
         self._assigned: set[TopicPartition] = set()
         self._joined = False
@@ -129,6 +127,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
         )
         await stack.enter_async_context(self._follower)
         await stack.enter_async_context(self._controls)
+        await self._in_thread(warm_up, settings)
         await self._follower.caught_up.wait()
         await self._controls.caught_up.wait()
         worker.ready("weights")
@@ -141,8 +140,8 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             isolation_level="read_committed",
-            session_timeout_ms=SESSION_TIMEOUT_MS,
-            heartbeat_interval_ms=1_000,
+            session_timeout_ms=int(1000 * self.settings.session_timeout_s),
+            heartbeat_interval_ms=int(1000 * self.settings.session_timeout_s / 5),
             max_partition_fetch_bytes=MAX_RECORD_BYTES,
         )
         watch = asyncio.create_task(self._watch_kafka())
@@ -170,9 +169,9 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
                     await consumer.stop()
 
     async def _open_assigned(self, consumer: AIOKafkaConsumer) -> None:
-        for tp in sorted(self._assigned - self._owned.keys()):
-            if time.monotonic() < self._retry_at.get(tp, 0.0):
-                continue
+        now = time.monotonic()
+        due = [tp for tp in self._assigned - self._owned.keys() if now >= self._retry_at.get(tp, 0.0)]
+        for tp in due:
             self._owned[tp] = PartitionLearner(
                 self._tools,
                 consumer,
@@ -180,7 +179,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
                 careful_until=self._careful_until.get(tp, 0),
                 poison=self._poison.get(tp),
             )
-            await self._surviving(tp, PartitionLearner.open)
+        await asyncio.gather(*(self._surviving(tp, PartitionLearner.open) for tp in due))
         if self._joined and self._owned.keys() == self._assigned:
             self.worker.ready("partitions")
 
@@ -212,7 +211,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
         except ProducerFenced:  # a KafkaError, so it comes first
             self.metrics.fenced.inc()
             log.warning("fenced: another trainer owns this partition", partition=tp.partition)
-            retry_s = FENCED_RETRY_S
+            retry_s = 2 * self.settings.session_timeout_s  # by then the group has said whose it is
         except LearningError as error:
             self._quarantine(tp, partition, error)
         except AWAY as error:

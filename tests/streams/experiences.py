@@ -1,0 +1,202 @@
+"""Experiences as a joiner would make them, and a look at what a trainer made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from cortex_core.metadata import METADATA_KEYS
+from cortex_core.strategy_registry import StrategyRegistry
+from cortex_core.weights import WeightsManifest
+from streams.connections import kafka_client_options, redis_client
+from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, parse
+from streams.follow import TopicFollower
+from streams.partition import home_partition
+from streams.replay_store import RedisReplayBuffer
+from streams.settings import Settings
+from streams.topics import Topics
+from streams.weights_log import MANIFEST, decode_key
+from tests.services import async_wait_for
+
+DIM = 384
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def experience(
+    name: str, *, model_id: str = "m", revision: int = 1, reward: float = 0.8, **changes: Any
+) -> ExperienceEvent:
+    """An experience with every feature; the same name gives the same features."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+
+    def unit(*shape: int) -> Any:
+        vectors = rng.normal(size=(*shape, DIM))
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+    strategies = list(StrategyRegistry().ids)
+    occurred_at = START + timedelta(milliseconds=int(rng.integers(1_000_000)))
+    message = unit()
+    interaction: dict[str, Any] = {
+        "interaction_id": name,
+        "conversation_id": f"c-{name}",
+        "model_id": model_id,
+        "weights_version": 0,
+        "occurred_at": occurred_at,
+        "message": message,
+        "history": unit(),
+        "metadata": [0.0] * len(METADATA_KEYS),
+        "situation": message,
+        "memories": unit(4),
+        "memory_ids": ["a", "b", "c", "d"],
+        "memory_scores": [0.5, 0.4],
+        "memory_propensities": [0.5, 0.5],
+        "strategy_id": strategies[int(rng.integers(len(strategies)))],
+        "strategy_ids": strategies,
+        "probabilities": [1 / len(strategies)] * len(strategies),
+        "context": [0.5] * 7,
+        "confidence": 0.5,
+    }
+    return ExperienceEvent(
+        occurred_at=occurred_at,
+        interaction=InteractionEvent(**interaction | changes),
+        revision=revision,
+        outcome="reply" if revision else "no_reply",
+        reward=reward if revision else 0.0,
+        reply_ids=[f"r-{name}-{i}" for i in range(revision)],
+        replied_at=occurred_at + timedelta(seconds=1) if revision else None,
+    )
+
+
+def remember(settings: Settings, events: Iterable[ExperienceEvent]) -> None:
+    """Puts them into replay, as the joiner does before it publishes them."""
+    with redis_client(settings) as client:
+        for event in events:
+            buffer = RedisReplayBuffer.of(settings, event.interaction.model_id, client)
+            buffer.add(event.to_entry())
+
+
+async def publish_experiences(
+    settings: Settings, events: Iterable[ExperienceEvent], *, every_s: float = 0.0
+) -> None:
+    """Replay, then the topic, in order."""
+    producer = AIOKafkaProducer(**kafka_client_options(settings), enable_idempotence=True)
+    await producer.start()
+    try:
+        for event in events:
+            await asyncio.to_thread(remember, settings, [event])
+            await producer.send_and_wait(
+                Topics.of(settings).experiences, event.to_bytes(), key=event.interaction.model_id.encode()
+            )
+            if every_s:
+                await asyncio.sleep(every_s)
+    finally:
+        await producer.stop()
+
+
+async def send_raw(
+    settings: Settings, key: bytes | None, value: bytes | None, partition: int | None = None
+) -> None:
+    """Any bytes on the experiences topic."""
+    producer = AIOKafkaProducer(**kafka_client_options(settings))
+    await producer.start()
+    try:
+        await producer.send_and_wait(Topics.of(settings).experiences, value, key=key, partition=partition)
+    finally:
+        await producer.stop()
+
+
+async def read_topic(settings: Settings, topic: str) -> list[Any]:
+    """Every committed record of every partition of a topic, now."""
+    consumer = AIOKafkaConsumer(
+        **kafka_client_options(settings),
+        isolation_level="read_committed",
+        auto_offset_reset="earliest",
+        max_partition_fetch_bytes=8_000_000,
+    )
+    await consumer.start()
+    try:
+        count = len(await consumer._client._wait_on_metadata(topic))
+        partitions = [TopicPartition(topic, p) for p in range(count)]
+        ends = await consumer.end_offsets(partitions)
+        consumer.assign(partitions)
+        await consumer.seek_to_beginning()
+        records: list[Any] = []
+        while any([await consumer.position(p) < ends[p] for p in partitions]):
+            for batch in (await consumer.getmany(timeout_ms=200)).values():
+                records += batch
+        return records
+    finally:
+        await consumer.stop()
+
+
+class WeightsWatch:
+    """Every version that is published while it watches, by model, in the order of the log."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.seen: dict[str, list[WeightsManifest]] = {}
+        self.follower = TopicFollower(settings, Topics.of(settings).weights, self._note)
+
+    async def _note(self, records: list[Any]) -> None:
+        for record in records:
+            model_id, _, part = decode_key(record.key)
+            if part == MANIFEST and record.value is not None:
+                manifest = WeightsManifest.model_validate_json(record.value)
+                self.seen.setdefault(model_id, []).append(manifest)
+
+    def newest(self, model_id: str = "m") -> WeightsManifest:
+        """The newest version; there must be one."""
+        return self.seen[model_id][-1]
+
+    async def learned(self, interactions: int, model_id: str = "m", timeout_s: float = 60) -> None:
+        """Waits until the newest version has learned so many experiences."""
+        await async_wait_for(
+            lambda: model_id in self.seen and self.newest(model_id).interactions >= interactions,
+            timeout_s,
+            f"{model_id} to have learned {interactions} experiences",
+        )
+
+    async def check(self) -> None:
+        """Versions follow each other without a gap, and none forgets what its parent knew."""
+        await self.follower.catch_up()
+        for manifests in self.seen.values():
+            assert [m.version for m in manifests] == list(range(1, len(manifests) + 1))
+            for before, after in pairwise(manifests):
+                assert after.parent == before.version
+                assert after.interactions >= before.interactions
+                assert all(after.consumed[p] >= o for p, o in before.consumed.items())
+
+
+async def dead_letters(settings: Settings) -> list[DeadLetter]:
+    """Every dead letter."""
+    records = await read_topic(settings, Topics.of(settings).dead_letters)
+    return [parse(DeadLetter, r.value) for r in records]
+
+
+async def committed(settings: Settings) -> dict[int, int]:
+    """The trainers' committed offset of each partition that has one."""
+    topic = Topics.of(settings).experiences
+    consumer = AIOKafkaConsumer(
+        **kafka_client_options(settings), group_id=settings.trainer_group, enable_auto_commit=False
+    )
+    await consumer.start()
+    try:
+        consumer.assign([TopicPartition(topic, p) for p in range(settings.partitions)])
+        offsets = {tp.partition: await consumer.committed(tp) for tp in consumer.assignment()}
+        return {p: o for p, o in offsets.items() if o is not None}
+    finally:
+        await consumer.stop()
+
+
+def ends(settings: Settings, events: Iterable[ExperienceEvent]) -> dict[int, int]:
+    """Where each partition ends once these, and no others, stand on the topic."""
+    out: dict[int, int] = {}
+    for event in events:
+        p = home_partition(event.interaction.model_id, settings.partitions)
+        out[p] = out.get(p, 0) + 1
+    return out

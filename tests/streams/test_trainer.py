@@ -1,0 +1,316 @@
+"""Trainers on a real Kafka and Redis: what one reply does, and what crashes, rivals and bad input do not.
+
+Those that are killed or stopped are processes; their heirs run in this one, which has torch loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from aiokafka import AIOKafkaProducer
+from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
+
+from streams.settings import Settings
+from streams.topics import Topics, create_topics
+from streams.trainer import Trainer
+from streams.worker import Worker
+from tests.services import async_wait_for, spawn_worker
+from tests.streams.experiences import (
+    WeightsWatch,
+    committed,
+    dead_letters,
+    ends,
+    experience,
+    publish_experiences,
+    send_raw,
+)
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """Four partitions, a group of its own, and a dead trainer is missed after a second."""
+    group = f"{settings.topic_prefix}-trainer"
+    return settings.model_copy(update={"session_timeout_s": 1.0, "trainer_group": group, "partitions": 4})
+
+
+@pytest_asyncio.fixture
+async def watch(settings: Settings) -> AsyncIterator[WeightsWatch]:
+    await create_topics(settings)
+    weights = WeightsWatch(settings)
+    async with weights.follower:
+        yield weights
+
+
+class Running:
+    """A trainer in this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.registry = CollectorRegistry()
+        self.worker = Worker("trainer", settings, ("kafka", "redis", "weights", "partitions"))
+        self.trainer = Trainer(self.worker, self.registry)
+
+    def count(self, name: str, **labels: str) -> float:
+        """Sum of a series over all label sets that hold these labels."""
+        return sum(
+            sample.value
+            for family in self.registry.collect()
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def outcomes(self, outcome: str) -> float:
+        return self.count("cortex_trainer_experiences_total", outcome=outcome)
+
+    def partitions(self) -> int:
+        return len(self.trainer._owned)
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Running]:
+    """A trainer that is ready; stopped as by SIGTERM at the end."""
+    it = Running(settings)
+    task = asyncio.create_task(it.trainer.run())
+    try:
+
+        def ready() -> bool:
+            assert not task.done(), task.result()
+            return not it.worker.missing
+
+        await async_wait_for(ready, 60, "the trainer to be ready")
+        yield it
+    finally:
+        it.worker.stopping.set()  # `stop()` would also set the timer that ends this process
+        await task
+
+
+async def all_committed(settings: Settings, wanted: dict[int, int]) -> None:
+    async def reached() -> bool:
+        return await committed(settings) == wanted
+
+    await async_wait_for(reached, 30, f"the group to have committed {wanted}", 0.1)
+
+
+async def test_one_reply_makes_a_version_and_sigterm_loses_none(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    worker = spawn_worker("trainer", settings)
+    await asyncio.to_thread(worker.wait_ready)
+    for n in (1, 2, 3):
+        await publish_experiences(settings, [experience(f"e{n}")])
+        await watch.learned(n)
+    assert watch.newest().version == 3
+    assert watch.newest().updates == 3
+    assert watch.newest().oldest_reply_at == experience("e3").replied_at
+    rest = [experience(f"e{n}") for n in range(4, 60)]
+    await publish_experiences(settings, rest)
+    assert await asyncio.to_thread(worker.stop) == 0
+    await watch.check()
+    left = watch.newest().consumed
+    async with running(settings) as heir:
+        await watch.learned(59)
+        # What was learned before SIGTERM was published before the end: only the rest is left to do.
+        assert heir.outcomes("learned") == 59 - next(iter(left.values()))
+        assert heir.outcomes("repeated") == 0
+    assert await committed(settings) == ends(settings, [experience("x")] * 59)
+
+
+async def test_killed_in_mid_stream_another_does_all_and_each_experience_is_learned_once(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    rng = random.Random(7)
+    distinct = {f"model-{m}": [f"{m}-{i}" for i in range(25)] for m in range(8)}
+    names = [(m, n) for m, all_names in distinct.items() for n in all_names]
+    rng.shuffle(names)
+    names += rng.sample(names, 30)  # a joiner that crashed sends some twice
+    events = [experience(n, model_id=m) for m, n in names]
+    victim = spawn_worker("trainer", settings)
+    await asyncio.to_thread(victim.wait_ready)
+    async with running(settings) as heir:
+        await async_wait_for(lambda: heir.partitions() == 2, 30, "the two to share the four partitions")
+        sending = asyncio.create_task(publish_experiences(settings, events, every_s=0.01))
+        theirs = {m for m in distinct if not heir.trainer._owned.keys() & _home(settings, m)}
+        await async_wait_for(lambda: theirs & watch.seen.keys(), what="the victim to publish something")
+        victim.kill()
+        await sending
+        for m, all_names in distinct.items():
+            await watch.learned(len(all_names), m)
+        assert heir.partitions() == 4
+        await all_committed(settings, ends(settings, events))
+    await watch.check()
+    assert {m: watch.newest(m).interactions for m in distinct} == dict.fromkeys(distinct, 25)
+    assert await dead_letters(settings) == []
+
+
+def _home(settings: Settings, model_id: str) -> set[Any]:
+    from aiokafka import TopicPartition
+
+    [partition] = ends(settings, [experience("x", model_id=model_id)])
+    return {TopicPartition(Topics.of(settings).experiences, partition)}
+
+
+async def test_a_trainer_that_comes_back_from_the_dead_is_fenced(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    """Stopped for longer than its session, then continued: what it held by then is not published again."""
+    zombie = spawn_worker("trainer", settings, publish_interval_s=3)
+    await asyncio.to_thread(zombie.wait_ready)
+    await publish_experiences(settings, [experience("e0")])
+    await watch.learned(1)
+    # These are learned by the zombie and not yet published when it is stopped.
+    await publish_experiences(settings, [experience(f"e{i}") for i in range(1, 4)])
+    counted = 'cortex_trainer_experiences_total{model_id="m",outcome="learned"} 4.0'
+    await async_wait_for(lambda: counted in zombie.get("/metrics").text, what="the zombie to learn them")
+    os.kill(zombie.pid, signal.SIGSTOP)
+    try:
+        async with running(settings) as heir:
+            await async_wait_for(lambda: heir.partitions() == 4, 30, "the heir to own all")
+            await watch.learned(4)
+            os.kill(zombie.pid, signal.SIGCONT)
+            more = [experience(f"e{i}") for i in range(4, 40)]
+            await publish_experiences(settings, more, every_s=0.05)
+            await watch.learned(40)
+            await asyncio.to_thread(zombie.wait_ready)
+            await async_wait_for(lambda: heir.partitions() == 2, 30, "the two to share")
+    finally:
+        os.kill(zombie.pid, signal.SIGCONT)
+    await publish_experiences(settings, [experience("e40")])
+    await watch.learned(41)
+    await watch.check()
+    assert watch.newest().interactions == 41
+
+
+@pytest.mark.parametrize("moment", ["begin", "send", "offsets", "commit", "after commit"])
+async def test_a_failure_at_any_point_of_publishing_changes_nothing(
+    settings: Settings, watch: WeightsWatch, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    name = {
+        "begin": "begin_transaction",
+        "send": "send",
+        "offsets": "send_offsets_to_transaction",
+    }.get(moment, "commit_transaction")
+    real = getattr(AIOKafkaProducer, name)
+    calls = 0
+
+    async def failing(self: AIOKafkaProducer, *args: Any, **options: Any) -> Any:
+        nonlocal calls
+        if self._txn_manager is None or self._txn_manager.transactional_id is None:
+            return await real(self, *args, **options)
+        calls += 1
+        if calls % 3 != 2 or calls > 12:
+            return await real(self, *args, **options)
+        if moment == "after commit":
+            await real(self, *args, **options)
+        raise OSError("the network is gone")
+
+    monkeypatch.setattr(AIOKafkaProducer, name, failing)
+    events = [experience(f"e{i}", model_id=f"m{i % 3}") for i in range(30)]
+    async with running(settings) as trainer:
+        await publish_experiences(settings, events, every_s=0.02)
+        for m in ("m0", "m1", "m2"):
+            await watch.learned(10, m)
+        await async_wait_for(lambda: trainer.partitions() == 4, what="all partitions to be open again")
+        assert trainer.count("cortex_trainer_failures_total") > 0
+        monkeypatch.undo()
+    await watch.check()
+    assert {m: v[-1].interactions for m, v in watch.seen.items()} == {"m0": 10, "m1": 10, "m2": 10}
+    assert await committed(settings) == ends(settings, events)
+
+
+async def test_repeated_and_amended_experiences_count_once_also_after_a_restart(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    first = experience("e1")
+    async with running(settings) as trainer:
+        await publish_experiences(settings, [first, first])
+        await watch.learned(1)
+    assert trainer.outcomes("repeated") == 1
+    async with running(settings) as trainer:
+        amended = experience("e1", revision=2, reward=-1.0)
+        await publish_experiences(settings, [first, amended, experience("e2"), amended])
+        await watch.learned(2)
+    assert trainer.outcomes("repeated") == 2
+    assert trainer.outcomes("amended") == 1
+    assert trainer.outcomes("learned") == 1
+    await watch.check()
+    assert watch.newest().interactions == 2
+
+
+async def test_silence_is_counted_and_teaches_nothing(settings: Settings, watch: WeightsWatch) -> None:
+    async with running(settings) as trainer:
+        silence = experience("e1", revision=0)
+        await publish_experiences(settings, [silence])
+        await async_wait_for(lambda: trainer.outcomes("no_reply") == 1, what="it to be counted")
+    assert await committed(settings) == ends(settings, [silence])
+    await watch.follower.catch_up()
+    assert watch.seen == {}
+    async with running(settings):
+        await publish_experiences(settings, [experience("e1", revision=1)])
+        await watch.learned(1)
+
+
+async def test_what_cannot_be_learned_goes_to_dead_letters_and_the_rest_is_learned(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    await publish_experiences(settings, [experience("good-1")])
+    partition = next(iter(ends(settings, [experience("x")])))
+    good = experience("bad")
+    short = np.full(16, 0.25)
+    bad = {
+        "no JSON": (b"m", b"{"),
+        "a tombstone": (b"m", None),
+        "another key": (b"m", experience("x", model_id="other").to_bytes()),
+        "small embeddings": (
+            b"m",
+            experience(
+                "x", message=short, history=short, situation=short, memories=np.stack([short] * 4)
+            ).to_bytes(),
+        ),
+        "an unknown strategy": (
+            b"m",
+            experience("x", strategy_id="dance", strategy_ids=["dance"], probabilities=[1.0]).to_bytes(),
+        ),
+        "too few metadata": (b"m", experience("x", metadata=[1.0]).to_bytes()),
+        "NaN": (b"m", good.to_bytes().replace(b'"reward":0.8', b'"reward":NaN')),
+        "a newer schema": (b"m", good.to_bytes().replace(b'"schema_version":1', b'"schema_version":99', 1)),
+        "no key": (None, good.to_bytes()),
+        "a key that is no text": (b"\xff", good.to_bytes()),
+    }
+    for key, value in bad.values():
+        await send_raw(settings, key, value, partition)
+    stranger = next(
+        m for m in map(str, range(99)) if partition not in ends(settings, [experience("x", model_id=m)])
+    )
+    await send_raw(settings, stranger.encode(), experience("x", model_id=stranger).to_bytes(), partition)
+    await publish_experiences(settings, [experience("good-2")])
+    async with running(settings):
+        await watch.learned(2)
+    letters = await dead_letters(settings)
+    assert len(letters) == len(bad) + 1, [x.reason for x in letters]
+    assert [x.offset for x in letters] == list(range(1, len(bad) + 2))
+    assert all(x.topic == Topics.of(settings).experiences and x.reason for x in letters)
+    assert set(watch.seen) == {"m"}
+
+
+async def test_unreachable_servers_are_named(settings: Settings) -> None:
+    away = settings.model_copy(
+        update={"kafka": "127.0.0.1:1", "redis_url": SecretStr("redis://:secret@127.0.0.1:2/0")}
+    )
+    it = Running(away)
+    task = asyncio.create_task(it.trainer.run())
+    await async_wait_for(lambda: "127.0.0.1:1" in it.worker.missing["kafka"], what="Kafka's address")
+    await async_wait_for(lambda: "127.0.0.1:2" in it.worker.missing["redis"], what="Redis's address")
+    assert "secret" not in str(it.worker.missing)
+    it.worker.stopping.set()
+    await task

@@ -12,10 +12,11 @@ from typing import Any
 import httpx
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
 from rich.console import Console
 from rich.table import Table
 
-from streams.connections import kafka_client_options, redis_client
+from streams.connections import backoff, kafka_client_options, redis_client
 from streams.replay_store import RedisReplayBuffer, model_ids
 from streams.settings import Settings
 from streams.topics import Topics
@@ -81,43 +82,43 @@ async def _groups(settings: Settings) -> list[dict[str, Any]]:
         settings.trainer_group: (topics.experiences,),
     }
     options = kafka_client_options(settings)
-    admin = AIOKafkaAdminClient(**options)
-    consumer = AIOKafkaConsumer(**options)
+    admin, consumer = AIOKafkaAdminClient(**options), AIOKafkaConsumer(**options)
+    rows = []
     try:
         await admin.start()
         await consumer.start()
-        rows = []
+        existing = set(await admin.list_topics())
         for group, names in reads.items():
-            members: int | None = None
-            for answer in await admin.describe_consumer_groups([group]):
-                members = sum(len(described[5]) for described in answer.groups if described[1] == group)
-            committed = await admin.list_consumer_group_offsets(group)
-            for name in names:
-                partitions = [TopicPartition(name, p) for p in consumer.partitions_for_topic(name) or ()]
-                if not partitions:
-                    described = await admin.describe_topics([name])
-                    partitions = [
-                        TopicPartition(name, p["partition"]) for t in described for p in t["partitions"]
-                    ]
+            members, committed = await _group(admin, group)
+            for name in sorted(existing.intersection(names)):
+                [described] = await admin.describe_topics([name])
+                partitions = [TopicPartition(name, p["partition"]) for p in described["partitions"]]
                 ends = await consumer.end_offsets(partitions)
                 starts = await consumer.beginning_offsets(partitions)
-                lag = 0
-                for partition in partitions:
-                    done = committed[partition].offset if partition in committed else -1
-                    lag += ends[partition] - (done if done >= 0 else starts[partition])
-                rows.append(
-                    {
-                        "group": group,
-                        "topic": name,
-                        "members": members,
-                        "events": sum(ends.values()),
-                        "lag": lag,
-                    }
-                )
+                done = {p: committed.get(p, -1) for p in partitions}
+                lag = sum(ends[p] - (done[p] if done[p] >= 0 else starts[p]) for p in partitions)
+                events = sum(ends.values())
+                rows.append({"group": group, "members": members, "topic": name, "events": events, "lag": lag})
         return rows
     finally:
         await consumer.stop()
         await admin.close()
+
+
+async def _group(admin: AIOKafkaAdminClient, group: str) -> tuple[int, dict[TopicPartition, int]]:
+    """Members of a consumer group, and the next offset that it will read of each partition."""
+    async for _ in backoff():
+        try:
+            await admin.find_coordinator(group)
+            break
+        except KafkaError as error:
+            if not error.retriable:  # a new broker first makes the topic that coordinates groups
+                raise
+    answers = await admin.describe_consumer_groups([group])
+    # A group is described as (error, id, state, protocol type, protocol, members, …).
+    members = sum(len(described[5]) for answer in answers for described in answer.groups)
+    offsets = await admin.list_consumer_group_offsets(group)
+    return members, {partition: at.offset for partition, at in offsets.items()}
 
 
 async def _replay(settings: Settings) -> list[dict[str, Any]]:

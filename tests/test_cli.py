@@ -1,0 +1,205 @@
+"""The command line: what each command says and exits with, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from aiokafka import AIOKafkaProducer
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from streams import status
+from streams.cli import app
+from streams.logs import show_logs
+from streams.settings import Settings
+from streams.topics import Topics, create_topics
+from tests.services import spawn_worker, wait_for
+
+COMMANDS = {
+    "up", "demo", "joiner", "trainer", "inference", "rebuild", "topics", "status", "logs", "dead-letters",
+    "control", "version",
+}  # fmt: skip
+
+
+def cortex(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("CORTEX_")} | variables
+    command = [sys.executable, "-m", "streams.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=60)
+
+
+def flags(settings: Settings) -> list[str]:
+    return ["--kafka", settings.kafka_address, "--topic-prefix", settings.topic_prefix]
+
+
+def test_every_command_is_there_and_says_what_it_does() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert set(commands) == COMMANDS
+    for name in commands:
+        result = CliRunner().invoke(app, [name, "--help"])
+        assert result.exit_code == 0, result.output
+        assert commands[name].help
+
+
+@pytest.mark.parametrize("name", ["joiner", "trainer", "inference"])
+def test_unusable_settings_are_one_line_and_exit_code_2(name: str, tmp_path: Path) -> None:
+    done = cortex(name, "--data", str(tmp_path))
+    assert done.returncode == 2
+    assert "CORTEX_KAFKA and CORTEX_REDIS_URL not set" in done.stderr
+    assert "cortex up" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_wrong_value_names_its_variable(tmp_path: Path) -> None:
+    done = cortex("status", CORTEX_KAFKA="localhost", CORTEX_DATA=str(tmp_path))
+    assert done.returncode == 2
+    assert "CORTEX_KAFKA" in done.stderr
+    assert "'localhost'" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = cortex("trainer", "--kafka", "localhost:1", "--redis", "localhost:2")
+    assert done.returncode == 2
+    assert "CORTEX_REDIS_URL" in done.stderr
+
+
+def test_a_broker_that_does_not_answer_is_exit_code_1_and_named() -> None:
+    done = cortex("topics", "show", "--kafka", "127.0.0.1:1")
+    assert done.returncode == 1
+    assert "Kafka at 127.0.0.1:1 does not answer" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_password_is_never_shown(tmp_path: Path) -> None:
+    url = "redis://user:hidden-secret@127.0.0.1:1/0"
+    done = cortex("status", "--kafka", "127.0.0.1:1", "--redis", url, "--data", str(tmp_path))
+    assert "127.0.0.1:1/0" in done.stdout
+    assert "hidden-secret" not in done.stdout + done.stderr
+
+
+def test_topics_are_created_once_and_shown(settings: Settings) -> None:
+    first = cortex("topics", "create", *flags(settings))
+    assert first.returncode == 0, first.stderr
+    assert len(first.stdout.splitlines()) == 6
+    assert f"created {settings.topic_prefix}.interactions" in first.stdout
+    assert cortex("topics", "create", *flags(settings)).stdout == "all topics exist\n"
+    shown = json.loads(cortex("topics", "show", "--json", *flags(settings)).stdout)
+    assert all(row["exists"] and not row["differs"] for row in shown)
+    assert "as they must be" in cortex("topics", "show", *flags(settings)).stdout
+
+
+def test_topics_that_are_missing_are_said(settings: Settings) -> None:
+    assert "does not exist" in cortex("topics", "show", *flags(settings)).stdout
+
+
+def test_control_is_sent_and_a_version_that_is_not_kept_refused(settings: Settings) -> None:
+    done = cortex("control", "pause", "support", "--reason", "odd replies", *flags(settings))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "asked for pause of support\n"
+    refused = cortex("control", "pin", "support", "--version", "7", *flags(settings))
+    assert refused.returncode == 1
+    assert "version 7 is not kept" in refused.stderr
+
+
+async def test_status_reports_lag_and_replay_and_what_does_not_answer(settings: Settings) -> None:
+    await create_topics(settings)
+    async with AIOKafkaProducer(bootstrap_servers=settings.kafka_address) as producer:
+        for _ in range(3):
+            await producer.send_and_wait(Topics.of(settings).replies, b"{}", key=b"c")
+    report = await status.collect(settings)
+    by_topic = {row["topic"]: row for row in report["groups"]}
+    topics = Topics.of(settings)
+    assert set(by_topic) == {topics.interactions, topics.replies, topics.experiences}
+    assert by_topic[topics.replies] == {
+        "group": settings.joiner_group,
+        "members": 0,
+        "topic": topics.replies,
+        "events": 3,
+        "lag": 3,
+    }
+    assert by_topic[topics.interactions]["lag"] == 0
+    assert report["errors"] == {}
+    assert report["workers"] == report["replay"] == report["weights"] == []
+
+    away = await status.collect(
+        Settings.load(**settings.model_dump() | {"redis_url": "redis://127.0.0.1:1/0"})
+    )
+    assert set(away["errors"]) == {"replay"}  # one part that is away hides no other
+    assert away["groups"] == report["groups"]
+
+
+def test_status_shows_the_workers_of_a_running_stack(settings: Settings) -> None:
+    worker = spawn_worker("joiner", settings).wait_ready()
+    stack = {
+        "pid": os.getpid(),
+        "kafka": settings.kafka_address,
+        "redis_url": settings.redis_address,
+        "inference": [],
+        "workers": {"joiner-1": {"pid": worker.pid, "port": worker.port}, "trainer-1": {"pid": 1, "port": 1}},
+    }
+    settings.stack_file.write_text(json.dumps(stack))
+    arguments = ["status", "--data", str(settings.data), "--topic-prefix", settings.topic_prefix]
+    report = json.loads(cortex(*arguments, "--json").stdout)
+    joiner, trainer = report["workers"]
+    assert joiner == {
+        "name": "joiner-1",
+        "pid": worker.pid,
+        "port": worker.port,
+        "ready": True,
+        "missing": {},
+    }
+    assert trainer["ready"] is False
+    groups = {row["topic"]: row for row in report["groups"]}
+    assert groups[Topics.of(settings).replies]["members"] == 1
+    shown = cortex(*arguments).stdout
+    assert "joiner-1" in shown
+    assert "Consumer groups" in shown
+
+
+def write_logs(folder: Path) -> Path:
+    logs = folder / "logs"
+    logs.mkdir()
+    for name in ("kafka", "inference-1", "inference-2"):
+        (logs / f"{name}.log").write_text("".join(f"{name} line {n}\n" for n in range(30)))
+    return logs
+
+
+def test_logs_of_one_of_all_and_of_none(tmp_path: Path) -> None:
+    write_logs(tmp_path)
+    one = cortex("logs", "kafka", "--lines", "2", "--data", str(tmp_path)).stdout
+    assert one == "kafka line 28\nkafka line 29\n"
+    several = cortex("logs", "inference", "-n", "1", "--data", str(tmp_path)).stdout
+    assert several == "inference-1 | inference-1 line 29\ninference-2 | inference-2 line 29\n"
+    assert len(cortex("logs", "--data", str(tmp_path)).stdout.splitlines()) == 3 * 20
+    none = cortex("logs", "redis", "--data", str(tmp_path))
+    assert none.returncode == 2
+    assert "there are: inference-1, inference-2, kafka" in none.stderr
+
+
+def test_logs_follow_what_comes_also_through_a_rotation(tmp_path: Path) -> None:
+    log = write_logs(tmp_path) / "kafka.log"
+    command = [sys.executable, "-m", "streams.cli", "logs", "kafka", "-f", "-n", "0", "--data", str(tmp_path)]
+    out = tmp_path / "out"
+    with out.open("w") as file, subprocess.Popen(command, stdout=file) as process:
+        with log.open("a") as writer:
+            # Whatever is written before it looks is not what comes: write until the first is seen.
+            def seen() -> bool:
+                writer.write("hello\n")
+                writer.flush()
+                return "hello" in out.read_text()
+
+            wait_for(seen, 20, "the first line", every_s=0.1)
+            writer.write("half ")
+            writer.flush()
+            writer.write("a line\n")
+        wait_for(lambda: "half a line\n" in out.read_text(), 10, "the whole line")
+        log.write_text("after rotation\n")
+        wait_for(lambda: "after rotation" in out.read_text(), 10, "the line after the rotation")
+        process.terminate()
+
+
+def test_logs_end_without_follow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_logs(write_logs(tmp_path), "kafka", lines=1, follow=False)
+    assert capsys.readouterr().out == "kafka line 29\n"

@@ -1,0 +1,152 @@
+"""What is installed: small imports, a wheel with its data files, constraints that cover the dependencies."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import entry_points, requires, version
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+HEAVY = ("torch", "sentence_transformers", "transformers", "scipy", "sklearn", "matplotlib")
+
+
+def modules_after(code: str) -> set[str]:
+    """Names of the modules that a fresh interpreter has loaded after running the code."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint('\\n'.join(sys.modules))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return set(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import cortex_core",
+        "import streams, streams.cli",
+        "from typer.testing import CliRunner; from streams.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0",
+        "import streams.joiner",
+        "import streams.stack, streams.status",
+        "import streams.join, streams.events, streams.topics, streams.settings, streams.replay_store",
+        "import cortex_core.feedback_collector, cortex_core.replay_buffer, cortex_core.strategy_registry",
+    ],
+)
+def test_what_must_start_quickly_loads_nothing_heavy(code: str) -> None:
+    loaded = modules_after(code)
+    assert not loaded.intersection(HEAVY)
+
+
+def test_the_learner_loads_no_worker_and_no_client() -> None:
+    every = sorted(p.stem for p in (ROOT / "cortex_core").glob("*.py") if p.stem != "__init__")
+    loaded = modules_after("\n".join(f"import cortex_core.{name}" for name in every))
+    assert "torch" in loaded  # the check sees what it looks for
+    assert not loaded.intersection(("streams", "faust", "mode", "aiokafka", "redis", "fastapi"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Names in a wheel built from this tree, by the build backend alone: no network."""
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [file] = out.glob("*.whl")
+    return set(zipfile.ZipFile(file).namelist())
+
+
+def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(wheel: set[str]) -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "cortex_core", "streams"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    inside = {name for name in wheel if ".dist-info/" not in name}
+    assert inside == set(tracked)
+    assert {"cortex_core/py.typed", "streams/py.typed", "streams/kafka_jars.sha256"} <= inside
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+
+
+def test_the_script_is_the_command_line() -> None:
+    [script] = entry_points(group="console_scripts", name="cortex")
+    assert script.value == PYPROJECT["project"]["scripts"]["cortex"]
+    assert version("cortex-streams") == PYPROJECT["project"]["version"]
+
+
+def constraints() -> dict[str, list[Requirement]]:
+    pinned: dict[str, list[Requirement]] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        pin = Requirement(line)
+        pinned.setdefault(canonical(pin.name), []).append(pin)
+    return pinned
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_dependency_is_pinned_within_its_range() -> None:
+    project = PYPROJECT["project"]
+    wanted = project["dependencies"] + [d for e in project["optional-dependencies"].values() for d in e]
+    pinned = constraints()
+    for requirement in map(Requirement, wanted):
+        [pin, *_] = pinned[canonical(requirement.name)]
+        [exact] = pin.specifier
+        assert exact.operator == "=="
+        assert requirement.specifier.contains(exact.version), requirement
+
+
+def test_what_is_installed_is_what_is_pinned() -> None:
+    """Also what the dependencies themselves need: nothing comes in a version of the day."""
+    pinned = constraints()
+    environment: dict[str, str] = {name: str(value) for name, value in default_environment().items()}
+    environment["extra"] = ""
+    pending, seen = ["cortex-streams"], {"cortex-streams"}
+    while pending:
+        for text in requires(pending.pop()) or []:
+            requirement = Requirement(text)
+            name = canonical(requirement.name)
+            if name in seen or (requirement.marker and not requirement.marker.evaluate(environment)):
+                continue
+            seen.add(name)
+            pending.append(name)
+            applying = [p for p in pinned[name] if not p.marker or p.marker.evaluate(environment)]
+            assert [str(p.specifier) for p in applying] == [f"=={version(name)}"], name
+    assert len(seen) > 40
+
+
+def test_constraints_name_no_index_and_no_path() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"://|--|file:|@", text)
+
+
+def test_the_makefile_describes_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    described = set(re.findall(r"^([a-z-]+):.*## .+$", makefile, re.M))
+    assert {"help", "setup", "up", "demo", "test", "check", "bench", "clean"} <= described
+    [phony] = re.findall(r"^\.PHONY: (.*)$", makefile, re.M)
+    assert set(phony.split()) == described
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(f"  {target} " in done.stdout for target in described)
+
+
+def test_ci_calls_what_the_readme_calls() -> None:
+    run = ROOT / ".ci" / "run"
+    assert run.stat().st_mode & 0o111
+    called = re.findall(r"^make (\w+)", run.read_text(), re.M)
+    assert called[-1] == "test"
+    assert {"check", "demo", "test"} <= set(called)

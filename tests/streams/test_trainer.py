@@ -6,24 +6,23 @@ Those that are killed or stopped are processes; their heirs run in this one, whi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import pytest_asyncio
-from aiokafka import AIOKafkaProducer
-from prometheus_client import CollectorRegistry
+from aiokafka import AIOKafkaProducer, TopicPartition
 from pydantic import SecretStr
 
+from streams.connections import kafka_client_options
+from streams.embedded import EmbeddedKafka, EmbeddedRedis, EmbeddedServer
 from streams.settings import Settings
-from streams.topics import Topics, create_topics
-from streams.trainer import Trainer
-from streams.worker import Worker
+from streams.topics import Topics
 from tests.services import async_wait_for, spawn_worker
 from tests.streams.experiences import (
     WeightsWatch,
@@ -34,72 +33,20 @@ from tests.streams.experiences import (
     publish_experiences,
     send_raw,
 )
+from tests.streams.trainers import Running, all_committed, for_trainers, running, watching
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    """Four partitions, a group of its own, and a dead trainer is missed after a second."""
-    group = f"{settings.topic_prefix}-trainer"
-    return settings.model_copy(update={"session_timeout_s": 1.0, "trainer_group": group, "partitions": 4})
+    return for_trainers(settings)
 
 
 @pytest_asyncio.fixture
 async def watch(settings: Settings) -> AsyncIterator[WeightsWatch]:
-    await create_topics(settings)
-    weights = WeightsWatch(settings)
-    async with weights.follower:
+    async with watching(settings) as weights:
         yield weights
-
-
-class Running:
-    """A trainer in this process."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.registry = CollectorRegistry()
-        self.worker = Worker("trainer", settings, ("kafka", "redis", "weights", "partitions"))
-        self.trainer = Trainer(self.worker, self.registry)
-
-    def count(self, name: str, **labels: str) -> float:
-        """Sum of a series over all label sets that hold these labels."""
-        return sum(
-            sample.value
-            for family in self.registry.collect()
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
-
-    def outcomes(self, outcome: str) -> float:
-        return self.count("cortex_trainer_experiences_total", outcome=outcome)
-
-    def partitions(self) -> int:
-        return len(self.trainer._owned)
-
-
-@contextlib.asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Running]:
-    """A trainer that is ready; stopped as by SIGTERM at the end."""
-    it = Running(settings)
-    task = asyncio.create_task(it.trainer.run())
-    try:
-
-        def ready() -> bool:
-            assert not task.done(), task.result()
-            return not it.worker.missing
-
-        await async_wait_for(ready, 60, "the trainer to be ready")
-        yield it
-    finally:
-        it.worker.stopping.set()  # `stop()` would also set the timer that ends this process
-        await task
-
-
-async def all_committed(settings: Settings, wanted: dict[int, int]) -> None:
-    async def reached() -> bool:
-        return await committed(settings) == wanted
-
-    await async_wait_for(reached, 30, f"the group to have committed {wanted}", 0.1)
 
 
 async def test_one_reply_makes_a_version_and_sigterm_loses_none(
@@ -154,8 +101,6 @@ async def test_killed_in_mid_stream_another_does_all_and_each_experience_is_lear
 
 
 def _home(settings: Settings, model_id: str) -> set[Any]:
-    from aiokafka import TopicPartition
-
     [partition] = ends(settings, [experience("x", model_id=model_id)])
     return {TopicPartition(Topics.of(settings).experiences, partition)}
 
@@ -314,3 +259,46 @@ async def test_unreachable_servers_are_named(settings: Settings) -> None:
     assert "secret" not in str(it.worker.missing)
     it.worker.stopping.set()
     await task
+
+
+def kill(server: EmbeddedServer) -> None:
+    assert server.child is not None
+    server.child.kill()
+
+
+async def test_kafka_and_redis_may_go_away_in_mid_stream(tmp_path: Path, settings: Settings) -> None:
+    """Servers of the test's own, as these are killed."""
+    kafka, store = EmbeddedKafka(tmp_path / "kafka", settings.cache), EmbeddedRedis(tmp_path / "redis")
+    await asyncio.gather(kafka.start(), store.start())
+    try:
+        own = settings.model_copy(update={"kafka": kafka.address, "redis_url": SecretStr(store.url)})
+        async with watching(own) as watch, running(own) as trainer:
+            await publish_experiences(own, [experience(f"e{i}") for i in range(5)])
+            await watch.learned(5)
+
+            kill(kafka)
+            await async_wait_for(
+                lambda: kafka.address in trainer.worker.missing.get("kafka", ""), 60, "Kafka missed"
+            )
+            await kafka.start()
+            await publish_experiences(own, [experience(f"e{i}") for i in range(5, 10)])
+            await watch.learned(10, timeout_s=90)
+
+            kill(store)
+            await async_wait_for(
+                lambda: store.url[8:] in trainer.worker.missing.get("redis", ""), 60, "Redis missed"
+            )
+            producer = AIOKafkaProducer(**kafka_client_options(own))
+            await producer.start()
+            for i in range(10, 15):
+                await producer.send_and_wait(
+                    Topics.of(own).experiences, experience(f"e{i}").to_bytes(), key=b"m"
+                )
+            await producer.stop()
+            await store.start()
+            await watch.learned(15, timeout_s=90)
+            await async_wait_for(lambda: not trainer.worker.missing, 60, "the trainer to be ready again")
+            await watch.check()
+            assert watch.newest().interactions == 15
+    finally:
+        await asyncio.gather(kafka.stop(), store.stop())

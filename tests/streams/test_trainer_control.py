@@ -1,0 +1,241 @@
+"""What operators may ask of a trainer, and how it meets learning that goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+from aiokafka import AIOKafkaProducer
+
+from cortex_core.errors import WeightsError
+from cortex_core.online_trainer import OnlineTrainer, OnlineUpdate
+from cortex_core.replay_buffer import ReplayEntry
+from streams.connections import kafka_client_options
+from streams.control import send_control
+from streams.events import ControlEvent, new_id, utc_now
+from streams.settings import Settings
+from streams.topics import Topics
+from streams.weights_log import WeightsFollower
+from tests.services import async_wait_for
+from tests.streams.experiences import (
+    WeightsWatch,
+    dead_letters,
+    ends,
+    experience,
+    publish_experiences,
+)
+from tests.streams.trainers import all_committed, for_trainers, running, watching
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return for_trainers(settings)
+
+
+@pytest_asyncio.fixture
+async def watch(settings: Settings) -> AsyncIterator[WeightsWatch]:
+    async with watching(settings) as weights:
+        yield weights
+
+
+async def test_a_rollback_is_a_new_version_with_the_old_bytes_and_happens_once(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    async with running(settings) as trainer:
+        for n in (1, 2, 3):
+            await publish_experiences(settings, [experience(f"e{n}")])
+            await watch.learned(n)
+        first, *_, third = watch.seen["m"]
+        await send_control(settings, "rollback", "m", first.version, "it went wrong")
+        await async_wait_for(lambda: watch.newest().version == 4, what="the rollback")
+        assert watch.newest().sha256 == first.sha256 != third.sha256
+        assert watch.newest().reason == "rollback"
+        assert watch.newest().interactions == 3
+        assert trainer.count("cortex_trainer_rollbacks_total") == 1
+        await publish_experiences(settings, [experience("e4")])
+        await watch.learned(4)
+        assert watch.newest().reason == "train"
+    async with running(settings):  # the event still stands on the control topic
+        await publish_experiences(settings, [experience("e5")])
+        await watch.learned(5)
+    await watch.check()
+    assert [m.reason for m in watch.seen["m"]] == ["train", "train", "train", "rollback", "train", "train"]
+
+
+async def test_a_rollback_asked_for_while_no_trainer_runs_is_done_by_the_next(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    async with running(settings):
+        for n in (1, 2):
+            await publish_experiences(settings, [experience(f"e{n}")])
+            await watch.learned(n)
+    event = await send_control(settings, "rollback", "m")
+    assert event.version == 1
+    async with running(settings):
+        await async_wait_for(lambda: watch.newest().version == 3, what="the rollback")
+    assert watch.newest().sha256 == watch.seen["m"][0].sha256
+
+
+async def test_versions_that_are_not_kept_are_refused_with_those_that_are(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    with pytest.raises(WeightsError, match="kept are none"):
+        await send_control(settings, "rollback", "m")
+    async with running(settings) as trainer:
+        await publish_experiences(settings, [experience("e1")])
+        await watch.learned(1)
+        with pytest.raises(WeightsError, match="version 9 is not kept; kept are 1"):
+            await send_control(settings, "pin", "m", 9)
+        # Sent past the check, as by a foreign tool: refused by the trainer, which goes on.
+        await send_event(settings, action="rollback", version=9)
+        await async_wait_for(
+            lambda: trainer.count("cortex_trainer_refused_total", kind="rollback") == 1, what="the refusal"
+        )
+        await publish_experiences(settings, [experience("e2")])
+        await watch.learned(2)
+
+
+async def send_event(settings: Settings, **changes: Any) -> None:
+    event = ControlEvent(control_id=new_id(), occurred_at=utc_now(), model_id="m", **changes)
+    producer = AIOKafkaProducer(**kafka_client_options(settings))
+    await producer.start()
+    try:
+        await producer.send_and_wait(Topics.of(settings).control, event.to_bytes(), key=b"m", partition=0)
+    finally:
+        await producer.stop()
+
+
+@pytest.mark.parametrize(("hold", "release"), [("pause", "resume"), ("pin", "unpin")])
+async def test_a_model_on_hold_learns_nothing_and_then_all_of_it(
+    settings: Settings, watch: WeightsWatch, hold: Any, release: Any
+) -> None:
+    other = _neighbour(settings)
+    async with running(settings) as trainer:
+        await publish_experiences(settings, [experience("e0")])
+        await watch.learned(1)
+        await send_control(settings, hold, "m")
+        await async_wait_for(lambda: trainer.trainer._controls.of("m").held, what="the trainer to know")
+        await publish_experiences(settings, [experience(f"e{i}") for i in range(1, 6)])
+        await publish_experiences(settings, [experience(f"o{i}", model_id=other) for i in range(5)])
+        await watch.learned(5, other)
+        assert watch.newest().version == 1
+    async with running(settings):  # a restart forgets nothing of what was held back
+        await publish_experiences(settings, [experience("e6"), experience("o5", model_id=other)])
+        await watch.learned(6, other)
+        assert watch.newest().version == 1
+        await send_control(settings, release, "m")
+        await watch.learned(7)
+        await publish_experiences(settings, [experience("o6", model_id=other)])
+        await watch.learned(7, other)
+        held_then_done = [
+            experience(f"{x}{i}", model_id=m) for x, m in (("e", "m"), ("o", other)) for i in range(7)
+        ]
+        await all_committed(settings, ends(settings, held_then_done))
+    await watch.check()
+    assert {m: v[-1].interactions for m, v in watch.seen.items()} == {"m": 7, other: 7}
+
+
+def _neighbour(settings: Settings) -> str:
+    """A model whose home is the partition of "m"."""
+    home = ends(settings, [experience("x")])
+    return next(x for x in map(str, range(99)) if ends(settings, [experience("x", model_id=x)]) == home)
+
+
+async def test_what_is_pending_when_a_model_is_pinned_is_not_published(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    slow = settings.model_copy(update={"publish_interval_s": 600.0})
+    async with running(slow) as trainer:
+        await publish_experiences(settings, [experience("e0")])
+        await watch.learned(1)
+        await publish_experiences(settings, [experience("e1"), experience("e2")])
+        await async_wait_for(lambda: trainer.outcomes("learned") == 3, what="two to be pending")
+        await send_control(settings, "pin", "m", 1)
+        await async_wait_for(lambda: not trainer.loaded("m"), what="the trainer to let go")
+    await watch.follower.catch_up()
+    assert watch.newest().version == 1
+    await send_control(settings, "unpin", "m")
+    async with running(settings):
+        await watch.learned(3)
+    await watch.check()
+
+
+# --- learning that goes wrong -------------------------------------------------------------------------------
+
+
+async def test_an_experience_that_makes_learning_fail_is_found_and_set_aside(
+    settings: Settings, watch: WeightsWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = OnlineTrainer.observe
+
+    def observe(self: OnlineTrainer, entry: ReplayEntry) -> Any:
+        if entry.id == "e7":
+            raise RuntimeError("shapes cannot be multiplied")
+        return real(self, entry)
+
+    monkeypatch.setattr(OnlineTrainer, "observe", observe)
+    async with running(settings):
+        await publish_experiences(settings, [experience(f"e{i}") for i in range(20)])
+        await watch.learned(19)
+        [letter] = await dead_letters(settings)
+        assert letter.offset == 7
+        assert "shapes cannot be multiplied" in letter.reason
+    await watch.check()
+    assert watch.newest().interactions == 19
+
+
+async def test_degraded_weights_are_replaced_by_the_last_good_and_it_is_said(
+    settings: Settings, watch: WeightsWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = OnlineTrainer.flush
+
+    def degrading(self: OnlineTrainer) -> OnlineUpdate | None:
+        update = real(self)
+        if update is None or update.update != 3:
+            return update
+        self.restore_best()
+        return replace(update, rolled_back=True)
+
+    monkeypatch.setattr(OnlineTrainer, "flush", degrading)
+    async with running(settings) as trainer:
+        for n in (1, 2, 3, 4):
+            await publish_experiences(settings, [experience(f"e{n}")])
+            await watch.learned(n)
+        assert [m.reason for m in watch.seen["m"]] == ["train", "train", "rollback", "train"]
+        assert trainer.count("cortex_trainer_rollbacks_total") == 1
+    await watch.check()
+
+
+async def test_weights_that_are_not_finite_never_leave(
+    settings: Settings, watch: WeightsWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = OnlineTrainer.flush
+
+    def poisoned(self: OnlineTrainer) -> OnlineUpdate | None:
+        update = real(self)
+        if update is not None and update.update == 2:
+            with torch.no_grad():
+                next(self.selector.parameters()).fill_(float("nan"))
+        return update
+
+    monkeypatch.setattr(OnlineTrainer, "flush", poisoned)
+    async with running(settings) as trainer:
+        await publish_experiences(settings, [experience("e1")])
+        await watch.learned(1)
+        await publish_experiences(settings, [experience("e2")])
+        await async_wait_for(
+            lambda: trainer.count("cortex_trainer_refused_total", kind="not_finite") == 1, what="the refusal"
+        )
+        monkeypatch.undo()
+        await publish_experiences(settings, [experience("e3")])
+        await watch.learned(2)
+    await watch.check()
+    async with WeightsFollower(settings) as follower:
+        await follower.caught_up.wait()
+        assert follower.refused.total() == 0

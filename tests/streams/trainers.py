@@ -1,0 +1,86 @@
+"""Trainers in this process, for tests: torch is loaded once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from prometheus_client import CollectorRegistry
+
+from streams.settings import Settings
+from streams.topics import create_topics
+from streams.trainer import Trainer
+from streams.worker import Worker
+from tests.services import async_wait_for
+from tests.streams.experiences import WeightsWatch, committed
+
+
+def for_trainers(settings: Settings) -> Settings:
+    """Four partitions, a group of its own, and a dead trainer is missed after a second."""
+    group = f"{settings.topic_prefix}-trainer"
+    return settings.model_copy(update={"session_timeout_s": 1.0, "trainer_group": group, "partitions": 4})
+
+
+@contextlib.asynccontextmanager
+async def watching(settings: Settings) -> AsyncIterator[WeightsWatch]:
+    """The topics exist, and every version is noted."""
+    await create_topics(settings)
+    weights = WeightsWatch(settings)
+    async with weights.follower:
+        yield weights
+
+
+class Running:
+    """A trainer in this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.registry = CollectorRegistry()
+        self.worker = Worker("trainer", settings, ("kafka", "redis", "weights", "partitions"))
+        self.trainer = Trainer(self.worker, self.registry)
+
+    def count(self, name: str, **labels: str) -> float:
+        """Sum of a series over all label sets that hold these labels."""
+        return sum(
+            sample.value
+            for family in self.registry.collect()
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def outcomes(self, outcome: str) -> float:
+        """Experiences that came to this."""
+        return self.count("cortex_trainer_experiences_total", outcome=outcome)
+
+    def partitions(self) -> int:
+        """How many it owns."""
+        return len(self.trainer._owned)
+
+    def loaded(self, model_id: str) -> bool:
+        """Whether it has the model in memory."""
+        return any(model_id in p._learners for p in self.trainer._owned.values())
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Running]:
+    """A trainer that is ready; stopped as by SIGTERM at the end."""
+    it = Running(settings)
+    task = asyncio.create_task(it.trainer.run())
+    try:
+
+        def ready() -> bool:
+            assert not task.done(), task.result()
+            return not it.worker.missing
+
+        await async_wait_for(ready, 60, "the trainer to be ready")
+        yield it
+    finally:
+        it.worker.stopping.set()  # `stop()` would also set the timer that ends this process
+        await task
+
+
+async def all_committed(settings: Settings, wanted: dict[int, int]) -> None:
+    async def reached() -> bool:
+        return await committed(settings) == wanted
+
+    await async_wait_for(reached, 30, f"the group to have committed {wanted}", 0.1)

@@ -196,8 +196,3 @@ def test_every_section_with_code_is_covered() -> None:
     assert languages == {"sh", "python"}, "a new kind of block needs a way to run it here"
     with_python = {s for s in SECTIONS if blocks(s, "python")}
     assert with_python == {"Use it", ALONE}, "each Python block needs its test here"
-
-
-def test_links_point_to_files() -> None:
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
-        assert (ROOT / target).exists(), f"the README links to {target}, which does not exist"

@@ -1,0 +1,173 @@
+"""One model in a trainer's hands: what is counted, and that a restart continues exactly."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import pytest
+import redis
+import torch
+from aiokafka.partitioner import DefaultPartitioner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cortex_core.errors import InputError, WeightsError
+from cortex_core.model import CortexModel
+from cortex_core.replay_buffer import ReplayBuffer
+from cortex_core.weights import WeightsSnapshot
+from streams import learning
+from streams.connections import redis_client
+from streams.learning import ModelLearner, Resume, model_config
+from streams.partition import home_partition
+from streams.settings import Settings
+from tests.streams.experiences import experience
+
+TP = "cortex.experiences-0"
+
+
+@given(
+    st.integers(-1, 2**40),
+    st.dictionaries(st.integers(0, 2**64 - 1), st.integers(1, 65_535), max_size=50),
+)
+def test_resume_comes_back(control_offset: int, revisions: dict[int, int]) -> None:
+    resume = Resume(control_offset, OrderedDict(revisions))
+    again = Resume.from_bytes(resume.to_bytes())
+    assert again == resume
+    assert list(again.revisions) == list(revisions)
+
+
+@pytest.mark.parametrize("raw", [b"x", b"{}", b'{"control_offset": 1, "experiences": 3}\nshort', b"[]\n"])
+def test_a_resume_that_is_none_is_refused(raw: bytes) -> None:
+    with pytest.raises(WeightsError, match="resume"):
+        Resume.from_bytes(raw)
+
+
+def test_the_ledger_keeps_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "LEDGER_CAPACITY", 3)
+    resume = Resume()
+    for name in ("a", "b", "c"):
+        resume.note(name, 1)
+    resume.note("a", 2)
+    resume.note("d", 1)
+    assert [resume.revision(x) for x in "abcd"] == [2, 0, 1, 1]
+
+
+@given(st.text(min_size=1, max_size=60), st.integers(1, 64))
+def test_home_is_where_the_default_partitioner_sends(model_id: str, partitions: int) -> None:
+    everywhere = list(range(partitions))
+    assert home_partition(model_id, partitions) == DefaultPartitioner()(
+        model_id.encode(), everywhere, everywhere
+    )
+
+
+@pytest.fixture
+def cache(settings: Settings) -> Iterator[redis.Redis]:
+    with redis_client(settings) as client:
+        yield client
+
+
+def birth(settings: Settings, cache: redis.Redis) -> ModelLearner:
+    return ModelLearner.open(settings, "m", None, b"", buffer=ReplayBuffer(100), cache=cache)
+
+
+def publish(learner: ModelLearner, offset: int) -> tuple[WeightsSnapshot, bytes]:
+    """The next version, out."""
+    snapshot, resume = learner.next_version({TP: offset})
+    learner.published(snapshot)
+    return snapshot, resume
+
+
+@pytest.mark.integration
+def test_birth_is_the_model_that_inference_makes(settings: Settings, cache: redis.Redis) -> None:
+    snapshot, _ = birth(settings, cache).next_version({})
+    own = CortexModel.create(model_config(settings), "m")
+    assert snapshot.payload == WeightsSnapshot.of(own, model_id="m", version=1).payload
+
+
+@pytest.mark.integration
+def test_counts_and_versions(settings: Settings, cache: redis.Redis) -> None:
+    learner = birth(settings, cache)
+    assert learner.learn(experience("a"), 0)[0] == "learned"
+    assert learner.learn(experience("a"), 1)[0] == "repeated"
+    assert learner.learn(experience("b", revision=0), 2)[0] == "no_reply"
+    assert learner.learn(experience("b", revision=2), 3)[0] == "learned"
+    assert learner.learn(experience("b", revision=1), 4)[0] == "repeated"
+    assert learner.learn(experience("b", revision=0), 5)[0] == "repeated"
+    assert learner.learn(experience("a", revision=2), 6)[0] == "amended"
+    strange = experience("c", strategy_id="dance", strategy_ids=["dance"], probabilities=[1.0])
+    with pytest.raises(InputError, match="dance"):
+        learner.learn(strange, 7)
+    assert learner.first_unpublished == 0
+    snapshot, _ = publish(learner, 8)
+    manifest = snapshot.manifest
+    assert (manifest.version, manifest.parent, manifest.interactions) == (1, None, 2)
+    assert manifest.consumed == {TP: 8}
+    assert manifest.oldest_reply_at == min(
+        e.replied_at for e in (experience("a"), experience("b")) if e.replied_at is not None
+    )
+    assert learner.first_unpublished is None
+    learner.learn(experience("d"), 9)
+    snapshot, _ = publish(learner, 10)
+    assert (snapshot.manifest.version, snapshot.manifest.parent, snapshot.manifest.interactions) == (2, 1, 3)
+    assert snapshot.manifest.oldest_reply_at == experience("d").replied_at
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_restart_continues_as_if_there_had_been_none(
+    settings: Settings, cache: redis.Redis, cached: bool
+) -> None:
+    """Exactly, to the bit, where the optimizer's moments are in the cache; else with fresh moments."""
+    learner = birth(settings, cache)
+    for i in range(12):
+        learner.learn(experience(f"e{i}"), i)
+    snapshot, resume = learner.next_version({TP: 12})
+    if cached:
+        learner.save_optimizer(cache, snapshot.manifest.version)
+    learner.published(snapshot)
+    heir = ModelLearner.open(settings, "m", snapshot, resume, buffer=ReplayBuffer(100), cache=cache)
+    assert (heir.version, heir.interactions, heir.updates) == (1, 12, learner.updates)
+    assert heir.ema_loss == learner.ema_loss
+    assert heir.learn(experience("e3"), 12)[0] == "repeated"
+    after = []
+    for each in (learner, heir):
+        torch.manual_seed(1)  # dropout
+        for i in range(12, 20):
+            each.learn(experience(f"e{i}"), i)
+        after.append(publish(each, 20)[0])
+    assert after[0].manifest.updates == after[1].manifest.updates
+    assert (after[0].payload == after[1].payload) is cached
+
+
+@pytest.mark.integration
+def test_the_cache_holds_two_versions_and_another_ones_are_not_used(
+    settings: Settings, cache: redis.Redis
+) -> None:
+    learner = birth(settings, cache)
+    for version in (1, 2, 3, 4):
+        learner.learn(experience(f"e{version}"), version)
+        snapshot, resume = learner.next_version({})
+        learner.save_optimizer(cache, snapshot.manifest.version)
+        learner.published(snapshot)
+    [key] = cache.scan_iter(f"{settings.topic_prefix}:trainer:*")
+    assert sorted(cache.hkeys(key)) == [b"3", b"4"]
+    cache.hset(key, "4", b"damaged")
+    heir = ModelLearner.open(settings, "m", snapshot, resume, buffer=ReplayBuffer(100), cache=cache)
+    assert heir.learn(experience("e5"), 5)[0] == "learned"
+
+
+@pytest.mark.integration
+def test_rolling_back_keeps_the_counts_and_takes_the_weights(settings: Settings, cache: redis.Redis) -> None:
+    learner = birth(settings, cache)
+    learner.learn(experience("a"), 0)
+    first, _ = publish(learner, 1)
+    learner.learn(experience("b"), 1)
+    publish(learner, 2)
+    learner.roll_back(first, control_offset=7)
+    snapshot, resume = publish(learner, 2)
+    assert snapshot.payload == first.payload
+    assert (snapshot.manifest.version, snapshot.manifest.reason) == (3, "rollback")
+    assert (snapshot.manifest.interactions, snapshot.manifest.updates) == (2, 2)
+    assert Resume.from_bytes(resume).control_offset == 7
+    assert learner.learn(experience("b"), 3)[0] == "repeated"

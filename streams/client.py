@@ -72,6 +72,7 @@ class CortexClient:
         kafka: str | None = None,
         settings: Settings | None = None,
         timeout_s: float = 15.0,
+        start_timeout_s: float = 60.0,
         agent_id: str = "agent",
         model_id: str = "default",
     ) -> None:
@@ -83,6 +84,7 @@ class CortexClient:
             kafka: "host:port[,…]": no service; decide in this process, following weights from this Kafka.
             settings: for `kafka`, and for finding the running stack; by default from the environment.
             timeout_s: seconds in which a call is repeated before `UnavailableError`.
+            start_timeout_s: seconds that an in-process client waits for Kafka at its start.
             agent_id, model_id: for calls that name none.
 
         Raises:
@@ -97,7 +99,7 @@ class CortexClient:
             settings = (
                 settings.model_copy(update={"kafka": kafka}) if settings else Settings.load(kafka=kafka)
             )
-            self._transport = InProcess(settings, timeout_s)
+            self._transport = InProcess(settings, timeout_s, start_timeout_s)
         else:
             self._transport = Http(_checked_urls(urls, settings), timeout_s)
 

@@ -82,7 +82,11 @@ class Http:
         await self._http.aclose()
 
     async def decide(self, request: DecideRequest) -> DecideResponse:
-        body = request.model_dump_json(exclude_none=True, exclude_defaults=True)
+        # Where both are given the service reads the embedding alone.
+        slim = [
+            m.model_copy(update={"text": None}) if m.embedding is not None else m for m in request.memories
+        ]
+        body = request.model_copy(update={"memories": slim}).model_dump_json(exclude_none=True)
         return DecideResponse.model_validate_json(
             await self._post("/v1/decide", body, request.conversation_id)
         )
@@ -150,24 +154,25 @@ def _reason(answer: httpx.Response) -> Exception:
 class InProcess:
     """Decides in this process; events and weights go over Kafka."""
 
-    def __init__(self, settings: Settings, timeout_s: float) -> None:
+    def __init__(self, settings: Settings, timeout_s: float, start_timeout_s: float) -> None:
         self._settings = settings
         self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
         self._service: Service | None = None
 
-    async def start(self, timeout_s: float = 60.0) -> None:
-        """Raises `UnavailableError` where Kafka does not answer within `timeout_s`."""
+    async def start(self) -> None:
+        """Raises `UnavailableError` where Kafka does not answer in time."""
         from streams.service import Service  # noqa: PLC0415 - loads torch
 
         service = self._service = Service(self._settings)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self._start_timeout_s):
                 await service.start()
         except BaseException as error:
             missing = "; ".join(f"{need}: {why}" for need, why in service.missing.items())
             await self.close()
             if isinstance(error, TimeoutError):
-                raise UnavailableError(f"not ready within {timeout_s:g} s: {missing}") from error
+                raise UnavailableError(f"not ready within {self._start_timeout_s:g} s: {missing}") from error
             raise
 
     async def close(self) -> None:

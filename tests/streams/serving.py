@@ -119,6 +119,18 @@ async def served(settings: Settings) -> AsyncIterator[tuple[Service, httpx.Async
             await service.stop()
 
 
+@asynccontextmanager
+async def listening(settings: Settings) -> AsyncIterator[str]:
+    """The url of a service that is ready, on a real socket of this process."""
+    service, worker = Service(settings), Worker("inference", settings, NEEDS)
+    try:
+        async with worker.serving(create_app(service, worker)) as port, asyncio.timeout(150):
+            await service.start()
+            yield f"http://127.0.0.1:{port}"
+    finally:
+        await service.stop()
+
+
 def seeded(interaction_id: str) -> np.random.Generator:
     """The chance that a decision with this id meets."""
     digest = hashlib.blake2b(interaction_id.encode(), digest_size=16).digest()

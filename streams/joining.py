@@ -89,6 +89,8 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
         self._generation = 0
         self._abandoned = -1
         """Batches of this generation and earlier ones are dropped, also while they are being handled."""
+        self._assigned = asyncio.Event()
+        self._fetching = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
         self._time = EventTime((self.topics.interactions, self.topics.replies))
@@ -146,8 +148,14 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
     async def on_partitions_revoked(self, revoked: Any) -> None:
         """Waits for the batch in flight, within limits; what is queued is dropped and read again."""
         generation, self._generation = self._generation, self._generation + 1
+        self._assigned.clear()
         if revoked:
             log.info("partitions revoked", partitions=_shown(revoked))
+        self.worker.not_ready("kafka", "the group is rebalancing")
+        async with self._fetching:
+            # A fetch that reached into the next assignment would take its first records under the old
+            # generation, and drop them.
+            pass
         try:
             async with asyncio.timeout(REVOKE_S):
                 await self._idle.wait()
@@ -163,6 +171,7 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
         self._states.forget_cache()
         self._time = EventTime((self.topics.interactions, self.topics.replies))
         self._handled_at = time.monotonic()
+        self._assigned.set()
         self.worker.ready("kafka")
         log.info("partitions assigned", partitions=_shown(assigned))
 
@@ -173,15 +182,17 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
         consumer = self._consumer
         assert consumer is not None, "start() first"
         while True:
+            await self._assigned.wait()
             generation = self._generation
             try:
-                records = await consumer.getmany(timeout_ms=POLL_MS, max_records=self.settings.join_batch)
+                async with self._fetching:
+                    records = await consumer.getmany(timeout_ms=POLL_MS, max_records=self.settings.join_batch)
             except KafkaError as error:
                 log.warning("fetching failed; trying again", error=f"{type(error).__name__}: {error}")
                 await asyncio.sleep(0.5)
                 continue
             if generation != self._generation:
-                continue  # the position is back at what is committed
+                continue  # revoked meanwhile: reading goes on at what is committed
             for tp, its_records in records.items():
                 if its_records:
                     self._time.saw(tp, its_records[-1].timestamp)
@@ -329,7 +340,7 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
     def _need(self, name: str, why: str | None) -> None:
         if why is not None:
             self.worker.not_ready(name, why)
-        elif self._consumer is not None and self._consumer.assignment():
+        elif self._assigned.is_set():
             self.worker.ready(name)
 
     async def watch(self) -> None:
@@ -350,17 +361,18 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
                 self.worker.not_ready("kafka", why)
                 self._handled_at = time.monotonic()
                 continue
-            if away:
+            if away and self._assigned.is_set():
                 away = False
                 self.worker.ready("kafka")
             lag = 0
             for tp, end in ends.items():
                 LAG.labels(tp.topic, str(tp.partition)).set(max(0, end - done[tp]))
                 lag += max(0, end - done[tp])
-            if not lag or self._waiting_for is not None:
+            if (self._assigned.is_set() and not lag) or self._waiting_for is not None:
                 self._handled_at = time.monotonic()
             elif time.monotonic() - self._handled_at > STALL_S:
-                self.worker.fail(f"{lag} events wait, and none was handled for {STALL_S:g} s")
+                what = f"{lag} events wait" if self._assigned.is_set() else "the group goes on rebalancing"
+                self.worker.fail(f"{what}, and nothing was handled for {STALL_S:g} s")
 
     async def stop(self) -> None:
         """Lets the batch in flight finish, leaves the group, closes; safe to call after a failed start."""

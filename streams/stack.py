@@ -43,7 +43,9 @@ from streams.topics import create_topics
 WORKER_GRACE_S = 3.5
 """For a worker to finish its batch and leave its group; twice this and the servers' make less than 10 s."""
 SERVER_GRACE_S = 2.5
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 240.0
+"""A busy machine of two cores takes a minute to load the sentence encoder in each inference worker."""
+SAY_WAITING_S = 15.0
 STARTS_BEFORE_GIVING_UP = 3
 """A worker that ends this often before the stack is up would end for ever."""
 
@@ -236,8 +238,8 @@ class Stack:
 
     async def _until_ready(self, worker: Worker, http: httpx.AsyncClient) -> None:
         before = time.monotonic()
-        starts = 1
-        missing: object = "nothing answers there"
+        starts, said = 1, before
+        missing = "it does not answer yet"
         while time.monotonic() - before < READY_TIMEOUT_S:
             if not worker.alive:
                 tail = f"the end of {worker.child.log_file}:\n{worker.child.log_tail()}"
@@ -253,7 +255,10 @@ class Stack:
                 if answer.status_code == 200:
                     self._say(f"{worker.name} is ready at {worker.url} ({time.monotonic() - before:.1f} s)")
                     return
-                missing = answer.text
+                missing = "; ".join(f"{k}: {v}" for k, v in answer.json()["missing"].items())
+            if time.monotonic() - said > SAY_WAITING_S:
+                said = time.monotonic()
+                self._say(f"waiting for {worker.name} ({missing})")
             await asyncio.sleep(0.1)
         raise UnavailableError(
             f"{worker.name} was not ready within {READY_TIMEOUT_S:.0f} s ({missing}); the end of "

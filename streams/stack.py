@@ -250,7 +250,7 @@ class Stack:
                 self._say(f"{worker.name} {worker.ending} while starting; starting it again")
                 await worker.start()
                 starts += 1
-            with contextlib.suppress(httpx.HTTPError):
+            with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
                 answer = await http.get(f"{worker.url}/readyz")
                 if answer.status_code == 200:
                     self._say(f"{worker.name} is ready at {worker.url} ({time.monotonic() - before:.1f} s)")

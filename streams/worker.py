@@ -53,7 +53,7 @@ def configure_logs(settings: Settings) -> None:
         if settings.log_format == "json"
         else structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(),
-            # Not the default one, which prints local variables: an address with its password may be among them.
+            # Not the default one, which prints local variables: a password may be among them.
             exception_formatter=structlog.dev.plain_traceback,
         )
     )

@@ -115,7 +115,6 @@ class Source:
     """Where sentences come from."""
 
     data: Path | None
-    kinds: int | None
     encoder: str
 
 
@@ -133,7 +132,7 @@ class Job:
 @lru_cache(maxsize=2)
 def sentences_of(source: Source) -> Sentences:
     """The sentences, once in a process."""
-    return load(source.data, kinds=source.kinds, encoder=source.encoder)
+    return load(source.data, encoder=source.encoder)
 
 
 def run(job: Job) -> Run:
@@ -197,6 +196,7 @@ def blocks_of(args: argparse.Namespace) -> dict[str, tuple[str, Settings]]:
     """key in the JSON → (block, settings)."""
     base = Settings(
         steps=args.steps,
+        kinds=args.kinds,
         strategies=args.strategies,
         silence=args.silence,
         noise=args.noise,
@@ -219,8 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
     args = _parser().parse_args(argv)
     console = Console(stderr=True)
-    source = Source(args.data, args.kinds, args.encoder)
-    load(args.data, kinds=args.kinds, encoder=args.encoder, note=lambda m: console.print(m, style="dim"))
+    source = Source(args.data, args.encoder)
+    load(args.data, encoder=args.encoder, note=lambda m: console.print(m, style="dim"))
     blocks = blocks_of(args)
     only = None if args.only is None else {name.strip() for name in args.only.split(",")}
     jobs: dict[Job, str] = {}
@@ -280,7 +280,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=3000)
     add("--only", help="learners to run, by name, separated by commas")
     add("--strategies", type=int, default=7)
-    add("--kinds", type=int, help="kinds of request: all 150 of CLINC150, else 60 generated ones")
+    add(
+        "--kinds", type=int, default=50, help="kinds of request in a seed, of CLINC150's 150 or 100 made ones"
+    )
     add("--groups", type=int, help="groups of kinds that share helpful memories; without it one an area")
     add("--memories", type=int, default=200)
     add("--silence", type=float, default=0.3, help="share of users who say nothing about the answer")

@@ -117,66 +117,64 @@ _CLOSERS = ("", "", "", " please", " today", " before the meeting", " for my col
 # fmt: on
 
 
-def generated(kinds: int, seed: int) -> tuple[list[str], list[int], list[int]]:
-    """(texts, kind of each, area of each kind): `kinds` pairs of a thing and what is wanted of it."""
+GENERATED_KINDS = 100
+SENTENCES_PER_KIND = 100
+
+
+def generated() -> tuple[list[str], list[int], list[int]]:
+    """(texts, kind of each, area of each kind): pairs of a thing and a wish about it; always the same."""
     things = [(area, names) for area, group in enumerate(_OBJECTS.values()) for names in group]
     pairs = list(itertools.product(things, _ACTIONS))
-    if not 2 <= kinds <= len(pairs):
-        raise SystemExit(f"--kinds is {kinds}, wanted 2 to {len(pairs)} without --data")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     texts: list[str] = []
     kind_of: list[int] = []
     area_of: list[int] = []
-    for kind, place in enumerate(rng.choice(len(pairs), kinds, replace=False)):
+    for kind, place in enumerate(rng.choice(len(pairs), GENERATED_KINDS, replace=False)):
         (area, names), phrasings = pairs[place]
         area_of.append(area)
         own = {
             f"{opener}{phrasing.format(name)}{closer}"
             for opener, phrasing, name, closer in itertools.product(_OPENERS, phrasings, names, _CLOSERS)
         }
-        chosen = rng.permutation(sorted(own))[:200]
-        texts.extend(str(text) for text in chosen)
-        kind_of.extend([kind] * len(chosen))
-    present = sorted(set(area_of))
-    return texts, kind_of, [present.index(area) for area in area_of]
+        texts.extend(str(text) for text in rng.permutation(sorted(own))[:SENTENCES_PER_KIND])
+        kind_of.extend([kind] * SENTENCES_PER_KIND)
+    return texts, kind_of, area_of
 
 
 def load(
-    data: Path | None,
-    *,
-    kinds: int | None = None,
-    encoder: str = "minilm",
-    seed: int = 0,
-    note: Callable[[str], None] = lambda message: None,
+    data: Path | None, *, encoder: str = "minilm", note: Callable[[str], None] = lambda message: None
 ) -> Sentences:
     """Sentences with their embeddings.
 
     Args:
         data: CLINC150's folder; None makes sentences.
-        kinds: how many kinds to keep, drawn with `seed`; None all of CLINC150's, or 60 made ones.
         encoder: as `cortex_core.text_encoder.load_encoder` takes it.
         note: told what takes a while.
     """
-    if data is None:
-        texts, kind_list, area_list = generated(kinds or 60, seed)
-        source = "generated"
-    else:
-        texts, kind_list, area_list = clinc150(data)
-        source = "CLINC150"
-        if kinds is not None and kinds < len(area_list):
-            kept = np.random.default_rng(seed).choice(len(area_list), kinds, replace=False).tolist()
-            new = {old: number for number, old in enumerate(kept)}
-            rows = [(t, new[k]) for t, k in zip(texts, kind_list, strict=True) if k in new]
-            texts, kind_list = [t for t, _ in rows], [k for _, k in rows]
-            area_list = [area_list[k] for k in kept]
-            present = sorted(set(area_list))
-            area_list = [present.index(a) for a in area_list]
+    texts, kind, area = generated() if data is None else clinc150(data)
     return Sentences(
-        source=source,
+        source="generated" if data is None else "CLINC150",
         texts=tuple(texts),
-        kind=np.array(kind_list),
-        area=np.array(area_list),
+        kind=np.array(kind),
+        area=np.array(area),
         embeddings=embed(texts, encoder, note=note),
+    )
+
+
+def some_kinds(sentences: Sentences, count: int, rng: np.random.Generator) -> Sentences:
+    """The sentences of `count` kinds drawn by chance; kinds and areas are numbered anew."""
+    if not 2 <= count <= sentences.kinds:
+        raise SystemExit(f"--kinds is {count}, wanted 2 to {sentences.kinds} of {sentences.source}")
+    kept = rng.choice(sentences.kinds, count, replace=False)
+    number = np.full(sentences.kinds, -1)
+    number[kept] = np.arange(count)
+    rows = np.flatnonzero(number[sentences.kind] >= 0)
+    return Sentences(
+        source=sentences.source,
+        texts=tuple(sentences.texts[i] for i in rows),
+        kind=number[sentences.kind[rows]],
+        area=np.unique(sentences.area[kept], return_inverse=True)[1],
+        embeddings=sentences.embeddings[rows],
     )
 
 

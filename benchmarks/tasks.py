@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.replies import BANKS, ReplyBank
-from benchmarks.sentences import Ints, Sentences, embed
+from benchmarks.sentences import Ints, Sentences, embed, some_kinds
 from cortex_core.evaluation import precision_at_k
 from cortex_core.feedback_collector import Feedback, FeedbackCollector, FeedbackSignal, SignalType
 from cortex_core.replay_buffer import FloatArray
@@ -72,6 +72,8 @@ class Settings:
     """What makes a world; see the flags of `benchmarks.learning`."""
 
     steps: int = 3000
+    kinds: int = 50
+    """kinds of request, drawn anew in each seed"""
     strategies: int = 7
     silence: float = 0.3
     noise: float = 0.1
@@ -181,6 +183,7 @@ def make(world: World, sentences: Sentences, settings: Settings, seed: int) -> T
         SystemExit: there are too few sentences for it.
     """
     rng = np.random.default_rng([seed, {"strategy": 1, "memory": 2, "combined": 3}[world]])
+    sentences = some_kinds(sentences, settings.kinds, rng)
     order = rng.permutation(len(sentences.texts))
     memories: FloatArray | None = None
     helpful: tuple[frozenset[int], ...] = ()

@@ -1,0 +1,239 @@
+"""How good would other weights have been? Estimates from logged decisions alone, with intervals.
+
+A log holds, for each decision, the action, the reward and the propensity with which it was chosen. A policy
+is judged by the probabilities with which it would have chosen each action in the same situations:
+
+    log = LoggedDecisions(actions, rewards, propensities)
+    report = compare(log, first=old_probabilities, second=new_probabilities, reward_model=predicted)
+    report.difference["dr"].low > 0      # the second policy is better, at the level asked for
+
+numpy only. Each estimator is a mean of per-decision terms, its interval comes from their spread (central limit
+theorem), and a difference of two policies from the differences of their terms on the same decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cortex_core.errors import ConfigError, DimensionError, InputError, NonFiniteError
+
+Floats = npt.NDArray[np.float64]
+Method = Literal["ips", "snips", "dr"]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """An estimated mean reward, or a difference of two, with its interval."""
+
+    value: float
+    low: float
+    high: float
+    standard_error: float
+    effective_n: float
+    """(Σw)² / Σw² (Kish 1965): how many decisions of one's own these are worth; for a difference the smaller
+    of the two. Far below the number of decisions no interval is to be trusted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two policies on one log; each mapping is by method."""
+
+    first: Mapping[Method, Estimate]
+    second: Mapping[Method, Estimate]
+    difference: Mapping[Method, Estimate]
+    """second − first"""
+
+
+class LoggedDecisions:
+    """n decisions of any logging policy, which may have changed between them.
+
+    Args:
+        actions: (n,) index of the action taken.
+        rewards: (n,).
+        propensities: (n,) in (0, 1], with which that action was chosen when it was.
+
+    Raises:
+        InputError: unusable values; DimensionError, NonFiniteError: unusable arrays.
+    """
+
+    def __init__(self, actions: npt.ArrayLike, rewards: npt.ArrayLike, propensities: npt.ArrayLike) -> None:
+        raw = np.asarray(actions)
+        self.rewards = _finite(rewards, "rewards", (len(raw),))
+        self.propensities = _finite(propensities, "propensities", (len(raw),))
+        if raw.ndim != 1 or not np.issubdtype(raw.dtype, np.integer):
+            raise InputError(f"actions has type {raw.dtype} and shape {raw.shape}, wanted (n,) integers")
+        self.actions = raw.astype(np.intp)
+        if len(raw) < 2:
+            raise InputError(f"the log holds {len(raw)} decisions; an interval wants two at least")
+        if self.actions.min() < 0:
+            raise InputError(f"an action is {self.actions.min()}, wanted an index of 0 or more")
+        if self.propensities.min() <= 0.0 or self.propensities.max() > 1.0:
+            raise InputError(
+                f"propensities lie in [{self.propensities.min():g}, {self.propensities.max():g}], "
+                "wanted numbers in (0, 1]"
+            )
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+def evaluate(
+    log: LoggedDecisions,
+    probabilities: npt.ArrayLike,
+    *,
+    reward_model: npt.ArrayLike | None = None,
+    clip: float | None = None,
+    level: float = 0.95,
+) -> dict[Method, Estimate]:
+    """Mean reward that a policy would have had.
+
+    With w = π(a|x) / p, the importance weight of the action that was taken:
+
+    - `ips`: mean of w·r (Horvitz & Thompson 1952). Unbiased; its spread grows with that of w.
+    - `snips`: Σ w·r / Σ w (Swaminathan & Joachims 2015, eq. 6). Slightly biased, of less spread, and within
+      the rewards' range. Its interval is the delta method's (Owen 2013, eq. 9.8).
+    - `dr`: mean of Σ_a π(a|x) q(x,a) + w·(r − q(x,a taken)) (Dudík, Langford & Li 2011, eq. 1). Unbiased
+      where the propensities or the model q are right. Only with a `reward_model`.
+
+    Args:
+        log: what happened.
+        probabilities: (n, A) with which the policy would have chosen; rows sum to 1.
+        reward_model: (n, A) predicted rewards q that were not fitted on the same decisions, e.g. from
+            `cross_fitted_rewards`.
+        clip: largest importance weight (Ionides 2008), a bias for less spread; None leaves them.
+        level: of the two-sided intervals, in (0, 1).
+
+    Raises:
+        ConfigError: an unusable `clip` or `level`; InputError, DimensionError, NonFiniteError: unusable arrays.
+    """
+    terms = _terms(log, probabilities, reward_model, clip)
+    return {method: _estimate(*terms[method], level) for method in terms}
+
+
+def compare(
+    log: LoggedDecisions,
+    first: npt.ArrayLike,
+    second: npt.ArrayLike,
+    *,
+    reward_model: npt.ArrayLike | None = None,
+    clip: float | None = None,
+    level: float = 0.95,
+) -> Comparison:
+    """Both policies, and how much better the second one is; arguments as in `evaluate`."""
+    a = _terms(log, first, reward_model, clip)
+    b = _terms(log, second, reward_model, clip)
+    difference: dict[Method, Estimate] = {}
+    for method in a:
+        (value_a, terms_a, n_a), (value_b, terms_b, n_b) = a[method], b[method]
+        difference[method] = _estimate(value_b - value_a, terms_b - terms_a, min(n_a, n_b), level)
+    return Comparison(
+        first={m: _estimate(*a[m], level) for m in a},
+        second={m: _estimate(*b[m], level) for m in b},
+        difference=difference,
+    )
+
+
+def cross_fitted_rewards(
+    log: LoggedDecisions,
+    situations: npt.ArrayLike,
+    num_actions: int,
+    *,
+    ridge: float = 1.0,
+    folds: int = 2,
+) -> Floats:
+    """(n, A) rewards predicted by one ridge regression an action, never from the decision itself.
+
+    Cross-fitting (Chernozhukov et al. 2018): each fold is predicted from the others, without which doubly
+    robust estimates would judge the model by what it has memorised.
+
+    Args:
+        log: what happened.
+        situations: (n, S).
+        num_actions: A.
+        ridge: > 0, against overfitting; an action's predictions shrink to the fold's mean reward.
+        folds: how many; neighbours in time share one.
+    """
+    x = np.asarray(situations, dtype=np.float64)
+    if x.ndim != 2 or len(x) != len(log):
+        raise DimensionError("situations", x.shape, f"({len(log)}, S)")
+    if not np.isfinite(x).all():
+        raise NonFiniteError("situations")
+    if ridge <= 0 or not 2 <= folds <= len(log):
+        raise ConfigError(f"wanted ridge > 0 and folds in [2, {len(log)}]; got {ridge} and {folds}")
+    if num_actions <= log.actions.max():
+        raise InputError(f"num_actions is {num_actions}, but action {log.actions.max()} was taken")
+    fold = np.arange(len(log)) * folds // len(log)
+    predicted: Floats = np.zeros((len(log), num_actions))
+    for k in range(folds):
+        held, rest = fold == k, fold != k
+        mean = float(log.rewards[rest].mean())
+        for action in range(num_actions):
+            own = rest & (log.actions == action)
+            features, residuals = x[own], log.rewards[own] - mean
+            gram = features.T @ features + ridge * np.eye(x.shape[1])
+            predicted[held, action] = mean + x[held] @ np.linalg.solve(gram, features.T @ residuals)
+    return predicted
+
+
+_Terms = dict[Method, tuple[float, Floats, float]]
+
+
+def _terms(
+    log: LoggedDecisions,
+    probabilities: npt.ArrayLike,
+    reward_model: npt.ArrayLike | None,
+    clip: float | None,
+) -> _Terms:
+    """method → (estimate, (n,) terms whose spread over √n is its standard error, effective n)."""
+    n = len(log)
+    pi = np.asarray(probabilities, dtype=np.float64)
+    if pi.ndim != 2 or len(pi) != n or pi.shape[1] <= log.actions.max():
+        raise DimensionError("probabilities", pi.shape, f"({n}, A) with A > {log.actions.max()}")
+    if not np.isfinite(pi).all():
+        raise NonFiniteError("probabilities")
+    if pi.min() < 0.0 or np.abs(pi.sum(1) - 1.0).max() > 1e-3:
+        raise InputError("every row of probabilities must hold numbers of 0 or more that sum to 1")
+    if clip is not None and clip <= 0:
+        raise ConfigError(f"clip is {clip}, wanted a positive number or None")
+    rows = np.arange(n)
+    w = pi[rows, log.actions] / log.propensities
+    if clip is not None:
+        w = np.minimum(w, clip)
+    total = float(w.sum())
+    if total <= 0.0:
+        raise InputError("the policy never takes a logged action: this log says nothing about it")
+    effective = total**2 / float((w**2).sum())
+    weighted = w * log.rewards
+    value = float(weighted.sum()) / total
+    out: _Terms = {
+        "ips": (float(weighted.mean()), weighted, effective),
+        "snips": (value, w * (log.rewards - value) / float(w.mean()), effective),
+    }
+    if reward_model is not None:
+        q = _finite(reward_model, "reward_model", pi.shape)
+        terms = (pi * q).sum(1) + w * (log.rewards - q[rows, log.actions])
+        out["dr"] = (float(terms.mean()), terms, effective)
+    return out
+
+
+def _estimate(value: float, terms: Floats, effective: float, level: float) -> Estimate:
+    if not 0.0 < level < 1.0:
+        raise ConfigError(f"level is {level}, wanted a number in (0, 1), e.g. 0.95")
+    error = float(terms.std(ddof=1) / np.sqrt(len(terms)))
+    reach = NormalDist().inv_cdf(0.5 + level / 2.0) * error
+    return Estimate(value, value - reach, value + reach, error, effective)
+
+
+def _finite(value: npt.ArrayLike, what: str, shape: tuple[int, ...]) -> Floats:
+    array = np.asarray(value, dtype=np.float64)
+    if array.shape != shape:
+        raise DimensionError(what, array.shape, shape)
+    if not np.isfinite(array).all():
+        raise NonFiniteError(what)
+    return array

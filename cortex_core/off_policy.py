@@ -7,8 +7,8 @@ is judged by the probabilities with which it would have chosen each action in th
     report = compare(log, first=old_probabilities, second=new_probabilities, reward_model=predicted)
     report.difference["dr"].low > 0      # the second policy is better, at the level asked for
 
-numpy only. Each estimator is a mean of per-decision terms, its interval comes from their spread (central limit
-theorem), and a difference of two policies from the differences of their terms on the same decisions.
+numpy only. Each estimator is a mean of per-decision terms, its interval comes from their spread (central
+limit theorem), and a difference of two policies from the differences of their terms on the same decisions.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def evaluate(
         level: of the two-sided intervals, in (0, 1).
 
     Raises:
-        ConfigError: an unusable `clip` or `level`; InputError, DimensionError, NonFiniteError: unusable arrays.
+        ConfigError: an unusable `clip` or `level`.
+        InputError, DimensionError, NonFiniteError: unusable arrays.
     """
     terms = _terms(log, probabilities, reward_model, clip)
     return {method: _estimate(*terms[method], level) for method in terms}

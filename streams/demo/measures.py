@@ -197,6 +197,8 @@ class Audit:
     joined: int
     lost: frozenset[str]
     """Ids of interactions and replies that were acknowledged and are missing somewhere."""
+    pending: frozenset[str]
+    """Ids that stand in their topic and that a run which was cut short did not see joined."""
     duplicates: int
     redelivered: int
     """Records that say again what an earlier one said: harmless, and told apart from duplicates."""
@@ -207,7 +209,8 @@ def audit(
     experiences: Sequence[ExperienceSeen],
     replay: Mapping[str, int],
     *,
-    logged: frozenset[str] | None,
+    logged: frozenset[str],
+    drained: bool,
     replay_capacity: int,
     learned: int,
 ) -> Audit:
@@ -217,7 +220,9 @@ def audit(
         tally: what the service acknowledged.
         experiences: every record of this model in the experiences topic.
         replay: interaction id → revision, of every entry of this model in the replay buffer.
-        logged: ids of every interaction in the interactions topic; None: not read.
+        logged: ids of every interaction and reply in their topics.
+        drained: whether the workers had the time to handle everything. Without it, what stands in its topic
+            and is not joined yet is pending; with it, it is lost.
         replay_capacity: the buffer keeps this many, the newest ones.
         learned: experiences and amendments that the trainer says it learned from; more than there are mean
             that one was counted twice.
@@ -233,12 +238,14 @@ def audit(
     lost |= {r for r, i in tally.replies.items() if i in newest and r not in newest[i].reply_ids}
     if len(newest) <= replay_capacity:  # beyond it the oldest leave, as they must
         lost |= {i for i in replied if replay.get(i, -1) < (newest[i].revision if i in newest else 0)}
-    if logged is not None:
-        lost |= {i for i in (*tally.interactions, *tally.control_interactions) if i not in logged}
+    pending = frozenset() if drained else frozenset(lost & logged)
+    sent = (*tally.interactions, *tally.control_interactions, *tally.replies)
+    lost = (lost - pending) | {i for i in sent if i not in logged}
     contradicting = sum(len(digests) - 1 for digests in records.values())
     return Audit(
         joined=len(replied & set(newest)),
         lost=frozenset(lost),
+        pending=pending,
         duplicates=contradicting + max(0, learned - len(records)),
         redelivered=len(experiences) - sum(len(d) for d in records.values()),
     )

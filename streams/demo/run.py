@@ -43,8 +43,9 @@ RATE = 15.0
 SECONDS = 90.0
 DRAIN_S = 30.0
 """How long to wait, after the last reply, for what is still on its way."""
-DRAIN_INTERRUPTED_S = 3.0
-FRAME_S = 0.25
+DRAIN_INTERRUPTED_S = 2.0
+"""The same after Ctrl-C: what is still on its way stays in its topic, and is counted as pending."""
+FRAME_S = 0.5
 
 
 def run_demo(
@@ -145,7 +146,7 @@ class _Run:
         topics = Topics.of(self.settings)
         # A model of its own, so that every run starts cold.
         model_id = f"demo-{new_id()}"
-        before = await end_offsets(self.settings, topics.interactions, topics.dead_letters)
+        before = await end_offsets(self.settings, topics.interactions, topics.replies, topics.dead_letters)
         async with contextlib.AsyncExitStack() as exits:
             client = await exits.enter_async_context(CortexClient(self.urls))
             reader = await exits.enter_async_context(ExperienceReader(self.settings, model_id))
@@ -158,7 +159,7 @@ class _Run:
                 begun = time.monotonic()
                 await traffic.run(round(self.seconds * self.rate), self.rate, self.stop)
                 lasted_s = time.monotonic() - begun
-                await live.drain(DRAIN_INTERRUPTED_S if self.stop.is_set() else DRAIN_S)
+                drained = await live.drain()
             finally:
                 drawing.cancel()
                 await asyncio.gather(drawing, return_exceptions=True)
@@ -167,12 +168,12 @@ class _Run:
             await watch.look()
             after = await end_offsets(self.settings, topics.dead_letters)
             dead_letters = sum(end - before[partition] for partition, end in after.items())
-            model_ids = frozenset((traffic.model_id, traffic.control_id))
             counted = measures.audit(
                 traffic.tally,
                 reader.seen,
                 await self._replay(model_id),
-                logged=await ids_logged(self.settings, before, model_ids),
+                logged=await ids_logged(self.settings, before, f"{model_id}/"),
+                drained=drained or not self.stop.is_set(),
                 replay_capacity=self.settings.replay_capacity,
                 learned=watch.newest.learned,
             )
@@ -221,6 +222,7 @@ class _Run:
             "error_messages": dict(tally.errors.most_common(5)),
             "redelivered": counted.redelivered,
             "lost_ids": sorted(counted.lost)[:20],
+            "pending": len(counted.pending),
             "unlearned": measures.unlearned(reader.seen, reader.topic, versions),
             "interrupted": self.stop.is_set(),
             "seed": self.seed,
@@ -251,18 +253,23 @@ class _Live:
     def show(self) -> None:
         self.run.view.show(self._picture())
 
-    async def drain(self, within_s: float) -> None:
-        """Waits until every reply has become an experience and every worker serves what was learned."""
+    async def drain(self) -> bool:
+        """Waits until every reply has become an experience and every worker serves what was learned.
+
+        Returns whether that came true in time.
+        """
         self.phase = "draining"
-        deadline = time.monotonic() + within_s
-        while time.monotonic() < deadline:
+        begun = time.monotonic()
+        while time.monotonic() - begun < (DRAIN_INTERRUPTED_S if self.run.stop.is_set() else DRAIN_S):
+            await self.watch.look()
             missing = set(self.traffic.tally.replies) - self.reader.reply_ids
             unlearned = measures.unlearned(self.reader.seen, self.reader.topic, self._versions())
             self.waiting_for = f"{len(missing)} replies to join, {unlearned} experiences to learn"
             if not missing and not unlearned:
-                break
-            await asyncio.sleep(0.1)
-        self.waiting_for = ""
+                self.waiting_for = ""
+                return True
+            await asyncio.sleep(0.2)
+        return False
 
     def _versions(self) -> list[list[measures.VersionSeen]]:
         return [list(worker.versions.values()) for worker in self.watch.workers]

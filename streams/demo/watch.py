@@ -23,7 +23,7 @@ from streams.demo.measures import ExperienceSeen, VersionSeen
 from streams.settings import Settings
 from streams.topics import MAX_RECORD_BYTES, Topics
 
-POLL_S = 0.4
+POLL_S = 0.5
 
 
 @contextlib.asynccontextmanager
@@ -64,21 +64,26 @@ async def end_offsets(settings: Settings, *topics: str) -> dict[TopicPartition, 
 
 
 async def ids_logged(
-    settings: Settings, since: Mapping[TopicPartition, int], models: frozenset[str]
+    settings: Settings, since: Mapping[TopicPartition, int], conversations: str
 ) -> frozenset[str]:
-    """Ids of all interactions of these models in the interactions topic, from the given offsets on."""
+    """Ids of all interactions and replies in their topics, from the given offsets to the end.
+
+    Args:
+        since: first offset to read of each partition.
+        conversations: what the ids of the conversations wanted begin with.
+    """
+    topics = Topics.of(settings)
+    names = {topics.interactions: "interaction_id", topics.replies: "reply_id"}
     found: set[str] = set()
-    async with _reader(settings, [Topics.of(settings).interactions]) as (consumer, partitions):
+    async with _reader(settings, names) as (consumer, partitions):
         ends = await consumer.end_offsets(partitions)
         for partition in partitions:
             consumer.seek(partition, since.get(partition, 0))
         while any([await consumer.position(p) < ends[p] for p in partitions]):
-            for records in (await consumer.getmany(timeout_ms=500)).values():
+            for partition, records in (await consumer.getmany(timeout_ms=500)).items():
                 for record in records:
-                    with contextlib.suppress(ValueError):
-                        value = orjson.loads(record.value)
-                        if value["model_id"] in models:
-                            found.add(value["interaction_id"])
+                    if (record.key or b"").startswith(conversations.encode()):
+                        found.add(orjson.loads(record.value)[names[partition.topic]])
     return frozenset(found)
 
 

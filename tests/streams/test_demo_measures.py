@@ -131,6 +131,9 @@ def test_a_rollback_does_not_forget_what_was_consumed_before_it() -> None:
 # --- counting -----------------------------------------------------------------------------------------------
 
 
+EVERYTHING = frozenset(["a", "b", "silent", "ca", "cb", "r-a", "r-b", "r-2"])
+
+
 def counted(**changes: Any) -> measures.Audit:
     tally = Tally(
         interactions=["a", "b", "silent"],
@@ -141,7 +144,8 @@ def counted(**changes: Any) -> measures.Audit:
         "tally": tally,
         "experiences": [experience("a", 0), experience("b", 1)],
         "replay": {"a": 1, "b": 1},
-        "logged": frozenset(["a", "b", "silent", "ca", "cb"]),
+        "logged": EVERYTHING,
+        "drained": True,
         "replay_capacity": 100,
         "learned": 2,
     }
@@ -157,8 +161,16 @@ def test_an_interaction_missing_in_experiences_in_replay_or_in_its_topic_is_lost
     missing = counted(experiences=[experience("a", 0)], learned=1)
     assert (missing.joined, missing.lost) == (1, {"b"})
     assert counted(replay={"a": 1}).lost == {"b"}
-    assert counted(logged=frozenset(["a", "b", "ca", "cb"])).lost == {"silent"}
-    assert counted(logged=frozenset(["a", "b", "silent", "ca"])).lost == {"cb"}
+    assert counted(logged=EVERYTHING - {"silent"}).lost == {"silent"}
+    assert counted(logged=EVERYTHING - {"cb"}).lost == {"cb"}
+    assert counted(logged=EVERYTHING - {"r-a"}).lost == {"r-a"}
+
+
+def test_what_a_run_cut_short_left_in_its_topic_is_pending_and_what_is_not_there_is_lost() -> None:
+    short = {"drained": False, "experiences": [experience("a", 0)], "learned": 1}
+    assert (counted(**short).lost, counted(**short).pending) == (frozenset(), {"b"})
+    gone = counted(**short, logged=EVERYTHING - {"b"})
+    assert (gone.lost, gone.pending) == ({"b"}, frozenset())
 
 
 def test_a_second_reply_that_no_experience_names_is_lost() -> None:

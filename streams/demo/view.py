@@ -77,7 +77,7 @@ def chart(
     lines = []
     for row in range(height):
         label = f"{1.0 - row / max(height - 1, 1):4.2f} ┤" if row % 2 == 0 else "     │"
-        line = Text(label, style="dim", no_wrap=True)
+        line = Text(no_wrap=True).append(label, style="dim")
         for column in range(width):
             line.append(chr(0x2800 + bits[row][column]), style=styles[row][column])
         lines.append(line)

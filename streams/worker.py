@@ -39,6 +39,24 @@ from streams.settings import Settings
 log = structlog.get_logger(__name__)
 
 
+class _Rarely(logging.Filter):
+    """Lets a library say one thing once in ten seconds: of a broker that is away, clients say so twenty times a second."""
+
+    def __init__(self, every_s: float = 10.0) -> None:
+        super().__init__()
+        self._every_s = every_s
+        self._said: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        key = (record.name, str(record.msg)[:200])
+        if len(self._said) > 1_000:  # texts that were put together before logging
+            self._said.clear()
+        if record.created - self._said.get(key, 0.0) < self._every_s:
+            return False
+        self._said[key] = record.created
+        return True
+
+
 def configure_logs(settings: Settings) -> None:
     """Structured logs to stderr: coloured lines for a terminal, JSON where `log_format` is json."""
     level = getattr(logging, settings.log_level.upper())
@@ -65,6 +83,7 @@ def configure_logs(settings: Settings) -> None:
     )
     # Libraries log through the standard library; theirs go the same way.
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_Rarely())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

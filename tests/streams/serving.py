@@ -68,16 +68,28 @@ async def replies(settings: Settings) -> list[ReplyEvent]:
     return [parse(ReplyEvent, r.value) for r in await records(settings, Topics.of(settings).replies)]
 
 
-def version(
-    settings: Settings, number: int, model_id: str = "default", *, favours: int = 0
-) -> WeightsSnapshot:
-    """A version of a model that chooses strategy `favours` nearly always."""
+def version(settings: Settings, number: int, model_id: str = "default") -> WeightsSnapshot:
+    """A version of a model whose Situation Encoder is unlike that of any other number."""
     model = CortexModel.create(model_config(settings), model_id)
+    chance = torch.Generator().manual_seed(number)
     with torch.no_grad():
-        model.selector.out.bias[favours] = 20.0
+        for weights in model.encoder.parameters():
+            weights.add_(torch.randn(weights.shape, generator=chance), alpha=0.1)
     return WeightsSnapshot.of(
         model, model_id=model_id, version=number, parent=number - 1 or None, consumed={"x-0": 10 * number}
     )
+
+
+def decided_by(event: InteractionEvent, model: CortexModel) -> bool:
+    """Whether this model gives what the event logged, on nothing but the features in the event."""
+    again = model.decide(
+        event.message.astype(np.float32),
+        event.history.astype(np.float32),
+        np.array(event.metadata, dtype=np.float32),
+        None,
+        rng=seeded(event.interaction_id),
+    )
+    return bool((again.situation.astype(np.float16) == event.situation).all())
 
 
 @asynccontextmanager

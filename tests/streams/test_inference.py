@@ -26,6 +26,7 @@ from tests.services import async_wait_for
 from tests.streams.serving import (
     JSON,
     body,
+    decided_by,
     interactions,
     publish_versions,
     raw,
@@ -85,14 +86,14 @@ async def test_what_is_logged_is_what_the_model_saw(settings: Settings) -> None:
 
 @pytest.mark.integration
 async def test_without_exploring_the_best_is_certain(settings: Settings) -> None:
-    await publish_versions(settings, version(settings, 1, favours=4))
+    await publish_versions(settings, version(settings, 1))
     async with served(settings.model_copy(update={"store_text": True})) as (_, http):
         request = body(memories=MEMORIES, explore=False, top_k=2)
         answer = (await http.post("/v1/decide", json=request)).raise_for_status().json()
         [event] = await interactions(settings)
     assert (answer["weights_version"], event.weights_version) == (1, 1)
-    assert event.strategy_id == event.strategy_ids[4]
     assert event.propensity == 1.0
+    assert max(answer["probabilities"], key=answer["probabilities"].get) == event.strategy_id
     assert event.memory_propensities == [1.0, 1.0]
     assert event.memory_scores == sorted(event.memory_scores, reverse=True)
     assert event.text == request["message"]
@@ -366,41 +367,53 @@ def test_an_embedding_becomes_a_unit_vector_whatever_its_scale(numbers: list[flo
 
 
 async def decided(http: httpx.AsyncClient, model_id: str = "default") -> tuple[int, str]:
+    """The version that decided, and the interaction's id."""
     answer = (await http.post("/v1/decide", json=body(model_id=model_id))).raise_for_status().json()
-    return answer["weights_version"], answer["strategy"]["id"]
+    return answer["weights_version"], answer["interaction_id"]
 
 
 @pytest.mark.integration
 async def test_weights_are_followed_and_refused_ones_change_nothing(settings: Settings) -> None:
+    used: dict[str, int] = {}
     async with served(settings) as (service, http):
-        assert (await decided(http))[0] == 0
+
+        async def decides_with(number: int) -> None:
+            version_used, interaction_id = await decided(http)
+            assert version_used == number
+            used[interaction_id] = number
+
+        await decides_with(0)
         assert (await http.get("/v1/models/default")).json()["versions"] == []
-        good = version(settings, 1, favours=2)
+        good = version(settings, 1)
         await publish_versions(settings, good)
         await async_wait_for(lambda: _serves(http, 1), what="version 1")
-        strategies = model_config(settings).strategies
-        assert await decided(http) == (1, strategies[2])
+        await decides_with(1)
 
-        forged = version(settings, 2, favours=5)
+        forged = version(settings, 2)
         damaged = replace(forged, payload=forged.payload[:-4] + b"\x00\x00\x80\x7f")
         narrow = version(settings.model_copy(update={"text_dim": 64}), 3)
         await publish_versions(settings, damaged, narrow)
         await async_wait_for(
             lambda: service.refused == {"damaged": 1, "unusable": 1}, what="both to be refused"
         )
-        assert await decided(http) == (1, strategies[2])
+        await decides_with(1)
 
-        await publish_versions(settings, version(settings, 4, favours=3))
+        await publish_versions(settings, version(settings, 4))
         await async_wait_for(lambda: _serves(http, 4), what="version 4")
-        assert await decided(http) == (4, strategies[3])
+        await decides_with(4)
         detail = (await http.get("/v1/models/default")).json()
-        assert [(v["version"], v["consumed"]) for v in detail["versions"]] == [
-            (1, {"x-0": 10}),
-            (4, {"x-0": 40}),
-        ]
+        applied = [(v["version"], v["consumed"]) for v in detail["versions"]]
+        assert applied == [(1, {"x-0": 10}), (4, {"x-0": 40})]
         assert detail["versions"][0]["applied_at"] < detail["versions"][1]["applied_at"]
         [listed] = (await http.get("/v1/models")).json()["models"]
         assert (listed["model_id"], listed["version"], listed["in_memory"]) == ("default", 4, True)
+        events = {e.interaction_id: e for e in await interactions(settings)}
+    models = {0: CortexModel.create(model_config(settings), "default")}
+    models |= {n: version(settings, n).to_model() for n in (1, 4)}
+    for interaction_id, number in used.items():
+        event = events[interaction_id]
+        assert event.weights_version == number
+        assert [n for n, model in models.items() if decided_by(event, model)] == [number]
 
 
 async def _serves(http: httpx.AsyncClient, number: int) -> bool:
@@ -410,25 +423,29 @@ async def _serves(http: httpx.AsyncClient, number: int) -> bool:
 @pytest.mark.integration
 async def test_few_models_in_memory_all_served(settings: Settings) -> None:
     names = [f"model-{i}" for i in range(4)]
-    await publish_versions(settings, *(version(settings, i + 1, m, favours=i) for i, m in enumerate(names)))
-    strategies = model_config(settings).strategies
+    await publish_versions(settings, *(version(settings, i, name) for i, name in enumerate(names, 1)))
     async with served(settings.model_copy(update={"models_in_memory": 2})) as (_, http):
         for _ in range(2):
-            for i, name in enumerate(names):
-                assert await decided(http, name) == (i + 1, strategies[i])
+            for i, name in enumerate(names, 1):
+                assert (await decided(http, name))[0] == i
         assert (await decided(http, "unborn"))[0] == 0
         # Many at once for a model that is not in memory: one reading serves all.
         answers = await asyncio.gather(*(decided(http, "model-0") for _ in range(10)))
-        assert set(answers) == {(1, strategies[0])}
+        assert {number for number, _ in answers} == {1}
         listed = (await http.get("/v1/models")).json()["models"]
-        assert {m["model_id"]: m["version"] for m in listed} == dict(zip(names, range(1, 5), strict=True)) | {
-            m["model_id"]: m["version"] for m in listed if m["model_id"] == "unborn"
-        }
+        known = {m["model_id"]: m["version"] for m in listed}
+        assert known.pop("unborn", 0) == 0
+        assert known == {name: i for i, name in enumerate(names, 1)}
         assert sum(m["in_memory"] for m in listed) == 2
         # A version that comes while its model is away is the one served when it is asked for.
-        await publish_versions(settings, version(settings, 9, "model-3", favours=6))
+        await publish_versions(settings, version(settings, 9, "model-3"))
         await async_wait_for(lambda: _listed(http, "model-3", 9), what="version 9")
-        assert await decided(http, "model-3") == (9, strategies[6])
+        assert (await decided(http, "model-3"))[0] == 9
+        for event in await interactions(settings):
+            model = CortexModel.create(model_config(settings), event.model_id)
+            if event.weights_version:
+                model = version(settings, event.weights_version, event.model_id).to_model()
+            assert decided_by(event, model)
 
 
 async def _listed(http: httpx.AsyncClient, model_id: str, number: int) -> bool:

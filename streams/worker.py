@@ -40,7 +40,7 @@ log = structlog.get_logger(__name__)
 
 
 class _Rarely(logging.Filter):
-    """Lets a library say one thing once in ten seconds: of a broker that is away, clients say so twenty times a second."""
+    """Lets a library say one thing once in ten seconds; of a broker that is away they speak without end."""
 
     def __init__(self, every_s: float = 10.0) -> None:
         super().__init__()

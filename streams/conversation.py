@@ -28,6 +28,8 @@ class Known:
     model_id: str
     body: bytes | None
     """The event's JSON; None once the window has closed: replay has it from then on."""
+    until: float
+    """A window after it occurred or, if later, arrived; it is not forgotten before `LATE_S` after this."""
 
     @property
     def order(self) -> tuple[float, str]:
@@ -44,6 +46,8 @@ class Heard:
     """The interaction it names."""
     reading: dict[str, Any]
     """A `Reading`, as JSON values."""
+    until: float = 0.0
+    """How long it waits for its interaction: a window from when it occurred or, if later, arrived."""
     switched: dict[str, Any] | None = None
     """The reading that holds where the interaction was about another topic; None: the same."""
     embedding: bytes | None = None
@@ -85,9 +89,9 @@ class Conversation:
 
     def due(self, window_s: float) -> float | None:
         """When `on_timer` has something to do; None: only forgetting is left."""
-        times = [i.at for i in self.interactions.values() if i.body is not None]
-        times += [r.at for r in self.waiting()]
-        return min(times) + window_s if times else None
+        times = [i.at + window_s for i in self.interactions.values() if i.body is not None]
+        times += [r.until for r in self.waiting()]
+        return min(times, default=None)
 
     @property
     def size(self) -> int:
@@ -98,11 +102,19 @@ class Conversation:
     def dump(self, before: Conversation) -> tuple[dict[bytes, bytes], list[bytes]]:
         """Fields to set and fields to delete that turn a stored `before` into this."""
         meta = {
-            "i": [[i.id, i.at, i.model_id, i.body is not None] for i in self.interactions.values()],
+            "i": [[i.id, i.at, i.model_id, i.body is not None, i.until] for i in self.interactions.values()],
             "r": [
-                [r.id, r.at, r.names, r.reading]
+                [r.id, r.at, r.names, r.reading, r.until]
                 if r.embedding is None
-                else [r.id, r.at, r.names, r.reading, r.switched, base64.b64encode(r.embedding).decode()]
+                else [
+                    r.id,
+                    r.at,
+                    r.names,
+                    r.reading,
+                    r.until,
+                    r.switched,
+                    base64.b64encode(r.embedding).decode(),
+                ]
                 for r in self.replies.values()
             ],
         }
@@ -121,11 +133,17 @@ class Conversation:
             return cls()
         meta = orjson.loads(fields[META])
         known = [
-            Known(entry_id, at, model_id, fields.get(BODY + entry_id.encode()) if is_open else None)
-            for entry_id, at, model_id, is_open in meta["i"]
+            Known(entry_id, at, model_id, fields.get(BODY + entry_id.encode()) if is_open else None, until)
+            for entry_id, at, model_id, is_open, until in meta["i"]
         ]
         heard = [
-            Heard(reply_id, at, names, reading, *rest[:1], *(base64.b64decode(text) for text in rest[1:]))
-            for reply_id, at, names, reading, *rest in meta["r"]
+            Heard(
+                reply_id, at, names, reading, until, *rest[:1], *(base64.b64decode(text) for text in rest[1:])
+            )
+            for reply_id, at, names, reading, until, *rest in meta["r"]
         ]
         return cls({i.id: i for i in known}, {r.id: r for r in heard})
+
+
+def _topic(reply: Heard) -> list[Any]:
+    return [] if reply.embedding is None else [reply.switched, base64.b64encode(reply.embedding).decode()]

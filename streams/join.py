@@ -3,8 +3,8 @@
     join = Join(window_s=1800.0, aggregation="last", collector=FeedbackCollector())
     conversation = Conversation()
     changes = Changes()
-    join.on_interaction(conversation, interaction, changes)
-    join.on_reply(conversation, join.read(reply), changes)
+    join.on_interaction(conversation, interaction, arrived, changes)
+    join.on_reply(conversation, join.read(reply), arrived, changes)
     join.on_timer(conversation, now, changes)
     changes.effects          # what to write and publish, in order
     changes.counts           # what happened, for the metrics
@@ -14,11 +14,12 @@ names, else to its conversation's latest interaction before it, and an interacti
 its replies in the order of (`occurred_at`, `reply_id`). Every call compares who had which reply before and
 after, and says what must be written; a reply that had gone to the wrong interaction is moved.
 
-That holds for events that arrive no later than `window_s` after they occurred. One that comes later still
-is joined to what the state or replay still holds, or counted.
+That holds where an interaction and its replies arrive within `window_s` of each other, however long ago they
+occurred. What comes later still is joined to what the state or replay holds by then, or counted.
 
-`now` is seconds on the axis of event time: everything that occurred before it has been read. It comes from
-outside, and a `now` that goes back changes nothing.
+`now` is seconds on the axis of event time: everything that was sent before it has been read. It and
+`arrived`, when an event was sent, come from outside. They decide how long things are kept and when silence
+closes an interaction, never what an experience becomes. A `now` that goes back changes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -106,7 +107,9 @@ class Join:
 
     # -- events --------------------------------------------------------------------------------------------
 
-    def on_interaction(self, conversation: Conversation, event: InteractionEvent, changes: Changes) -> None:
+    def on_interaction(
+        self, conversation: Conversation, event: InteractionEvent, arrived: float, changes: Changes
+    ) -> None:
         """Adds an interaction; takes the replies that are its own, also from one that had them wrongly."""
         changes.counts["interactions"] += 1
         if event.interaction_id in conversation.interactions:
@@ -114,7 +117,9 @@ class Join:
             return
         if event.text is not None and not self.store_text:
             event = event.model_copy(update={"text": None})
-        known = Known(event.interaction_id, event.occurred_at.timestamp(), event.model_id, event.to_bytes())
+        at = event.occurred_at.timestamp()
+        until = max(at, arrived) + self.window_s
+        known = Known(event.interaction_id, at, event.model_id, event.to_bytes(), until)
         had = {r.id: conversation.target(r) for r in conversation.replies.values()}
         conversation.interactions[known.id] = known
         mine = conversation.replies_of(known)
@@ -131,7 +136,7 @@ class Join:
                 conversation, min(conversation.interactions.values(), key=lambda i: i.order), changes
             )
 
-    def on_reply(self, conversation: Conversation, reply: Heard, changes: Changes) -> None:
+    def on_reply(self, conversation: Conversation, reply: Heard, arrived: float, changes: Changes) -> None:
         """Adds a reply: completes or amends its interaction's experience, or lets it wait."""
         changes.counts["replies"] += 1
         if reply.id in conversation.replies:
@@ -141,7 +146,7 @@ class Join:
         if target is not None and len(conversation.replies_of(target)) >= self.max_kept:
             changes.counts["excess"] += 1
             return
-        conversation.replies[reply.id] = reply
+        conversation.replies[reply.id] = replace(reply, until=max(reply.at, arrived) + self.window_s)
         if target is None:
             changes.counts["waiting"] += 1
             waiting = conversation.waiting()
@@ -160,10 +165,10 @@ class Join:
             if interaction.body is not None and interaction.at + self.window_s <= now:
                 self._close(conversation, interaction, changes)
         for reply in conversation.waiting():
-            if reply.at + self.window_s <= now:
+            if reply.until <= now:
                 self._orphan(conversation, reply, changes)
         for interaction in list(conversation.interactions.values()):
-            if interaction.at + LATE_S + self.window_s <= now:
+            if interaction.until + LATE_S <= now:
                 self._forget(conversation, interaction, changes)
 
     def everything(self, conversation: Conversation, changes: Changes) -> None:
@@ -179,8 +184,7 @@ class Join:
         if not conversation.replies_of(interaction):
             changes.counts["no_reply"] += 1
             changes.effects.append(Put(interaction, ()))
-        closed = Known(interaction.id, interaction.at, interaction.model_id, None)
-        conversation.interactions[interaction.id] = closed
+        conversation.interactions[interaction.id] = replace(interaction, body=None)
 
     def _orphan(self, conversation: Conversation, reply: Heard, changes: Changes) -> None:
         del conversation.replies[reply.id]
@@ -219,7 +223,9 @@ class Join:
             assert reply.rating is not None, "ReplyEvent requires it"
             feedback = self.collector.from_rating(reply.rating)
         names = reply.interaction_id
-        return Heard(reply.reply_id, at, names, self._reading(reply, feedback), switched, embedding)
+        return Heard(
+            reply.reply_id, at, names, self._reading(reply, feedback), switched=switched, embedding=embedding
+        )
 
     def _reading(self, reply: ReplyEvent, feedback: Feedback) -> dict[str, Any]:
         return {

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from streams.conversation import LATE_S, Conversation, Heard, Known
+from streams.conversation import LATE_S, Conversation, Heard
 from streams.join import Changes, Join, Orphan, Put, Retract
 from streams.replay_store import ReplayWrite, ReplayWriter, Wrote
 
@@ -43,6 +43,8 @@ class Task:
     conversation_id: str
     partition: int
     step: Step
+    is_timer: bool = False
+    """Saved even where nothing changed, so that what is due next is right again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Engine:
                 if again:
                     self.join.everything(after, changes)
                 changed[conversation_id] = changes
-                if after != before.conversation or again:
+                if after != before.conversation or again or its_tasks[-1].is_timer:
                     due = after.due(self.join.window_s)
                     saves.append(Save(conversation_id, its_tasks[-1].partition, before, after, due))
             effects_counts = await self._effects([e for c in changed.values() for e in c.effects])
@@ -128,7 +130,9 @@ class Engine:
         counts: Counter[str] = Counter()
         while due := await self.states.due(partition, now):
             step = _timer_step(self.join, now)
-            counts += await self.apply([Task(conversation_id, partition, step) for conversation_id in due])
+            counts += await self.apply(
+                [Task(conversation_id, partition, step, is_timer=True) for conversation_id in due]
+            )
             if len(due) < DUE_AT_ONCE:
                 break
         return counts
@@ -213,7 +217,7 @@ def _after(before: Put | Retract, put: Put) -> Put:
     """`put` alone, where `before` was to happen to the same interaction first."""
     known = put.interaction
     if known.body is None and before.interaction.body is not None:
-        known = Known(known.id, known.at, known.model_id, before.interaction.body)
+        known = before.interaction
     return Put(known, put.replies, put.force or isinstance(before, Retract) or before.force)
 
 
@@ -236,13 +240,17 @@ class MemoryStates:
                 self.conversations[save.conversation_id] = save.after
             due = self._due.setdefault(save.partition, {})
             # A conversation with nothing open still has to be forgotten one day.
-            last = max((i.at for i in save.after.interactions.values()), default=None)
+            last = max((i.until for i in save.after.interactions.values()), default=None)
             at = save.due if save.due is not None or last is None else last + LATE_S
             if at is None:
                 due.pop(save.conversation_id, None)
             else:
                 due[save.conversation_id] = at
         return set()
+
+    def partitions(self) -> dict[str, int]:
+        """The partition of each conversation."""
+        return {i: partition for partition, due in self._due.items() for i in due}
 
     async def due(self, partition: int, now: float) -> list[str]:
         due = self._due.get(partition, {})

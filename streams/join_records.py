@@ -6,7 +6,6 @@ import base64
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 from aiokafka import TopicPartition
@@ -16,6 +15,7 @@ from cortex_core.feedback_collector import FeedbackCollector
 from streams.conversation import Conversation
 from streams.events import DeadLetter, InteractionEvent, ReplyEvent, parse
 from streams.join import Changes, Join
+from streams.join_engine import Step
 from streams.publisher import MAX_VALUE
 from streams.settings import Settings
 from streams.topics import MAX_RECORD_BYTES, Topics
@@ -24,10 +24,18 @@ ROOM = 1_000_000
 """Bytes left in an experience for the replies' readings: a larger interaction is refused."""
 
 
-def read_record(
-    join: Join, topics: Topics, record: Any
-) -> tuple[str, Callable[[Conversation, Changes], None]]:
-    """A record's conversation_id, and what it does to that conversation.
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A record that could be read."""
+
+    conversation_id: str
+    occurred_at: datetime
+    step: Step
+    """What it does to its conversation."""
+
+
+def read_record(join: Join, topics: Topics, record: Any) -> Read:
+    """Reads an interaction or a reply.
 
     Raises:
         InputError: it cannot be read; the message is the reason for its dead letter.
@@ -35,16 +43,21 @@ def read_record(
     size = len(record.value or b"")
     if size > MAX_RECORD_BYTES - ROOM:
         raise InputError(f"the event has {size} bytes, at most {MAX_RECORD_BYTES - ROOM} can be joined")
+    arrived = record.timestamp / 1000
     if record.topic == topics.interactions:
         event = parse(InteractionEvent, record.value)
-        return event.conversation_id, partial(_interaction, join, event)
-    reply = parse(ReplyEvent, record.value)
-    heard = join.read(reply)
-    return reply.conversation_id, lambda conversation, changes: join.on_reply(conversation, heard, changes)
 
+        def interaction(conversation: Conversation, changes: Changes) -> None:
+            join.on_interaction(conversation, event, arrived, changes)
 
-def _interaction(join: Join, event: InteractionEvent, conversation: Conversation, changes: Changes) -> None:
-    join.on_interaction(conversation, event, changes)
+        return Read(event.conversation_id, event.occurred_at, interaction)
+    said = parse(ReplyEvent, record.value)
+    heard = join.read(said)
+
+    def reply(conversation: Conversation, changes: Changes) -> None:
+        join.on_reply(conversation, heard, arrived, changes)
+
+    return Read(said.conversation_id, said.occurred_at, reply)
 
 
 def dead_letter(record: Any, reason: str) -> DeadLetter:

@@ -234,13 +234,13 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
             if n % 64 == 63:
                 await asyncio.sleep(0)  # heartbeats and health go on
             try:
-                conversation_id, step = read_record(self.join, self.topics, record)
+                read = read_record(self.join, self.topics, record)
             except InputError as error:
                 letters.append(dead_letter(record, str(error)))
             except Exception as error:  # a reader that fails on one reply costs that reply alone
                 letters.append(dead_letter(record, f"reading it failed: {type(error).__name__}: {error}"))
             else:
-                tasks.append((Task(conversation_id, record.partition, step), record))
+                tasks.append((Task(read.conversation_id, record.partition, read.step), record))
         if tasks:
             letters += await self._apply(batch, tasks)
         if letters:

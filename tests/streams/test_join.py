@@ -37,17 +37,19 @@ class World:
     replay: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     published: list[ExperienceEvent] = field(default_factory=list)
     totals: Changes = field(default_factory=Changes)
+    now: float = START
 
     def see(self, event: InteractionEvent | ReplyEvent) -> World:
         changes, work = Changes(), self.conversation.copy()
         if isinstance(event, InteractionEvent):
-            self.join.on_interaction(work, event, changes)
+            self.join.on_interaction(work, event, self.now, changes)
         else:
-            self.join.on_reply(work, self.join.read(event), changes)
+            self.join.on_reply(work, self.join.read(event), self.now, changes)
         return self._apply(work, changes)
 
     def timer(self, now_s: float) -> World:
         changes, work = Changes(), self.conversation.copy()
+        self.now = max(self.now, START + now_s)
         self.join.on_timer(work, START + now_s, changes)
         return self._apply(work, changes)
 
@@ -86,7 +88,7 @@ class World:
         return self.totals.counts[name]
 
 
-THUMBS_DOWN = {"kind": "rating", "rating": -1.0, "text": ""}
+THUMBS_DOWN: dict[str, Any] = {"kind": "rating", "rating": -1.0, "text": ""}
 
 
 def test_a_reply_completes_its_interaction_at_once() -> None:
@@ -188,7 +190,7 @@ def test_a_clock_that_jumps_back_changes_nothing() -> None:
 
 
 def test_the_same_event_twice_changes_nothing_and_is_counted() -> None:
-    events = [interaction("i1"), reply("r1", "i1"), reply("r2", at_s=3)]
+    events: list[InteractionEvent | ReplyEvent] = [interaction("i1"), reply("r1", "i1"), reply("r2", at_s=3)]
     world = World()
     for event in events:
         world.see(event)
@@ -234,6 +236,19 @@ def test_a_reply_whose_interaction_never_comes_is_an_orphan_after_the_window() -
     assert world.conversation == Conversation()
 
 
+def test_history_sent_in_long_after_it_happened_is_joined_in_any_order() -> None:
+    events: list[InteractionEvent | ReplyEvent] = [
+        interaction("i1"),
+        reply("r1", "i1", at_s=5),
+        reply("r2", at_s=6),
+    ]
+    for arrivals in itertools.permutations(events):
+        world = World().timer(50 * LATE_S)
+        for n, event in enumerate(arrivals):
+            world.timer(50 * LATE_S + n).see(event)
+        assert world.timer(50 * LATE_S + WINDOW - 1).experience("i1").reply_ids == ["r1", "r2"]
+
+
 def test_state_is_bounded() -> None:
     world = World(make_join(max_kept=5))
     for i in range(20):
@@ -269,7 +284,8 @@ def test_a_switched_topic_is_seen_once_the_interaction_is_known() -> None:
     same, other = np.array([1.0, 0.1, 0, 0]), np.array([0.0, 1.0, 0, 0])
     text = "book me a table for two tonight"
     for embedding, expected in ((same, "engagement"), (other, "disengagement"), (np.ones(3), "engagement")):
-        for events in itertools.permutations([it, reply("r1", "i1", text=text, embedding=embedding)]):
+        pair: list[InteractionEvent | ReplyEvent] = [it, reply("r1", "i1", text=text, embedding=embedding)]
+        for events in itertools.permutations(pair):
             world = World()
             for event in events:
                 world.see(event)
@@ -330,7 +346,7 @@ def test_the_same_set_of_events_makes_the_same_experiences_in_every_order(data: 
         # Time may pass as far as the promise goes that nothing arrives later than the window.
         first = {id(e): e for e in reversed(arrivals[:n])}
         to_come = [e.occurred_at.timestamp() - START for e in arrivals[n:] if id(e) not in first]
-        if to_come and data.draw(st.booleans()):
+        if to_come and bool(data.draw(st.booleans())):
             world.timer(min(to_come) + WINDOW - 1)
         world.see(event)
     assert final(world) == wanted

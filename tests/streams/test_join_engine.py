@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import redis.asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cortex_core.feedback_collector import FeedbackCollector
+from streams.conversation import LATE_S, Conversation
+from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
+from streams.join import Changes, Join
+from streams.join_engine import Engine, MemoryStates, RedisStates, Save, States, Task
+from streams.replay_store import ReplayKeys, ReplayWriter
+from tests.streams.factories import T0, interaction, reply
+
+pytestmark = pytest.mark.integration
+WINDOW = 600.0
+START = T0.timestamp()
+Events = Sequence[InteractionEvent | ReplyEvent]
+
+
+class Bench:
+    """An engine on a real Redis under a prefix of its own, and what it publishes."""
+
+    def __init__(self, client: redis.asyncio.Redis, prefix: str, states: States | None = None) -> None:
+        self.client, self.prefix = client, prefix
+        self.join = Join(window_s=WINDOW, aggregation="last", collector=FeedbackCollector())
+        self.states = states or RedisStates(client, prefix, WINDOW)
+        self.published: list[ExperienceEvent] = []
+        self.fail_publishing = 0
+        writer = ReplayWriter(client, prefix=prefix, capacity=1000)
+        self.engine = Engine(self.join, self.states, writer, self._publish)
+
+    async def _publish(self, experiences: Sequence[tuple[str, bytes]]) -> None:
+        if self.fail_publishing:
+            self.fail_publishing -= 1
+            raise ConnectionError("Kafka is away")
+        self.published += [parse(ExperienceEvent, value) for _, value in experiences]
+
+    def task(self, event: InteractionEvent | ReplyEvent) -> Task:
+        if isinstance(event, InteractionEvent):
+            step: Any = partial(_interaction, self.join, event)
+        else:
+            step = partial(_reply, self.join, event)
+        return Task(event.conversation_id, 0, step)
+
+    async def see(self, *events: InteractionEvent | ReplyEvent) -> Counter[str]:
+        return await self.engine.apply([self.task(e) for e in events])
+
+    async def replay(self) -> dict[str, bytes]:
+        values: Any = await self.client.hgetall(ReplayKeys(self.prefix, "default").entries)
+        return {k.decode(): v for k, v in values.items()}
+
+
+def _interaction(join: Join, event: InteractionEvent, conversation: Conversation, changes: Changes) -> None:
+    join.on_interaction(conversation, event, START, changes)
+
+
+def _reply(join: Join, event: ReplyEvent, conversation: Conversation, changes: Changes) -> None:
+    join.on_reply(conversation, join.read(event), START, changes)
+
+
+@pytest.fixture
+async def client(redis_url: str) -> AsyncIterator[redis.asyncio.Redis]:
+    async with redis.asyncio.Redis.from_url(redis_url) as it:
+        yield it
+
+
+@pytest.fixture
+async def prefix(client: redis.asyncio.Redis) -> AsyncIterator[str]:
+    name = f"test-{uuid.uuid4().hex[:10]}"
+    yield name
+    keys = [key async for key in client.scan_iter(f"{name}*", count=1000)]
+    if keys:
+        await client.delete(*keys)
+
+
+def events_of(n: int) -> list[InteractionEvent | ReplyEvent]:
+    """A conversation in which half of the replies name no interaction."""
+    events: list[InteractionEvent | ReplyEvent] = []
+    for turn in range(4):
+        events.append(interaction(f"i{n}-{turn}", f"c{n}", at_s=10 * turn))
+        names = f"i{n}-{turn}" if (n + turn) % 2 else None
+        for k in range((n + turn) % 3):
+            events.append(reply(f"r{n}-{turn}-{k}", names, f"c{n}", at_s=10 * turn + 1 + k))
+    return events
+
+
+async def outcome_in_order(client: redis.asyncio.Redis, prefix: str, events: Events) -> dict[str, bytes]:
+    bench = Bench(client, f"{prefix}-in-order", MemoryStates())
+    await bench.see(*sorted(events, key=lambda e: e.occurred_at))
+    await bench.engine.timer(0, START + 2 * WINDOW)
+    return await bench.replay()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 1000])
+@pytest.mark.parametrize("cold", [False, True])
+async def test_any_order_in_any_batches_makes_the_same_replay(
+    client: redis.asyncio.Redis, prefix: str, batch: int, cold: bool
+) -> None:
+    events = [e for n in range(8) for e in events_of(n)]
+    wanted = await outcome_in_order(client, prefix, events)
+    assert len(wanted) == 32
+    bench = Bench(client, prefix)
+    shuffled = [*events, *random.Random(1).sample(events, 10)]
+    random.Random(batch).shuffle(shuffled)
+    for start in range(0, len(shuffled), batch):
+        if cold:
+            bench = Bench(client, prefix)
+        await bench.see(*shuffled[start : start + batch])
+    await bench.engine.timer(0, START + 2 * WINDOW)
+    assert await bench.replay() == wanted
+
+
+async def test_a_batch_whose_effects_failed_is_done_again_whole(
+    client: redis.asyncio.Redis, prefix: str
+) -> None:
+    bench = Bench(client, prefix)
+    events = events_of(2)
+    bench.fail_publishing = 1
+    with pytest.raises(ConnectionError):
+        await bench.see(*events)
+    assert not await client.exists(f"{prefix}:join:{{c2}}")
+    counts = await bench.see(*events)
+    assert (counts["duplicates"], counts["interactions"]) == (0, 4)
+    assert {e.interaction.interaction_id for e in bench.published} == set(await bench.replay())
+
+
+async def test_two_that_own_a_conversation_for_a_moment_agree_in_the_end(
+    client: redis.asyncio.Redis, prefix: str
+) -> None:
+    events = events_of(5)
+    wanted = await outcome_in_order(client, prefix, events)
+    old, new = Bench(client, prefix), Bench(client, prefix)
+    conflicts = 0
+    for seed in range(10):
+        shuffled = random.Random(seed).sample(events, len(events))
+        for keys in [[k async for k in client.scan_iter(f"{prefix}:*")]]:
+            await client.delete(*keys) if keys else None
+        old, new = Bench(client, prefix), Bench(client, prefix)
+        # Both have read the conversation; then both handle their share of what comes, out of step.
+        for mine, other in zip(shuffled[::2], shuffled[1::2], strict=False):
+            both = await asyncio.gather(old.see(mine), new.see(other, mine))
+            conflicts += sum(c["conflicts"] for c in both)
+        await new.see(*shuffled)
+        for bench in (old, new):
+            await bench.engine.timer(0, START + 2 * WINDOW)
+        assert await new.replay() == wanted
+    assert conflicts > 10
+
+
+async def test_a_worker_that_wakes_up_late_mends_what_it_overwrote(
+    client: redis.asyncio.Redis, prefix: str
+) -> None:
+    late, owner = Bench(client, prefix), Bench(client, prefix)
+    await late.see(interaction("i1", at_s=0))
+    await owner.see(interaction("i2", at_s=10), reply("r", at_s=20))
+    before = await owner.replay()
+    assert set(before) == {"i2"}
+    # It knows nothing of i2: to it, the reply is about i1.
+    counts = await late.see(reply("r", at_s=20))
+    assert counts["conflicts"] == 1
+    assert await owner.replay() == before
+    assert late.published[-1].interaction.interaction_id in ("i1", "i2")
+    last = {e.interaction.interaction_id: e for e in late.published}
+    assert (last["i1"].revision, last["i2"].revision) == (0, 1)
+
+
+async def test_what_redis_lost_is_written_anew_from_memory(client: redis.asyncio.Redis, prefix: str) -> None:
+    bench = Bench(client, prefix)
+    await bench.see(interaction("i1"))
+    await client.delete(f"{prefix}:join:{{c}}")
+    await bench.see(reply("r1", "i1"))
+    fresh = Bench(client, prefix)
+    await fresh.see(reply("r2", at_s=5))
+    assert parse(ExperienceEvent, (await fresh.replay())["i1"][2:]).reply_ids == ["r1", "r2"]
+
+
+async def test_late_replies_reach_replay_in_one_batch_and_in_two(
+    client: redis.asyncio.Redis, prefix: str
+) -> None:
+    bench = Bench(client, prefix)
+    await bench.see(interaction("i1"), reply("r1", "i1"))
+    for at_s in (WINDOW, LATE_S, LATE_S + 2 * WINDOW):
+        await bench.engine.timer(0, START + at_s)
+    await client.delete(f"{prefix}:join:{{c}}")  # as its expiry would
+    fresh = Bench(client, prefix)
+    after = LATE_S + 3 * WINDOW
+    await fresh.see(*(reply(f"late{n}", "i1", at_s=after + n) for n in range(3)))
+    counts = await fresh.engine.timer(0, START + after + 2 * WINDOW)
+    assert (counts["late"], counts["orphans"]) == (3, 0)
+    got = parse(ExperienceEvent, (await fresh.replay())["i1"][2:])
+    assert (got.revision, got.reply_ids) == (4, ["r1", "late0", "late1", "late2"])
+    assert [e.to_bytes() for e in fresh.published] == [got.to_bytes()]
+
+
+async def test_the_timer_goes_through_any_number_of_conversations(
+    client: redis.asyncio.Redis, prefix: str
+) -> None:
+    bench = Bench(client, prefix)
+    await bench.see(*(interaction(f"i{n}", f"c{n}", at_s=n / 100) for n in range(1200)))
+    assert sum((await bench.engine.timer(0, START + WINDOW - 1)).values()) == 0
+    counts = await bench.engine.timer(0, START + 2 * WINDOW)
+    assert counts["no_reply"] == 1200
+    store_ids = await client.zrange(ReplayKeys(prefix, "default").order, 0, -1)
+    assert len(store_ids) == 1000, "the capacity"
+    assert len(bench.published) == 1200
+    assert await client.exists(f"{prefix}:join-due:{{0}}") == 0
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_states_in_redis_and_in_memory_are_alike(
+    client: redis.asyncio.Redis, prefix: str, data: st.DataObject
+) -> None:
+    mine = f"{prefix}-{uuid.uuid4().hex[:6]}"
+    stores: list[States] = [RedisStates(client, mine, WINDOW), MemoryStates()]
+    benches = [Bench(client, f"{mine}-{n}", states) for n, states in enumerate(stores)]
+    events = events_of(data.draw(st.integers(0, 5)))
+    for event in data.draw(st.permutations(events)):
+        now = START + data.draw(st.sampled_from([0.0, 15.0, WINDOW]))
+        for bench in benches:
+            await bench.see(event)
+            await bench.engine.timer(0, now)
+    loaded = [await states.load({e.conversation_id for e in events}, fresh=True) for states in stores]
+    assert {i: s.conversation for i, s in loaded[0].items()} == {
+        i: s.conversation for i, s in loaded[1].items()
+    }
+    replays = [await bench.replay() for bench in benches]
+    assert replays[0] == replays[1]
+
+
+async def test_a_stale_version_is_not_written(client: redis.asyncio.Redis, prefix: str) -> None:
+    states = RedisStates(client, prefix, WINDOW)
+    [before] = (await states.load(["c"])).values()
+    join = Join(window_s=WINDOW, aggregation="last", collector=FeedbackCollector())
+    after = before.conversation.copy()
+    join.on_interaction(after, interaction("i1"), START, Changes())
+    save = Save("c", 0, before, after, 1.0)
+    assert await states.save([save]) == set()
+    assert await states.save([save]) == {"c"}

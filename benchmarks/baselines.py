@@ -102,7 +102,7 @@ class Thompson(_Linear):
     name = "Thompson sampling"
 
     def __init__(
-        self, task: Task, seed: int, *, scale: float = 0.2, ridge: float = 0.3, prior: float = 0.3
+        self, task: Task, seed: int, *, scale: float = 0.05, ridge: float = 0.3, prior: float = 0.3
     ) -> None:
         super().__init__(task, seed, ridge, prior)
         self._scale = scale
@@ -126,9 +126,9 @@ class KernelUCB:
         task: Task,
         seed: int,
         *,
-        length: float = 0.7,
-        noise: float = 0.15,
-        beta: float = 0.3,
+        length: float = 0.5,
+        noise: float = 0.2,
+        beta: float = 0.6,
         prior: float = 0.3,
         capacity: int = 1500,
     ) -> None:

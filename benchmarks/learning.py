@@ -9,6 +9,7 @@ made before their reply was known. `benchmarks/README.md` says what the tasks an
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -223,6 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     load(args.data, encoder=args.encoder, note=lambda m: console.print(m, style="dim"))
     blocks = blocks_of(args)
     only = None if args.only is None else {name.strip() for name in args.only.split(",")}
+    if importlib.util.find_spec("vowpalwabbit") is None:
+        console.print("Vowpal Wabbit is left out: it comes with cortex-streams[bench]", style="yellow")
+        only = (only or {name for block in BLOCKS.values() for name in block.learners}) - {VowpalWabbit.name}
     jobs: dict[Job, str] = {}
     for key, (name, settings) in blocks.items():
         for seed in range(args.first_seed, args.first_seed + args.seeds):

@@ -29,6 +29,8 @@ class Sentences:
     """n sentences, each of one kind; each kind in one area."""
 
     source: str
+    encoder: str
+    """what embedded them"""
     texts: tuple[str, ...]
     kind: Ints
     """(n,) 0 … kinds − 1; the users' hidden preference hangs on it"""
@@ -154,6 +156,7 @@ def load(
     texts, kind, area = generated() if data is None else clinc150(data)
     return Sentences(
         source="generated" if data is None else "CLINC150",
+        encoder=encoder,
         texts=tuple(texts),
         kind=np.array(kind),
         area=np.array(area),
@@ -161,21 +164,23 @@ def load(
     )
 
 
-def some_kinds(sentences: Sentences, count: int, rng: np.random.Generator) -> Sentences:
-    """The sentences of `count` kinds drawn by chance; kinds and areas are numbered anew."""
+def some_kinds(sentences: Sentences, count: int, rng: np.random.Generator) -> tuple[Sentences, FloatArray]:
+    """The sentences of `count` kinds drawn by chance, numbered anew, and the embeddings of all others."""
     if not 2 <= count <= sentences.kinds:
         raise SystemExit(f"--kinds is {count}, wanted 2 to {sentences.kinds} of {sentences.source}")
     kept = rng.choice(sentences.kinds, count, replace=False)
     number = np.full(sentences.kinds, -1)
     number[kept] = np.arange(count)
-    rows = np.flatnonzero(number[sentences.kind] >= 0)
+    chosen = number[sentences.kind] >= 0
+    rows = np.flatnonzero(chosen)
     return Sentences(
         source=sentences.source,
+        encoder=sentences.encoder,
         texts=tuple(sentences.texts[i] for i in rows),
         kind=number[sentences.kind[rows]],
         area=np.unique(sentences.area[kept], return_inverse=True)[1],
         embeddings=sentences.embeddings[rows],
-    )
+    ), sentences.embeddings[~chosen]
 
 
 def embed(

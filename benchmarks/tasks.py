@@ -103,8 +103,10 @@ class Task:
     """(M, D), or None"""
     helpful: tuple[frozenset[int], ...] = ()
     """for each kind"""
-    bank: ReplyBank = field(default_factory=lambda: BANKS["plain"])
+    encoder: str = "minilm"
+    """what embedded requests and memories"""
     _chance: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 5)))
+    """(steps, 5) uniform numbers: content, silent, silent in which way, noisy, which words"""
     _reader: Reader | None = None
 
     def best(self, step: int) -> int:
@@ -136,7 +138,7 @@ class Task:
     def reply(self, request: Request, answer: Answer) -> Feedback | None:
         """What the user types, read. None: nothing came."""
         _, silent, kind_of_silence, noisy, word = self._chance[request.step]
-        bank = self.bank
+        bank = BANKS[self.settings.replies]
         meant: Literal[-1, 0, 1]
         if silent < self.settings.silence:
             if kind_of_silence < NO_REPLY:
@@ -148,8 +150,8 @@ class Task:
         if self.settings.oracle:
             return read_perfectly(meant)
         if self._reader is None:
-            self._reader = Reader(bank)
-        return self._reader(texts[int(word * len(texts))], request)
+            self._reader = Reader(bank, self.encoder)
+        return self._reader(texts[int(word * len(texts))])
 
 
 def read_perfectly(meant: Literal[-1, 0, 1]) -> Feedback:
@@ -161,14 +163,14 @@ def read_perfectly(meant: Literal[-1, 0, 1]) -> Feedback:
 
 
 class Reader:
-    """The one FeedbackCollector for all learners, given what the joiner gives it."""
+    """The one `FeedbackCollector` for all learners, with the embedding that the joiner would give it."""
 
-    def __init__(self, bank: ReplyBank) -> None:
+    def __init__(self, bank: ReplyBank, encoder: str) -> None:
         self._collector = FeedbackCollector()
-        self._embeddings = dict(zip(bank.texts, embed(bank.texts), strict=True))
+        self._embeddings = dict(zip(bank.texts, embed(bank.texts, encoder), strict=True))
         self._known: dict[str, Feedback] = {}
 
-    def __call__(self, text: str, request: Request) -> Feedback:
+    def __call__(self, text: str) -> Feedback:
         feedback = self._known.get(text)
         if feedback is None:
             feedback = self._collector.extract(text, embedding=self._embeddings[text])
@@ -183,13 +185,13 @@ def make(world: World, sentences: Sentences, settings: Settings, seed: int) -> T
         SystemExit: there are too few sentences for it.
     """
     rng = np.random.default_rng([seed, {"strategy": 1, "memory": 2, "combined": 3}[world]])
-    sentences = some_kinds(sentences, settings.kinds, rng)
+    sentences, others = some_kinds(sentences, settings.kinds, rng)
     order = rng.permutation(len(sentences.texts))
     memories: FloatArray | None = None
     helpful: tuple[frozenset[int], ...] = ()
     used: Ints = np.empty(0, dtype=np.int64)
     if world != "strategy":
-        memories, helpful, used = _memory_bank(sentences, settings, order, rng)
+        memories, helpful, used = _memory_bank(sentences, others, settings, order, rng)
     stream = order[~np.isin(order, used)]
     if len(stream) < settings.steps:
         raise SystemExit(
@@ -214,42 +216,40 @@ def make(world: World, sentences: Sentences, settings: Settings, seed: int) -> T
         preferred=np.stack([before, after]),
         memories=memories,
         helpful=helpful,
-        bank=BANKS[settings.replies],
+        encoder=sentences.encoder,
         _chance=rng.random((settings.steps, 5)),
     )
 
 
 def _memory_bank(
-    sentences: Sentences, settings: Settings, order: Ints, rng: np.random.Generator
+    sentences: Sentences, others: FloatArray, settings: Settings, order: Ints, rng: np.random.Generator
 ) -> tuple[FloatArray, tuple[frozenset[int], ...], Ints]:
-    """Memories are sentences that are never asked. For a group of kinds, of n = memories / groups:
+    """Memories are sentences that are never asked. A group of kinds has n = memories / groups of them:
 
-    - n/5 close by cosine and helpful: sentences of the group's own kinds;
-    - 2n/5 close and useless: sentences of the group's own kinds;
-    - n/5, at least 2, far and helpful: sentences of another area, close to requests they are useless for;
-    - the rest far and useless.
+    - 3n/10 close by cosine and helpful, 3n/10 close and useless: sentences of the group's own kinds;
+    - 2n/10, at least 2, far and helpful, the rest far and useless: sentences of kinds that nobody asks about.
     """
     groups = settings.groups or sentences.areas
     group_of = sentences.area if settings.groups is None else rng.permutation(sentences.kinds) % groups
     n = settings.memories // groups
-    close_good, close_bad = max(1, n // 5), max(1, 2 * n // 5)
+    close_good = close_bad = max(1, 3 * n // 10)
     far_good = max(2, n // 5)
-    kind_of = sentences.kind
-    taken: dict[int, None] = {}
-    good: list[set[int]] = [set() for _ in range(groups)]
-    rows: list[int] = []
+    far_bad = max(0, n - close_good - close_bad - far_good)
+    if len(others) < groups * (far_good + far_bad):
+        raise SystemExit(
+            f"--kinds {settings.kinds} leaves too few sentences that nobody asks about; try fewer"
+        )
+    far = iter(rng.permutation(len(others)))
+    good: list[frozenset[int]] = []
+    used: list[int] = []
+    rows: list[FloatArray] = []
     for group in range(groups):
-        own = [i for i in order if group_of[kind_of[i]] == group and i not in taken]
-        area = set(sentences.area[group_of == group].tolist())
-        close = own[: close_good + close_bad]
-        taken.update(dict.fromkeys(close))
-        other = [i for i in order if int(sentences.area[kind_of[i]]) not in area and i not in taken]
-        far = other[: max(n - len(close), far_good)]
-        taken.update(dict.fromkeys(far))
+        close = [i for i in order if group_of[sentences.kind[i]] == group][: close_good + close_bad]
+        used.extend(close)
         start = len(rows)
-        rows.extend([*close, *far])
-        good[group].update(range(start, start + close_good))
-        good[group].update(range(start + len(close), start + len(close) + far_good))
-    used = np.array(rows, dtype=np.int64)
-    helpful = tuple(frozenset(good[int(group_of[kind])]) for kind in range(sentences.kinds))
-    return sentences.embeddings[used], helpful, used
+        rows.extend(sentences.embeddings[i] for i in close)
+        rows.extend(others[next(far)] for _ in range(far_good + far_bad))
+        first_far = start + len(close)
+        good.append(frozenset([*range(start, start + close_good), *range(first_far, first_far + far_good)]))
+    helpful = tuple(good[int(group_of[kind])] for kind in range(sentences.kinds))
+    return np.stack(rows), helpful, np.array(used, dtype=np.int64)

@@ -44,6 +44,9 @@ class Traffic:
         # Within one conversation requests and unnamed replies keep their order, as one person's do.
         self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._latest: dict[str, str] = {}
+        # A request that was given up may be recorded all the same, and later: which interaction is the
+        # conversation's latest, nobody here knows then, and replies must say which one they mean.
+        self._unsure: set[str] = set()
 
     async def run(self, count: int, rate: float, stop: asyncio.Event) -> None:
         """Sends `count` requests, `rate` a second whatever comes back, and the replies to them.
@@ -100,6 +103,8 @@ class Traffic:
             decision = await self._ask(request, conversation, self.model_id, explore=True)
             if decision is not None:
                 self._latest[conversation] = decision.interaction_id
+            else:
+                self._unsure.add(conversation)
             return decision
 
     async def _ask(
@@ -121,7 +126,8 @@ class Traffic:
 
     async def _reply(self, conversation: str, decision: Decision, text: str, unnamed: bool) -> None:
         async with self._turns[conversation]:
-            named = not unnamed or self._latest[conversation] != decision.interaction_id
+            latest = None if conversation in self._unsure else self._latest[conversation]
+            named = not unnamed or latest != decision.interaction_id
             try:
                 reply_id = await self._client.reply(
                     decision if named else None, text, conversation_id=None if named else conversation

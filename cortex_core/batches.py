@@ -45,6 +45,14 @@ class Batch:
     weight: Tensor
     """(B,) in [0, 1]"""
 
+    def content(self) -> Tensor:
+        """(B,) 1 for a content user, 0 for one who is not, as far as the reply says."""
+        return (self.reward > 0).float()
+
+    def sureness(self) -> Tensor:
+        """(B,) what each reply counts: half as sure counts a quarter, and a reward of 0 says nothing."""
+        return torch.where(self.reward == 0, 0.0, self.weight**2)
+
     def __len__(self) -> int:
         return len(self.reward)
 

@@ -33,7 +33,7 @@ class ContextSummary:
     strategy_margin: float = 0.0
     """predicted probability of the chosen strategy minus that of the best other one"""
     strategy_uncertainty: float = 1.0
-    """entropy of the choice, 0 (certain) to 1 (uniform)"""
+    """posterior standard deviation of the chosen strategy, 1 where nothing is known"""
     top_memory_score: float = 0.0
     mean_memory_score: float = 0.0
     memory_margin: float = 0.0
@@ -53,6 +53,10 @@ class ConfidenceEstimator(nn.Module):
     """confidence = σ(linear(context) + MLP([situation, context])), exactly 0.5 at birth.
 
     The linear part on the predicted log-odds is Platt's scaling; the MLP corrects it by situation.
+
+    Replies are noisy labels: P(reply is positive) = ε + (1 − 2ε)·confidence with ε learned beside
+    (Natarajan et al. 2013, "Learning with Noisy Labels", with one symmetric rate), so that `confidence`
+    speaks of the user and not of the reply.
     """
 
     def __init__(self, situation_dim: int = 384, hidden_dim: int = 64, dropout: float = 0.1) -> None:
@@ -67,13 +71,20 @@ class ConfidenceEstimator(nn.Module):
         self.hidden = nn.Linear(situation_dim + CONTEXT_DIM, hidden_dim)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(hidden_dim, 1, bias=False)
+        self.noise = nn.Parameter(torch.zeros(()))
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Back to birth; the same generator state gives the same weights."""
         bound = self.hidden.in_features**-0.5
         nn.init.uniform_(self.hidden.weight, -bound, bound, generator=generator)
-        for parameter in (self.hidden.bias, self.out.weight, self.linear.weight, self.linear.bias):
+        for parameter in (
+            self.hidden.bias,
+            self.out.weight,
+            self.linear.weight,
+            self.linear.bias,
+            self.noise,
+        ):
             nn.init.zeros_(parameter)
 
     def logits(self, situation: Tensor, context: Tensor) -> Tensor:
@@ -85,6 +96,15 @@ class ConfidenceEstimator(nn.Module):
         hidden = self.dropout(F.gelu(self.hidden(torch.cat([situation, context], dim=-1))))
         out: Tensor = (self.linear(context) + self.out(hidden)).squeeze(-1)
         return out
+
+    def reply_noise(self) -> Tensor:
+        """() ε in (0, 0.2): the share of replies that say the opposite of what the user thinks."""
+        return 0.2 * torch.sigmoid(self.noise)
+
+    def reply_probability(self, confidence: Tensor) -> Tensor:
+        """(…,) P(the reply is positive) for (…,) confidences."""
+        epsilon = self.reply_noise()
+        return epsilon + (1.0 - 2.0 * epsilon) * confidence
 
     def forward(self, situation: Tensor, context: Tensor | ContextSummary) -> Tensor:
         """(…,) probability that the user will be content."""

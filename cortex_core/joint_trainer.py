@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator, ContextSummary
+from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator
 from cortex_core.errors import ConfigError, InputError
-from cortex_core.memory_gate import MemoryGate
+from cortex_core.memory_gate import GAIN, MemoryGate, Slate
 from cortex_core.metadata import metadata_features
-from cortex_core.model import CortexModel
+from cortex_core.model import CortexModel, summarize
 from cortex_core.replay_buffer import FloatArray, as_float32
 from cortex_core.situation_encoder import SituationEncoder
 from cortex_core.strategy_registry import StrategyRegistry
-from cortex_core.strategy_selector import StrategySelector
+from cortex_core.strategy_selector import Belief, StrategySelector
 
 
 @dataclass(slots=True)
@@ -179,7 +179,31 @@ class JointTrainer:
                     values.append(float(value))
             for module in modules:
                 module.eval()
+        self._condition(data)
         return metrics
+
+    @torch.no_grad()
+    def _condition(self, data: _Data) -> None:
+        """Tells the posterior what the labels said of every strategy.
+
+        It leaves the means where the head has them and takes away the doubt around them, so that the first
+        noisy replies after deployment move what was learned from labels by as little as they should.
+        """
+        prior = self.selector.prior(self.encoder(data.message, data.history, data.metadata)).numpy()
+        for message, row, strategy, outcome in zip(
+            data.message.numpy(), prior, data.strategy.tolist(), data.outcome.tolist(), strict=True
+        ):
+            self.selector.landmarks.admit(message)
+            phi = self.selector.features(message[None])[0]
+            labels = (
+                {strategy: outcome}
+                if outcome < 0.5
+                else {a: outcome * (a == strategy) for a in range(len(row))}
+            )
+            for index, label in labels.items():
+                predicted = float(row[index] + self.selector.mean[index].numpy() @ phi)
+                self.selector.condition(phi, index, label - predicted)
+        self.selector.commit()
 
     def loss(self, data: _Data) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The weighted total, and the three parts: one forward pass for the batch."""
@@ -191,7 +215,8 @@ class JointTrainer:
         chosen = log_p.gather(1, data.strategy[:, None]).squeeze(1)
         missed = torch.log1p(-chosen.exp().clamp(max=1 - 1e-6))
         strategy = -(data.outcome * chosen + (1 - data.outcome) * missed).mean()
-        context = self._contexts(logits.detach(), scores.detach(), data)
+        with torch.no_grad():
+            context = self._contexts(situation, scores, data)
         confidence = self.calibration(self.estimator(situation, context), data.outcome)
         w = self.weights
         return w[0] * memory + w[1] * strategy + w[2] * confidence, (memory, strategy, confidence)
@@ -206,17 +231,20 @@ class JointTrainer:
         per_row = (pairs * hinge).sum((1, 2)) / count.clamp_min(1.0)
         return per_row.sum() / (count > 0).sum().clamp_min(1)
 
-    def _contexts(self, logits: Tensor, scores: Tensor, data: _Data, top_k: int = 3) -> Tensor:
+    def _contexts(self, situation: Tensor, scores: Tensor, data: _Data, top_k: int = 3) -> Tensor:
         """(B, 7) summaries of the decisions that the present weights would make with the given strategies."""
+        prior = self.selector.prior(situation)
+        learned = self.gate.learned_scores(situation, data.memories)
         rows = []
-        probabilities = torch.softmax(logits, dim=-1)
-        for i in range(len(logits)):
-            row = scores[i][data.mask[i] > 0].sort(descending=True).values.tolist()
-            passed = row[top_k] if len(row) > top_k else None
-            summary: ContextSummary = CortexModel.summarize(
-                logits[i], probabilities[i], int(data.strategy[i]), row[:top_k], passed
-            )
-            rows.append(summary.to_tensor())
+        for i in range(len(prior)):
+            belief = Belief(prior[i].numpy(), np.ones(prior.shape[1], np.float32), prior[i].numpy())
+            inside = data.mask[i] > 0
+            order = scores[i][inside].argsort(descending=True)
+            ranked = scores[i][inside][order].tolist()
+            logit = GAIN * float(learned[i][inside][order][:top_k].sum())
+            passed = ranked[top_k] if len(ranked) > top_k else None
+            slate = Slate(order[:top_k].tolist(), ranked[:top_k], [], logit, passed)
+            rows.append(summarize(belief, int(data.strategy[i]), slate).to_tensor())
         return torch.stack(rows)
 
     def _collate(self, samples: Sequence[TrainingSample]) -> _Data:

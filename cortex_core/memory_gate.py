@@ -1,6 +1,6 @@
 """MemoryGate: how relevant each memory is to a situation.
 
-It scores and selects; it stores nothing. Memories live with the agent.
+It scores and selects; it stores no memories. They live with the agent.
 """
 
 from __future__ import annotations
@@ -8,11 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cortex_core.errors import ConfigError, DimensionError
+from cortex_core.landmarks import Floats, Landmarks
+from cortex_core.replay_buffer import FloatArray
+
+GAIN = 5.0
+"""Log-odds of a content user for one unit of score: a cosine's whole range is worth as much as a strategy."""
+MEMORY_GAMMA = 4.0
+"""Of the memories' kernel: paraphrases of one memory share what is learned, memories of one topic do not."""
+PRIOR_PRECISION = 4.0
+"""Of each weight of the kernel part, in units of log-odds⁻²."""
+OPTIMISM = 0.1
+"""Score that a memory of which nothing is known gets on top: far ones are tried as well."""
+TEMPERATURE = 0.02
+"""Of the draw of a slate, in units of score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,21 +37,40 @@ class Slate:
     scores: list[float]
     propensities: list[float]
     """probability of each memory in its slot, given the slots before it"""
+    logit: float
+    """what was learned about these memories adds to the log-odds of a content user"""
     best_passed: float | None
     """highest score that was passed over; None when nothing was"""
 
 
 class MemoryGate(nn.Module):
-    """score(situation, memory) = ŝᵀ W m̂, with ŝ and m̂ of L2 norm 1 and W the identity at birth.
+    """score(situation, memory) = ŝᵀ W m̂ + φ(message)ᵀ V ψ(memory) / GAIN.
 
-    So that an untrained gate is exactly cosine similarity.
+    ŝ and m̂ have L2 norm 1; W is the identity and V zero at birth, so that an untrained gate is exactly cosine
+    similarity. W generalises to any memory; V, on kernel features of the message and of the memory, learns
+    quickly that this memory helps, or hurts, with requests like that. φ are the features of the selector's
+    landmarks, ψ the kernel values with the gate's own.
 
     Args:
         situation_dim: S.
         memory_dim: D of the memories' embeddings; None takes `situation_dim`.
+        features: number of the message's features φ.
+        landmarks: number of memories that V can tell apart.
     """
 
-    def __init__(self, situation_dim: int = 384, memory_dim: int | None = None) -> None:
+    precision: Tensor
+    """(features, landmarks) float16: how much is known of each weight of V"""
+    kernel_weight: Tensor
+    """(features, landmarks) V, in log-odds"""
+
+    def __init__(
+        self,
+        situation_dim: int = 384,
+        memory_dim: int | None = None,
+        *,
+        features: int = 256,
+        landmarks: int = 256,
+    ) -> None:
         super().__init__()
         memory_dim = situation_dim if memory_dim is None else memory_dim
         if min(situation_dim, memory_dim) < 1:
@@ -45,23 +78,21 @@ class MemoryGate(nn.Module):
         self.situation_dim = situation_dim
         self.memory_dim = memory_dim
         self.weight = nn.Parameter(torch.eye(situation_dim, memory_dim))
-        self.gain = nn.Parameter(torch.ones(()))
-        self.bias = nn.Parameter(torch.zeros(()))
+        self.landmarks = Landmarks(memory_dim, landmarks, gamma=MEMORY_GAMMA, novelty=0.2)
+        self.register_buffer("kernel_weight", torch.zeros(features, landmarks))
+        self.register_buffer("precision", torch.zeros(features, landmarks, dtype=torch.float16))
+        self.register_buffer("birth", torch.zeros(0))
 
     def reset_parameters(self, basis: Tensor | None = None) -> None:
-        """Back to birth: the identity, or (S, D) `basis` where situations are projections of texts."""
+        """W back to birth: the identity, or (S, D) `basis` where situations are projections of texts."""
         with torch.no_grad():
             self.weight.copy_(torch.eye(self.situation_dim, self.memory_dim) if basis is None else basis)
+        if basis is not None:
+            self.birth = basis.clone()
 
     def score_memories(self, situation: Tensor, memories: Tensor) -> Tensor:
-        """(N,) scores of (N, D) memories in one (S,) situation; (B, N) for (B, S) and (B, N, D) or (N, D)."""
-        if situation.ndim not in (1, 2) or situation.shape[-1] != self.situation_dim:
-            raise DimensionError("situation", tuple(situation.shape), f"(…, {self.situation_dim})")
-        if memories.ndim not in (2, 3) or memories.shape[-1] != self.memory_dim:
-            raise DimensionError("memories", tuple(memories.shape), f"(N, {self.memory_dim})")
-        query = F.normalize(situation, dim=-1) @ self.weight
-        unit = F.normalize(memories, dim=-1)
-        return (unit @ query.unsqueeze(-1)).squeeze(-1) if memories.ndim == 3 else query @ unit.T
+        """(N,) ŝᵀWm̂ of (N, D) memories in one (S,) situation; (B, N) for (B, S) and (B, N, D) or (N, D)."""
+        return self._bilinear(situation, memories, self.weight)
 
     def forward(self, situation: Tensor, memories: Tensor) -> Tensor:
         """Same as `score_memories`."""
@@ -73,6 +104,11 @@ class MemoryGate(nn.Module):
         top = torch.topk(scores, min(max(k, 0), scores.shape[-1]), dim=-1)
         return top.indices, top.values
 
+    def learned_scores(self, situation: Tensor, memories: Tensor) -> Tensor:
+        """What W has learned since birth: ŝᵀ(W − W₀)m̂, shaped as `score_memories` gives it."""
+        born = self.birth if self.birth.numel() else torch.eye(self.situation_dim, self.memory_dim)
+        return self._bilinear(situation, memories, self.weight - born)
+
     @torch.no_grad()
     def draw_slate(
         self,
@@ -82,35 +118,79 @@ class MemoryGate(nn.Module):
         *,
         explore: bool,
         rng: np.random.Generator,
-        temperature: float = 0.05,
+        phi: Floats | None = None,
     ) -> Slate:
-        """Draws `k` of (N, D) memories for one (S,) situation: Plackett–Luce over score / temperature.
+        """Draws `k` of (N, D) memories for one (S,) situation: Plackett–Luce over optimistic scores.
 
-        Each slot is a softmax over what is left, so that every slot's propensity is exact.
+        Each slot is a softmax over what is left, so that every slot's propensity is exact. `phi` (M,) are the
+        message's features; without them W alone decides.
         """
-        scores = self.score_memories(situation, memories).double().numpy()
-        k = min(max(k, 0), len(scores))
+        k = min(max(k, 0), len(memories))
         if k == 0:
-            return Slate([], [], [], None)
-        keys = scores + (temperature * rng.gumbel(size=len(scores)) if explore else 0.0)
+            return Slate([], [], [], 0.0, None)
+        scores = self.score_memories(situation, memories).double().numpy()
+        index = scores
+        kernel_part = np.zeros(len(scores))
+        if phi is not None and int(self.landmarks.count):
+            psi = self.landmarks.kernel(memories.numpy())  # (N, L)
+            kernel_part = (psi @ (phi @ self.kernel_weight.numpy())).astype(np.float64)
+            scores = scores + kernel_part / GAIN
+            index = scores + OPTIMISM * self.deviation(phi, psi)
+        keys = index + TEMPERATURE * rng.gumbel(size=len(index)) if explore else scores
         order = np.argsort(-keys, kind="stable")
         indices = [int(i) for i in order[:k]]
         propensities: list[float] = []
-        left = np.exp((scores - scores.max()) / temperature)
-        for index in indices:
-            propensities.append(max(float(left[index] / left.sum()), 1e-12) if explore else 1.0)
-            left[index] = 0.0
+        left = np.exp((index - index.max()) / TEMPERATURE)
+        for chosen in indices:
+            propensities.append(max(float(left[chosen] / left.sum()), 1e-12) if explore else 1.0)
+            left[chosen] = 0.0
         passed = scores[order[k:]]
+        learned = self.learned_scores(situation, memories[indices]).double().numpy()
         return Slate(
             indices,
             [float(scores[i]) for i in indices],
             propensities,
+            float(GAIN * learned.sum() + kernel_part[indices].sum()),
             float(passed.max()) if len(passed) else None,
         )
 
-    def slate_logit(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """(B,) what (B, K) scores of retrieved memories add to the log-odds of a content user."""
-        return self.gain * (scores * mask).sum(-1) + self.bias * (mask.sum(-1) > 0)
+    def deviation(self, phi: Floats, psi: Floats) -> npt.NDArray[np.float64]:
+        """(N,) posterior standard deviation of the kernel part relative to its prior one, in [0, 1]."""
+        share = phi * phi
+        known = share @ (PRIOR_PRECISION / (PRIOR_PRECISION + self.precision.float().numpy()))  # (L,)
+        total = float(share.sum())
+        inside = np.minimum((psi * psi) @ known, 1.0)
+        outside = np.maximum(1.0 - np.minimum((psi * psi).sum(1), 1.0) * total, 0.0)
+        out: npt.NDArray[np.float64] = np.sqrt(np.clip(inside + outside, 0.0, 1.0)).astype(np.float64)
+        return out
+
+    def admit(self, memories: FloatArray) -> None:
+        """Makes landmarks of the (K, D) memories that are new."""
+        for memory in memories:
+            self.landmarks.admit(memory)
+
+    def kernel_logit(self, phi: Floats, psi: Floats) -> Floats:
+        """(B,) the kernel part of slates with features (B, M) and summed memory features (B, L)."""
+        out: Floats = ((phi @ self.kernel_weight.numpy()) * psi).sum(1)
+        return out
+
+    def condition(
+        self, phi: Floats, psi: Floats, gradient: Floats, curvature: Floats, *, fresh: bool
+    ) -> None:
+        """A step on V: the diagonal Laplace posterior of Chapelle & Li 2011, algorithm 3, batch by batch.
+
+        Args:
+            phi: (B, M); psi: (B, L) summed over a slate.
+            gradient: (B,) of the log-likelihood by the logit, weighted.
+            curvature: (B,) of minus it; counted only for `fresh` replies, so that replay adds no certainty.
+        """
+        with torch.no_grad():
+            precision = self.precision.float().numpy()
+            if fresh:
+                precision = precision + (phi * phi).T @ (curvature[:, None] * psi * psi)
+                self.precision.copy_(torch.from_numpy(np.minimum(precision, 6e4)))
+            step = phi.T @ (gradient[:, None] * psi)
+            self.kernel_weight += torch.from_numpy((step / (PRIOR_PRECISION + precision)).astype(np.float32))
 
     def contrastive_loss(
         self, situation: Tensor, positive: Tensor, negative: Tensor, margin: float = 0.5
@@ -132,3 +212,12 @@ class MemoryGate(nn.Module):
         scores = self.score_memories(situation, torch.cat([positive, negative]))
         good, bad = scores[: len(positive)], scores[len(positive) :]
         return F.relu(margin - good[:, None] + bad[None, :]).mean()
+
+    def _bilinear(self, situation: Tensor, memories: Tensor, weight: Tensor) -> Tensor:
+        if situation.ndim not in (1, 2) or situation.shape[-1] != self.situation_dim:
+            raise DimensionError("situation", tuple(situation.shape), f"(…, {self.situation_dim})")
+        if memories.ndim not in (2, 3) or memories.shape[-1] != self.memory_dim:
+            raise DimensionError("memories", tuple(memories.shape), f"(N, {self.memory_dim})")
+        query = F.normalize(situation, dim=-1) @ weight
+        unit = F.normalize(memories, dim=-1)
+        return (unit @ query.unsqueeze(-1)).squeeze(-1) if memories.ndim == 3 else query @ unit.T

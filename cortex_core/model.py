@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from cortex_core.confidence_estimator import Action, ConfidenceEstimator, ContextSummary, action_for
 from cortex_core.errors import ConfigError, DimensionError
-from cortex_core.memory_gate import MemoryGate
+from cortex_core.memory_gate import MemoryGate, Slate
 from cortex_core.metadata import METADATA_KEYS
 from cortex_core.replay_buffer import FloatArray, as_float32
 from cortex_core.situation_encoder import SituationEncoder
 from cortex_core.strategy_registry import StrategyRegistry
-from cortex_core.strategy_selector import StrategySelector
+from cortex_core.strategy_selector import Belief, StrategySelector
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,10 @@ class ModelConfig:
     selector_hidden_dim: int = 128
     estimator_hidden_dim: int = 64
     dropout: float = 0.1
+    landmarks: int = 256
+    """messages that the selector's posterior can tell apart"""
+    memory_landmarks: int = 256
+    """memories that the gate's kernel part can tell apart"""
     strategies: tuple[str, ...] = field(default_factory=lambda: StrategyRegistry().ids)
 
     def __post_init__(self) -> None:
@@ -96,9 +101,18 @@ class CortexModel(nn.Module):
         self.encoder = SituationEncoder(
             config.text_dim, config.situation_dim, config.encoder_hidden_dim, config.dropout
         )
-        self.gate = MemoryGate(config.situation_dim, config.text_dim)
+        self.gate = MemoryGate(
+            config.situation_dim,
+            config.text_dim,
+            features=config.landmarks,
+            landmarks=config.memory_landmarks,
+        )
         self.selector = StrategySelector(
-            config.situation_dim, len(config.strategies), config.selector_hidden_dim
+            config.situation_dim,
+            len(config.strategies),
+            config.selector_hidden_dim,
+            text_dim=config.text_dim,
+            landmarks=config.landmarks,
         )
         self.estimator = ConfidenceEstimator(
             config.situation_dim, config.estimator_hidden_dim, config.dropout
@@ -160,21 +174,18 @@ class CortexModel(nn.Module):
             self.eval()
 
         situation = self.encoder(message, history, features)
-        selection = self.selector.select(situation, self.registry, explore, rng=rng)
-        slate = self.gate.draw_slate(situation, torch.from_numpy(memories), top_k, explore=explore, rng=rng)
-        context = self.summarize(
-            self.selector(situation),
-            selection.probabilities,
-            selection.index,
-            slate.scores,
-            slate.best_passed,
+        selection = self.selector.select(situation, self.registry, explore, message=message.numpy(), rng=rng)
+        phi = self.selector.features(message.numpy()[None])[0]
+        slate = self.gate.draw_slate(
+            situation, torch.from_numpy(memories), top_k, explore=explore, rng=rng, phi=phi
         )
+        context = summarize(selection.belief, selection.index, slate)
         confidence = float(self.estimator(situation, context))
         return Decision(
             situation=situation.numpy(),
             strategy_index=selection.index,
             strategy_id=selection.strategy_id,
-            probabilities=selection.probabilities.numpy(),
+            probabilities=selection.probabilities,
             propensity=selection.propensity,
             memory_indices=slate.indices,
             memory_scores=slate.scores,
@@ -184,29 +195,24 @@ class CortexModel(nn.Module):
             action=action_for(confidence),
         )
 
-    @staticmethod
-    def summarize(
-        logits: Tensor, probabilities: Tensor, index: int, scores: list[float], best_passed: float | None
-    ) -> ContextSummary:
-        """The estimator's view of a decision."""
-        p = torch.softmax(logits, dim=-1).double().numpy()
-        chosen = float(p[index])
-        others = float(np.delete(p, index).max()) if len(p) > 1 else 0.0
-        q = np.clip(probabilities.double().numpy(), 1e-12, 1.0)
-        entropy = float(-(q * np.log(q)).sum() / np.log(len(q))) if len(q) > 1 else 0.0
-        chosen = min(max(chosen, 1e-4), 1 - 1e-4)
-        return ContextSummary(
-            content_logit=float(np.log(chosen / (1 - chosen))),
-            strategy_margin=chosen - others,
-            strategy_uncertainty=entropy,
-            top_memory_score=max(scores, default=0.0),
-            mean_memory_score=float(np.mean(scores)) if scores else 0.0,
-            memory_margin=min(scores) - best_passed if scores and best_passed is not None else 0.0,
-            memory_count=len(scores) / (len(scores) + 3.0),
-        )
-
     def _checked(self, value: FloatArray | None, what: str, shape: tuple[int, ...]) -> Tensor:
         array = as_float32(np.zeros(shape) if value is None else value, what, len(shape))
         if array.shape != shape:
             raise DimensionError(what, array.shape, shape)
         return torch.from_numpy(array)
+
+
+def summarize(belief: Belief, index: int, slate: Slate) -> ContextSummary:
+    """The estimator's view of a decision: strategy `index`, and the slate."""
+    chosen = float(belief.mean[index])
+    others = float(np.delete(belief.mean, index).max()) if len(belief.mean) > 1 else chosen
+    scores = slate.scores
+    return ContextSummary(
+        content_logit=math.log(chosen / (1.0 - chosen)) + slate.logit,
+        strategy_margin=chosen - others,
+        strategy_uncertainty=float(belief.deviation[index]),
+        top_memory_score=max(scores, default=0.0),
+        mean_memory_score=float(np.mean(scores)) if scores else 0.0,
+        memory_margin=min(scores) - slate.best_passed if scores and slate.best_passed is not None else 0.0,
+        memory_count=len(scores) / (len(scores) + 3.0),
+    )

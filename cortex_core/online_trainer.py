@@ -25,8 +25,10 @@ from cortex_core import checkpoints
 from cortex_core.batches import Batch, collate, encode
 from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator
 from cortex_core.errors import ConfigError, InputError
-from cortex_core.memory_gate import MemoryGate
+from cortex_core.landmarks import Floats
+from cortex_core.memory_gate import GAIN, MemoryGate
 from cortex_core.metadata import metadata_features
+from cortex_core.posteriors import Posteriors, chosen_mean
 from cortex_core.replay_buffer import ReplayEntry, ReplayStore
 from cortex_core.situation_encoder import SituationEncoder
 from cortex_core.strategy_registry import StrategyRegistry
@@ -35,6 +37,12 @@ from cortex_core.strategy_selector import StrategySelector
 if TYPE_CHECKING:
     from cortex_core.feedback_collector import FeedbackCollector, FeedbackSignal
     from cortex_core.model import CortexModel
+
+
+QUICK = 100.0
+"""Learning rate of the calibration's nine numbers, in units of `lr`."""
+KEEP_EVERY = 50
+"""Steps between two copies of good weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,20 @@ class InteractionOutcome:
     signals: Sequence[FeedbackSignal]
     update: OnlineUpdate | None
     """the training step this interaction completed, if it did"""
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Of one batch."""
+
+    total: Tensor
+    reward: Tensor
+    """of strategy and memories, which explain one reward together"""
+    calibration: Tensor
+    logit: Tensor
+    """(B,) predicted log-odds of a content user"""
+    offset: Tensor
+    """(B,) the same without the gate's kernel part"""
 
 
 @dataclass(slots=True)
@@ -144,7 +166,13 @@ class OnlineTrainer:
             "estimator": estimator,
         }
         self._parameters = [p for m in self._modules.values() for p in m.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self._parameters, lr=lr, fused=True)
+        quick = [*estimator.linear.parameters(), estimator.noise]
+        slow = [p for p in self._parameters if all(p is not q for q in quick)]
+        # Nine numbers that calibrate cannot overfit as layers can, and must follow the posteriors.
+        self.optimizer = torch.optim.Adam(
+            [{"params": slow, "lr": lr}, {"params": quick, "lr": QUICK * lr}], fused=True
+        )
+        self._posteriors = Posteriors(selector, gate)
         self._progress = _Progress()
         self._good = _Good(self._weights(), math.inf, 0)
 
@@ -268,21 +296,23 @@ class OnlineTrainer:
         replay = [e for e in self.buffer.sample(self.batch_size) if e.id not in ids][:want]
         return self._step([*fresh, *replay], len(fresh))
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(total, strategy and memory, confidence) of a batch: one forward pass."""
+    def loss(self, batch: Batch, phi: Floats, psi: Floats) -> Losses:
+        """One forward pass of all four components over a batch and its kernel features."""
         situation = encode(self.encoder, batch)
-        content = (batch.reward > 0).float()
-        weight = batch.weight * batch.reward.abs().mul(2.0).clamp(max=1.0)
-        log_p = F.log_softmax(self.selector(situation), dim=-1)
-        chosen = log_p.gather(1, batch.strategy[:, None]).squeeze(1)
-        logit = chosen - torch.log1p(-chosen.exp().clamp(max=1 - 1e-6))
+        content, weight = batch.content(), batch.sureness()
+        prior = self.selector.prior(situation).gather(1, batch.strategy[:, None]).squeeze(1)
+        mean = prior + chosen_mean(self.selector, phi, batch.strategy.tolist())
+        offset = torch.logit(mean, eps=0.01)
         if batch.memories.shape[1]:
-            scores = self.gate.score_memories(situation, batch.memories)
-            logit = logit + self.gate.slate_logit(scores, batch.memory_mask)
+            learned = self.gate.learned_scores(situation, batch.memories)
+            offset = offset + GAIN * (learned * batch.memory_mask).sum(1)
+        logit = offset + torch.from_numpy(self.gate.kernel_logit(phi, psi))
         nll = F.binary_cross_entropy_with_logits(logit, content, reduction="none")
-        strategy = (weight * nll).sum() / weight.sum().clamp_min(1e-6)
-        confidence = self.calibration(self.estimator(situation, batch.context), content, weight)
-        return strategy + 0.5 * confidence, strategy, confidence
+        total = weight.sum().clamp_min(1e-6)
+        reward = (weight * nll).sum() / total
+        confidence = self.estimator.reply_probability(self.estimator(situation, batch.context))
+        calibration = self.calibration(confidence, content, weight * batch.has_context)
+        return Losses(reward + 0.5 * calibration, reward, calibration, logit.detach(), offset.detach())
 
     def restore_best(self) -> None:
         """Back to the last good weights; the optimizer forgets its momentum, which led away from them."""
@@ -339,17 +369,28 @@ class OnlineTrainer:
 
     def _step(self, entries: list[ReplayEntry], fresh: int) -> OnlineUpdate:
         batch = collate(entries, self.registry, self.encoder.text_dim, self.encoder.output_dim)
+        phi, psi = self._posteriors.features(entries, fresh)
         for module in self._modules.values():
             module.train()
         try:
-            total, strategy, confidence = self.loss(batch)
+            losses = self.loss(batch, phi, psi)
             self.optimizer.zero_grad(set_to_none=True)
-            total.backward()  # type: ignore[no-untyped-call]
-            norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.max_norm)
-            value = float(total.detach())
-            usable = math.isfinite(value) and math.isfinite(float(norm))
+            losses.total.backward()  # type: ignore[no-untyped-call]
+            norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.max_norm))
+            value = float(losses.total.detach())
+            usable = math.isfinite(value) and math.isfinite(norm)
             if usable:
                 self.optimizer.step()
+                self._posteriors.condition(
+                    entries[:fresh],
+                    phi[:fresh],
+                    psi[:fresh],
+                    predicted=torch.sigmoid(losses.logit[:fresh]).numpy(),
+                    offset=losses.offset[:fresh].numpy(),
+                    strategy=batch.strategy[:fresh].tolist(),
+                    content=batch.content()[:fresh].numpy(),
+                    weight=batch.sureness()[:fresh].numpy(),
+                )
         finally:
             for module in self._modules.values():
                 module.eval()
@@ -359,34 +400,37 @@ class OnlineTrainer:
             progress.updates += 1
             old = progress.ema_loss
             progress.ema_loss = value if old is None else self.ema_decay * old + (1 - self.ema_decay) * value
-            rolled_back = self._watch(batch)
+            rolled_back = self._watch(batch, phi, psi)
         return OnlineUpdate(
             update=progress.updates,
             loss=value,
-            strategy_loss=float(strategy.detach()),
-            confidence_loss=float(confidence.detach()),
+            strategy_loss=float(losses.reward.detach()),
+            confidence_loss=float(losses.calibration.detach()),
             ema_loss=progress.ema_loss if progress.ema_loss is not None else math.nan,
-            grad_norm=float(norm),
+            grad_norm=norm,
             fresh=fresh,
             replayed=len(entries) - fresh,
             skipped=not usable,
             rolled_back=rolled_back,
         )
 
-    def _watch(self, batch: Batch) -> bool:
+    def _watch(self, batch: Batch, phi: Floats, psi: Floats) -> bool:
         """Notes the weights when they are the best so far; goes back to those when they have degraded."""
         ema = self._progress.ema_loss
         assert ema is not None
         if ema <= self._good.ema_loss:
-            self._good = _Good(self._weights(), ema, self._progress.updates)
+            if self._progress.updates >= self._good.updates + KEEP_EVERY or not math.isfinite(
+                self._good.ema_loss
+            ):
+                self._good = _Good(self._weights(), ema, self._progress.updates)
             return False
         if ema <= self._good.ema_loss + self.degradation_margin:
             return False
         current = self._weights()
         with torch.no_grad():
-            now = float(self.loss(batch)[0])
+            now = float(self.loss(batch, phi, psi).total)
             self.restore_best()
-            then = float(self.loss(batch)[0])
+            then = float(self.loss(batch, phi, psi).total)
         if then + self.degradation_margin < now:
             return True
         # The world changed and not the learner: the old weights are no better on what comes in now.

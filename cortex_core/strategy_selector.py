@@ -1,7 +1,13 @@
-"""StrategySelector: which strategy to answer with, and with what probability each could have been chosen."""
+"""StrategySelector: which strategy to answer with, and with what probability each could have been chosen.
+
+A reward model with uncertainty: for each strategy a Gaussian process over the message, whose prior mean is a
+parametric head on the situation. The head learns by gradient, and so does the Situation Encoder through it;
+the posterior is exact and changes with each single reply.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,20 +16,48 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cortex_core.errors import ConfigError, DimensionError
+from cortex_core.landmarks import Floats, Landmarks
+from cortex_core.replay_buffer import FloatArray
 from cortex_core.strategy_registry import StrategyProfile, StrategyRegistry
 
-__all__ = ["Selection", "StrategyProfile", "StrategyRegistry", "StrategySelector"]
+__all__ = ["Belief", "Selection", "StrategyProfile", "StrategyRegistry", "StrategySelector"]
+
+NOISE = 0.4
+"""Variance of a reply around the posterior mean, in units of the prior variance; replies are noisy labels."""
+FLOOR = 0.04
+"""Posterior variance never falls below this along a direction in which replies come in. The estimate there
+is a moving one over about NOISE / FLOOR = 10 neighbouring replies, so that a user who changes their mind is
+followed; directions in which nothing comes in forget nothing (directional forgetting, Kulhavý
+& Kárný 1984)."""
+OPTIMISM = 0.4
+"""Standard deviations added to the mean in the choice (GP-UCB, Srinivas et al. 2010, eq. 6)."""
+TEMPERATURE = 0.02
+"""The choice is a softmax of the optimistic estimate / this: near ties are broken by chance, with an exact
+propensity, and an estimate that is ahead by 0.1 is chosen almost always."""
+
+
+@dataclass(frozen=True, slots=True)
+class Belief:
+    """What the selector thinks of each strategy in one situation; all (A,)."""
+
+    mean: Floats
+    """P(content) in (0, 1)"""
+    deviation: Floats
+    """posterior standard deviation, 1 where nothing is known"""
+    probabilities: Floats
+    """with which each is chosen when exploring; sums to 1"""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """One choice: the strategy, its exact propensity and every strategy's."""
+    """One choice: the strategy and the exact propensity it had."""
 
     strategy: StrategyProfile
     index: int
     propensity: float
-    probabilities: Tensor
+    probabilities: Floats
     """(A,)"""
+    belief: Belief
 
     @property
     def strategy_id(self) -> str:
@@ -31,29 +65,56 @@ class Selection:
 
 
 class StrategySelector(nn.Module):
-    """Scores strategies in a situation; uniform at birth.
+    """Gaussian process per strategy with a learned prior mean; uniform at birth.
+
+    mean_a = prior_a(situation) + μ_aᵀφ(message), variance_a = φᵀΣ_aφ + 1 − φᵀφ, with φ the features of
+    `landmarks` (Quiñonero-Candela & Rasmussen 2005, the FITC predictive variance), and prior_a =
+    Aπ_a / (1 + Aπ_a) for π = softmax(head(situation)), which is 1/2 for each strategy at birth.
 
     Args:
         situation_dim: S.
         num_strategies: A.
-        hidden_dim: width of the hidden layer.
+        hidden_dim: width of the head's hidden layer.
+        text_dim: D of the messages; None takes `situation_dim`.
+        landmarks: M; the posterior is A·M² numbers.
     """
 
-    def __init__(self, situation_dim: int = 384, num_strategies: int = 7, hidden_dim: int = 128) -> None:
+    mean: Tensor
+    """(A, M) μ"""
+    covariance: Tensor
+    """(A, M, M) Σ in float16: what travels; the trainer's own copy is float32"""
+
+    def __init__(
+        self,
+        situation_dim: int = 384,
+        num_strategies: int = 7,
+        hidden_dim: int = 128,
+        *,
+        text_dim: int | None = None,
+        landmarks: int = 256,
+    ) -> None:
         super().__init__()
         if min(situation_dim, num_strategies, hidden_dim) < 1:
             raise ConfigError(
-                f"StrategySelector wants positive sizes, got situation_dim={situation_dim}, "
-                f"num_strategies={num_strategies}, hidden_dim={hidden_dim}"
+                f"StrategySelector wants positive sizes, got {situation_dim=}, {num_strategies=}, "
+                f"{hidden_dim=}"
             )
         self.situation_dim = situation_dim
         self.num_strategies = num_strategies
+        self.text_dim = situation_dim if text_dim is None else text_dim
         self.hidden = nn.Linear(situation_dim, hidden_dim)
         self.out = nn.Linear(hidden_dim, num_strategies)
+        self.landmarks = Landmarks(self.text_dim, landmarks)
+        self.register_buffer("mean", torch.zeros(num_strategies, landmarks))
+        self.register_buffer(
+            "covariance", torch.eye(landmarks, dtype=torch.float16).repeat(num_strategies, 1, 1)
+        )
+        self._seen: tuple[int, int] | None = None
+        self._sigma: Floats = np.zeros((0,), np.float32)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Back to birth; the same generator state gives the same weights."""
+        """The head back to birth; the same generator state gives the same weights."""
         bound = self.situation_dim**-0.5
         nn.init.uniform_(self.hidden.weight, -bound, bound, generator=generator)
         nn.init.zeros_(self.hidden.bias)
@@ -61,15 +122,40 @@ class StrategySelector(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, situation: Tensor) -> Tensor:
-        """(…, A) logits for (…, S)."""
+        """(…, A) logits of the head for (…, S): what cross-entropy trains."""
         if situation.shape[-1] != self.situation_dim:
             raise DimensionError("situation", tuple(situation.shape), f"(…, {self.situation_dim})")
         out: Tensor = self.out(F.gelu(self.hidden(situation)))
         return out
 
-    def probabilities(self, situation: Tensor) -> Tensor:
-        """(…, A) with which each strategy is chosen when exploring."""
-        return torch.softmax(self(situation), dim=-1)
+    def prior(self, situation: Tensor) -> Tensor:
+        """(…, A) P(content) before any reply about the neighbourhood: 1/2 each at birth."""
+        return torch.sigmoid(F.log_softmax(self(situation), dim=-1) + math.log(self.num_strategies))
+
+    def features(self, message: FloatArray | None, rows: int = 1) -> Floats:
+        """(B, M) features of (B, D) messages; zeros, which say "nothing known", for None."""
+        if message is None:
+            return np.zeros((rows, self.landmarks.size), np.float32)
+        return self.landmarks.features(message)
+
+    def belief(self, situation: Tensor, message: FloatArray | None = None) -> Belief:
+        """For one (S,) situation and its (D,) message embedding; None takes the situation where S = D."""
+        message = self._message(situation, message)
+        with torch.no_grad():
+            prior = self.prior(situation).numpy()
+        phi = self.features(None if message is None else message[None])[0]
+        mean = np.clip(prior + self.mean.numpy() @ phi, 0.01, 0.99)
+        variance = (self._covariance() @ phi) @ phi + max(1.0 - float(phi @ phi), 0.0)
+        deviation = np.sqrt(np.clip(variance, 1e-6, None))
+        index = (mean + OPTIMISM * deviation).astype(np.float64) / TEMPERATURE
+        weights = np.exp(index - index.max())
+        # Every strategy keeps a propensity that can be divided by.
+        weights = np.maximum(weights / weights.sum(), 1e-5)
+        return Belief(mean, deviation, (weights / weights.sum()).astype(np.float32))
+
+    def probabilities(self, situation: Tensor, message: FloatArray | None = None) -> Tensor:
+        """(A,) with which each strategy is chosen when exploring; exact."""
+        return torch.from_numpy(self.belief(situation, message).probabilities)
 
     def select(
         self,
@@ -77,19 +163,64 @@ class StrategySelector(nn.Module):
         registry: StrategyRegistry,
         explore: bool = True,
         *,
+        message: FloatArray | None = None,
         rng: np.random.Generator | None = None,
     ) -> Selection:
-        """Draws one strategy for one (S,) situation; the likeliest one when not exploring."""
+        """Draws one strategy for one (S,) situation; the one with the best mean when not exploring."""
         if len(registry) != self.num_strategies:
             raise ConfigError(
                 f"the registry has {len(registry)} strategies, this selector {self.num_strategies}"
             )
+        belief = self.belief(situation, message)
+        p = belief.probabilities.astype(np.float64)
+        if not explore:
+            index = int(belief.mean.argmax())
+            greedy = np.eye(len(p), dtype=np.float32)[index]
+            return Selection(registry[index], index, 1.0, greedy, belief)
+        index = int((rng or np.random.default_rng()).choice(len(p), p=p / p.sum()))
+        return Selection(registry[index], index, float(p[index] / p.sum()), belief.probabilities, belief)
+
+    def condition(self, phi: Floats, strategy: int, residual: float, weight: float = 1.0) -> None:
+        """Bayes' rule for one reply: `residual` is reply minus prediction, `weight` in (0, 1] its sureness.
+
+        Kalman's update with the measurement variance NOISE / weight, after the forgetting that FLOOR asks
+        for. `commit` makes the new covariance part of the weights.
+        """
+        sigma = self._covariance()[strategy]
+        gain = sigma @ phi
+        variance = float(phi @ gain)
+        grown = min(FLOOR, float(phi @ phi))
+        if 1e-9 < variance < grown:
+            sigma += np.outer(gain, gain * ((grown - variance) / variance**2))
+            gain *= grown / variance
+            variance = grown
+        total = variance + NOISE / max(weight, 1e-3)
         with torch.no_grad():
-            probabilities = self.probabilities(situation)
-        p = probabilities.double().numpy()
-        index = (
-            int((rng or np.random.default_rng()).choice(len(p), p=p / p.sum()))
-            if explore
-            else int(p.argmax())
-        )
-        return Selection(registry[index], index, float(p[index]) if explore else 1.0, probabilities)
+            self.mean[strategy] += torch.from_numpy(gain * (residual / total))
+        sigma -= np.outer(gain, gain / total)
+
+    def amend(self, phi: Floats, strategy: int, change: float, weight: float = 1.0) -> None:
+        """A reply that was conditioned on before had its value changed: the covariance stays as it is."""
+        gain = self._covariance()[strategy] @ phi
+        with torch.no_grad():
+            self.mean[strategy] += torch.from_numpy(gain * (change * weight / NOISE))
+
+    def commit(self) -> None:
+        """Writes the covariance as updated into the buffer that travels."""
+        sigma = self._covariance()
+        with torch.no_grad():
+            self.covariance.copy_(torch.from_numpy(sigma))
+        self._seen = (id(self.covariance), self.covariance._version)
+
+    def _covariance(self) -> Floats:
+        """(A, M, M) float32, read again where the buffer was written to from outside."""
+        version = (id(self.covariance), self.covariance._version)
+        if version != self._seen:
+            self._sigma = self.covariance.float().numpy()
+            self._seen = version
+        return self._sigma
+
+    def _message(self, situation: Tensor, message: FloatArray | None) -> FloatArray | None:
+        if message is None and self.situation_dim == self.text_dim:
+            return situation.detach().numpy()
+        return message

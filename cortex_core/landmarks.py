@@ -1,0 +1,112 @@
+"""Landmarks: the inducing points of the kernel posteriors, as buffers that travel with the weights.
+
+An RBF kernel on unit embeddings, k(x, z) = exp(−γ‖x − z‖²). Landmarks are messages (or memories) that were
+met and that the earlier ones did not explain: approximate linear dependence, Engel, Mannor & Meir 2004,
+"The Kernel Recursive Least-Squares Algorithm", eq. 2.8. The Cholesky basis is nested: a new landmark appends
+one feature and changes none of those before it, so that posteriors over the features stay valid.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cortex_core.errors import ConfigError
+from cortex_core.replay_buffer import FloatArray
+
+Floats = npt.NDArray[np.float32]
+
+
+class Landmarks(nn.Module):
+    """Up to `size` embeddings of dimension `dim`, and the kernel features they span.
+
+    Args:
+        gamma: of the kernel; 1 suits sentence embeddings, whose unrelated pairs have cosines near 0.1.
+        novelty: in (0, 1); a point is admitted when more than this share of it is unexplained.
+    """
+
+    points: Tensor
+    """(M, D) float16: what events carry, so that nothing is lost"""
+    count: Tensor
+    """() how many of the M are in use"""
+
+    def __init__(self, dim: int, size: int = 256, gamma: float = 1.0, novelty: float = 0.1) -> None:
+        super().__init__()
+        if dim < 1 or size < 1 or gamma <= 0 or not 0.0 < novelty < 1.0:
+            raise ConfigError(
+                f"Landmarks wants positive dim, size and gamma, novelty in (0, 1); got {dim=}, {size=}, "
+                f"{gamma=}, {novelty=}"
+            )
+        self.size = size
+        self.gamma = gamma
+        self.novelty = novelty
+        self.register_buffer("points", torch.zeros(size, dim, dtype=torch.float16))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self._seen: tuple[int, int, int] | None = None
+        self._used = 0
+        self._rows: Floats = np.zeros((size, dim), np.float32)
+        self._inverse: Floats = np.zeros((size, size), np.float32)
+
+    def _sync(self) -> int:
+        """Recomputes what is derived from the buffers where they were written to; returns the count."""
+        version = (id(self.points), self.points._version, self.count._version)
+        if version != self._seen:
+            used = int(self.count)
+            self._rows = self.points.float().numpy()
+            kernel = self._kernel(self._rows[:used], self._rows[:used]).astype(np.float64)
+            self._inverse = np.zeros((self.size, self.size), np.float32)
+            if used:
+                # Admission keeps the matrix well conditioned; the jitter covers rounding.
+                factor = np.linalg.cholesky(kernel + 1e-6 * np.eye(used))
+                self._inverse[:used, :used] = np.linalg.inv(factor)
+            self._used, self._seen = used, version
+        return self._used
+
+    def _kernel(self, a: Floats, b: Floats) -> Floats:
+        squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2.0 * (a @ b.T)
+        out: Floats = np.exp(-self.gamma * np.maximum(squares, 0.0, dtype=np.float32))
+        return out
+
+    def kernel(self, rows: FloatArray) -> Floats:
+        """(B, M) kernel values with each landmark, 0 for unused ones, for (B, D) rows."""
+        used = self._sync()
+        out = np.zeros((len(rows), self.size), np.float32)
+        out[:, :used] = self._kernel(_unit(rows), self._rows[:used])
+        return out
+
+    def features(self, rows: FloatArray) -> Floats:
+        """(B, M) features φ with φ(x)ᵀφ(z) ≈ k(x, z); their squared norm is the explained share of x."""
+        used = self._sync()
+        out = np.zeros((len(rows), self.size), np.float32)
+        if used:
+            out[:, :used] = self._kernel(_unit(rows), self._rows[:used]) @ self._inverse[:used, :used].T
+        return out
+
+    def admit(self, row: FloatArray) -> bool:
+        """Makes (D,) a landmark where there is room and the others do not explain it; says whether it did."""
+        used = self._sync()
+        if used >= self.size or not row.any():
+            return False
+        unit = _unit(row[None])[0].astype(np.float16).astype(np.float32)
+        lower = self._inverse[:used, :used] @ self._kernel(unit[None], self._rows[:used])[0]
+        rest = 1.0 - float(lower @ lower)
+        if rest <= self.novelty:
+            return False
+        root = np.float32(np.sqrt(rest))
+        self._inverse[used, :used] = -(lower @ self._inverse[:used, :used]) / root
+        self._inverse[used, used] = 1.0 / root
+        self._rows[used] = unit
+        with torch.no_grad():
+            self.points[used] = torch.from_numpy(unit).half()
+            self.count += 1
+        self._used = used + 1
+        self._seen = (id(self.points), self.points._version, self.count._version)
+        return True
+
+
+def _unit(rows: FloatArray) -> Floats:
+    norms = np.sqrt((rows * rows).sum(1, keepdims=True))
+    out: Floats = (rows / np.maximum(norms, 1e-12)).astype(np.float32, copy=False)
+    return out

@@ -33,12 +33,16 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def settings(kafka: str, redis_url: str, tmp_path: Path) -> Iterator[Settings]:
-    """Settings of a test: both servers, topics and keys of its own (deleted afterwards), small timings."""
+    """Settings of a test: both servers, topics, groups and keys of its own (deleted afterwards), small timings."""
+    prefix = f"test-{uuid.uuid4().hex[:10]}"
     own = Settings.load(
         kafka=kafka,
         redis_url=redis_url,
         data=tmp_path,
-        topic_prefix=f"test-{uuid.uuid4().hex[:10]}",
+        topic_prefix=prefix,
+        # Else a worker that the test before has killed is a member of this test's groups for a while.
+        joiner_group=f"{prefix}-joiner",
+        trainer_group=f"{prefix}-trainer",
         partitions=2,
         encoder="hashing",
         port=0,

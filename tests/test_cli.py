@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,21 @@ def cortex(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("CORTEX_")} | variables
     command = [sys.executable, "-m", "streams.cli", *args]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=60)
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def here(*args: str) -> Done:
+    """The same in this process, which spares the second that Python and the clients take to load."""
+    result = CliRunner().invoke(app, args)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Done(result.exit_code, result.stdout, result.stderr)
 
 
 def flags(settings: Settings) -> list[str]:
@@ -80,25 +97,70 @@ def test_a_password_is_never_shown(tmp_path: Path) -> None:
 
 
 def test_topics_are_created_once_and_shown(settings: Settings) -> None:
-    first = cortex("topics", "create", *flags(settings))
+    first = here("topics", "create", *flags(settings))
     assert first.returncode == 0, first.stderr
     assert len(first.stdout.splitlines()) == 6
     assert f"created {settings.topic_prefix}.interactions" in first.stdout
-    assert cortex("topics", "create", *flags(settings)).stdout == "all topics exist\n"
-    shown = json.loads(cortex("topics", "show", "--json", *flags(settings)).stdout)
+    assert here("topics", "create", *flags(settings)).stdout == "all topics exist\n"
+    shown = json.loads(here("topics", "show", "--json", *flags(settings)).stdout)
     assert all(row["exists"] and not row["differs"] for row in shown)
-    assert "as they must be" in cortex("topics", "show", *flags(settings)).stdout
+    assert "as they must be" in here("topics", "show", *flags(settings)).stdout
 
 
 def test_topics_that_are_missing_are_said(settings: Settings) -> None:
-    assert "does not exist" in cortex("topics", "show", *flags(settings)).stdout
+    assert "does not exist" in here("topics", "show", *flags(settings)).stdout
+
+
+def test_rebuild_says_what_it_read(settings: Settings) -> None:
+    both = [*flags(settings), "--redis", settings.redis_address]
+    done = here("rebuild", "--from", "beginning", "--model", "support", *both)
+    assert done.returncode == 0, done.stderr
+    assert "read 0 interactions and 0 replies" in done.stdout
+    assert "support: 0 entries" in done.stdout
+    assert here("rebuild", "--from", "2026-01-01T00:00:00Z", *both).returncode == 0
+    wrong = here("rebuild", "--from", "yesterday", *both)
+    assert wrong.returncode == 2
+    assert "--from is 'yesterday'" in wrong.stderr
+
+
+def test_a_dead_letter_is_listed_and_sent_in_again(settings: Settings) -> None:
+    worker = spawn_worker("joiner", settings).wait_ready()
+    topic = Topics.of(settings).replies
+
+    async def send() -> None:
+        async with AIOKafkaProducer(bootstrap_servers=settings.kafka_address) as producer:
+            await producer.send_and_wait(topic, b"no json", key=b"c", partition=0)
+
+    asyncio.run(send())
+
+    def letters() -> list[dict[str, object]]:
+        listed: list[dict[str, object]] = json.loads(
+            here("dead-letters", "list", "--json", *flags(settings)).stdout
+        )
+        return listed
+
+    [letter] = wait_for(letters, 30, "the dead letter")
+    assert letter["topic"] == topic
+    assert letter["offset"] == 0
+    assert worker.alive
+    letter_id = str(letter["dead_letter_id"])
+    assert letter["reason"]
+
+    done = here("dead-letters", "retry", letter_id, *flags(settings))
+    assert (done.returncode, done.stdout) == (0, "sent 1 again\n"), done.stderr
+    wait_for(lambda: len(letters()) == 2, 30, "the same as another letter")  # it can be read no better now
+    unknown = here("dead-letters", "retry", "nobody", *flags(settings))
+    assert unknown.returncode == 1
+    assert "nobody: there is no such dead letter" in unknown.stderr
+    assert here("dead-letters", "retry", *flags(settings)).returncode == 2
+    assert here("dead-letters", "retry", "x", "--all", *flags(settings)).returncode == 2
 
 
 def test_control_is_sent_and_a_version_that_is_not_kept_refused(settings: Settings) -> None:
-    done = cortex("control", "pause", "support", "--reason", "odd replies", *flags(settings))
+    done = here("control", "pause", "support", "--reason", "odd replies", *flags(settings))
     assert done.returncode == 0, done.stderr
     assert done.stdout == "asked for pause of support\n"
-    refused = cortex("control", "pin", "support", "--version", "7", *flags(settings))
+    refused = here("control", "pin", "support", "--version", "7", *flags(settings))
     assert refused.returncode == 1
     assert "version 7 is not kept" in refused.stderr
 
@@ -141,7 +203,7 @@ def test_status_shows_the_workers_of_a_running_stack(settings: Settings) -> None
     }
     settings.stack_file.write_text(json.dumps(stack))
     arguments = ["status", "--data", str(settings.data), "--topic-prefix", settings.topic_prefix]
-    report = json.loads(cortex(*arguments, "--json").stdout)
+    report = json.loads(here(*arguments, "--json").stdout)
     joiner, trainer = report["workers"]
     assert joiner == {
         "name": "joiner-1",
@@ -153,7 +215,7 @@ def test_status_shows_the_workers_of_a_running_stack(settings: Settings) -> None
     assert trainer["ready"] is False
     groups = {row["topic"]: row for row in report["groups"]}
     assert groups[Topics.of(settings).replies]["members"] == 1
-    shown = cortex(*arguments).stdout
+    shown = here(*arguments).stdout
     assert "joiner-1" in shown
     assert "Consumer groups" in shown
 
@@ -168,12 +230,12 @@ def write_logs(folder: Path) -> Path:
 
 def test_logs_of_one_of_all_and_of_none(tmp_path: Path) -> None:
     write_logs(tmp_path)
-    one = cortex("logs", "kafka", "--lines", "2", "--data", str(tmp_path)).stdout
+    one = here("logs", "kafka", "--lines", "2", "--data", str(tmp_path)).stdout
     assert one == "kafka line 28\nkafka line 29\n"
-    several = cortex("logs", "inference", "-n", "1", "--data", str(tmp_path)).stdout
+    several = here("logs", "inference", "-n", "1", "--data", str(tmp_path)).stdout
     assert several == "inference-1 | inference-1 line 29\ninference-2 | inference-2 line 29\n"
-    assert len(cortex("logs", "--data", str(tmp_path)).stdout.splitlines()) == 3 * 20
-    none = cortex("logs", "redis", "--data", str(tmp_path))
+    assert len(here("logs", "--data", str(tmp_path)).stdout.splitlines()) == 3 * 20
+    none = here("logs", "redis", "--data", str(tmp_path))
     assert none.returncode == 2
     assert "there are: inference-1, inference-2, kafka" in none.stderr
 

@@ -1,0 +1,105 @@
+"""What all commands share: options, settings from flags, and errors as one line and an exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cortex_core.errors import ConfigError, CortexError
+
+if TYPE_CHECKING:
+    from streams.settings import Settings
+
+
+class Group(TyperGroup):
+    """Turns the errors that this project raises on purpose into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CortexError as error:
+            typer.echo(f"cortex: {error}", err=True)
+            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def group(**kwargs: Any) -> typer.Typer:
+    return typer.Typer(
+        cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, **kwargs
+    )
+
+
+# What most commands take. Everything else is set by `CORTEX_*` variables, see streams/settings.py.
+Kafka = Annotated[
+    str | None,
+    typer.Option("--kafka", metavar="HOST:PORT", help="Bootstrap servers. Default: the running stack's."),
+]
+Redis = Annotated[
+    str | None,
+    typer.Option("--redis", metavar="URL", help="redis://host:port/db. Default: the running stack's."),
+]
+OwnKafka = Annotated[
+    str | None,
+    typer.Option("--kafka", metavar="HOST:PORT", help="Your own Kafka instead of the embedded one."),
+]
+OwnRedis = Annotated[
+    str | None,
+    typer.Option("--redis", metavar="URL", help="Your own Redis instead of the embedded one."),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="DIR", help="Data folder of the stack. Default: ~/.local/share/cortex."),
+]
+Port = Annotated[
+    int | None,
+    typer.Option("--port", min=0, max=65535, help="HTTP port; 0 for a free one."),
+]
+Host = Annotated[str | None, typer.Option("--host", help="Address to listen on.")]
+Prefix = Annotated[
+    str | None,
+    typer.Option("--topic-prefix", metavar="PREFIX", help="Topics are named PREFIX.interactions and so on."),
+]
+LogLevel = Annotated[
+    str | None,
+    typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error."),
+]
+LogFormat = Annotated[
+    str | None,
+    typer.Option("--log-format", metavar="FORMAT", help="console or json."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
+
+
+def load(**flags: Any) -> Settings:
+    from streams.settings import Settings
+
+    if "redis" in flags:
+        flags["redis_url"] = flags.pop("redis")
+    return Settings.load(**flags)
+
+
+UNUSED = "redis://127.0.0.1/0"
+"""For commands that only speak to Kafka, so that they ask for no Redis."""
+
+
+def run(work: Any, settings: Settings) -> Any:
+    """Runs a coroutine; a server that does not answer becomes one clear line."""
+    import asyncio
+
+    from aiokafka.errors import KafkaError
+    from redis import RedisError
+
+    from cortex_core.errors import UnavailableError
+
+    try:
+        return asyncio.run(work)
+    except KafkaError as error:
+        raise UnavailableError(
+            f"Kafka at {settings.kafka_address} does not answer ({type(error).__name__}: {error})"
+        ) from error
+    except RedisError as error:
+        raise UnavailableError(
+            f"Redis at {settings.redis_shown} does not answer ({type(error).__name__}: {error})"
+        ) from error

@@ -33,9 +33,9 @@ Handle = Callable[[list[Any]], Awaitable[None]]
 
 PROBE_S = 2.0
 """Seconds between two questions where the topic ends: what `/readyz` knows, and the watchdog's eyes."""
-STALL_S = 15.0
-"""Seconds without progress, with more to read, after which the client is replaced. Longer than the
-transaction timeout: an open transaction also holds readers back, and rightly."""
+STALL_S = 25.0
+"""Seconds without progress, with more to read, after which the client is replaced. An open transaction also
+holds readers back, and rightly: for at most its timeout, and the ten seconds in which brokers look for it."""
 
 
 @contextlib.asynccontextmanager

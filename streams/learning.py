@@ -107,10 +107,10 @@ def model_config(settings: Settings) -> ModelConfig:
 
 
 def warm_up(settings: Settings) -> None:
-    """One throw-away step: at the first, torch loads modules for seconds, and no reply should wait for that."""
+    """One throw-away step: at the first, torch loads modules for seconds, and no reply should wait for it."""
     model = CortexModel.create(model_config(settings))
     trainer = OnlineTrainer.for_model(model, buffer=ReplayBuffer(1))
-    situation = np.zeros(model.config.situation_dim)
+    situation = np.zeros(model.config.situation_dim, dtype=np.float32)
     trainer.observe(ReplayEntry(situation, [], [], model.config.strategies[0], 0.5, 1.0, id="warm-up"))
     trainer.flush()
     WeightsSnapshot.of(model, model_id="warm-up", version=1).to_model()
@@ -263,8 +263,7 @@ class ModelLearner:
     def save_optimizer(self, cache: redis.Redis, version: int) -> None:
         """Keeps Adam's moments beside the version they belong to, and those of the version before it.
 
-        Written before the version is published: whether or not that succeeds, the newest version in the log
-        has its moments here.
+        Whether or not that version gets published, the newest in the log then has its moments here.
         """
         state = self._trainer.state_dict()
         tensors = {k: v.contiguous() for k, v in state["tensors"].items() if not k.startswith("model.")}

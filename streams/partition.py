@@ -15,12 +15,11 @@ Any failure is met like a crash: this object is thrown away and the partition op
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -32,7 +31,8 @@ from aiokafka.partitioner import murmur2
 from cortex_core.errors import CortexError, InputError, WeightsError
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
-from streams.events import DeadLetter, ExperienceEvent, new_id, parse, utc_now
+from streams.events import DeadLetter, ExperienceEvent, parse
+from streams.join_records import dead_letter
 from streams.learning import ModelLearner
 from streams.replay_store import RedisReplayBuffer
 from streams.topics import MAX_RECORD_BYTES, Topics
@@ -48,6 +48,8 @@ log = structlog.get_logger(__name__)
 
 Version = tuple[ModelLearner, WeightsSnapshot, bytes]
 """A learner, its next version, and what the next owner must know beyond it."""
+Letter = tuple[bytes | None, DeadLetter]
+"""With the key that it came under."""
 TRANSACTION_TIMEOUT_MS = 10_000
 """A trainer that dies inside a transaction holds back every reader of the weights for so long, at most."""
 PUBLISH_TIMEOUT_S = 20.0
@@ -74,6 +76,8 @@ class Tools:
     metrics: Metrics
     in_thread: Callable[..., Awaitable[Any]]
     """Runs a function in the one learning thread."""
+    own: deque[str] = field(default_factory=lambda: deque(maxlen=1_000))
+    """sha256 of the versions that this process published last; they need no check."""
 
 
 def home_partition(model_id: str, partitions: int) -> int:
@@ -114,7 +118,7 @@ class PartitionLearner:
         self._learners: OrderedDict[str, ModelLearner] = OrderedDict()
         self._seen: dict[str, int] = {}
         self._reached = 0
-        self._letters: list[DeadLetter] = []
+        self._letters: list[Letter] = []
         self._producer: AIOKafkaProducer | None = None
         self._partitions = 0
         self._name = f"{tp.topic}-{tp.partition}"
@@ -195,6 +199,8 @@ class PartitionLearner:
         versions = await self.tools.in_thread(self._next_versions)
         letters, self._letters = self._letters, []
         stepped = time.monotonic()
+        self.tools.own.extend(snapshot.manifest.sha256 for _, snapshot, _ in versions)
+        saving = asyncio.ensure_future(self.tools.in_thread(self._save_optimizers, versions))
         try:
             async with asyncio.timeout(PUBLISH_TIMEOUT_S):
                 await self._transact(versions, letters, offset)
@@ -206,6 +212,8 @@ class PartitionLearner:
                 async with asyncio.timeout(2.0):
                     await self._producer.abort_transaction()
             raise
+        finally:
+            await saving
         self.last_publish = time.monotonic()
         self.committed = offset
         for learner, snapshot, _ in versions:
@@ -215,16 +223,15 @@ class PartitionLearner:
         self.tools.metrics.flush_seconds.observe(stepped - started)
         self._unload()
 
-    async def _transact(
-        self, versions: Sequence[Version], letters: Sequence[DeadLetter], offset: int
-    ) -> None:
+    async def _transact(self, versions: Sequence[Version], letters: Sequence[Letter], offset: int) -> None:
         producer, settings = self._producer, self.settings
         assert producer is not None
         await producer.begin_transaction()
         for _, snapshot, resume in versions:
             await publish(producer, settings, snapshot, resume)
         topic = Topics.of(settings).dead_letters
-        await asyncio.gather(*[await producer.send(topic, letter.to_bytes()) for letter in letters])
+        sent = [await producer.send(topic, letter.to_bytes(), key=key) for key, letter in letters]
+        await asyncio.gather(*sent)
         await producer.send_offsets_to_transaction({self.tp: offset}, settings.trainer_group)
         await producer.commit_transaction()
 
@@ -351,12 +358,16 @@ class PartitionLearner:
                 log.error("weights not published", model_id=learner.model_id, error=str(error))
                 del self._learners[learner.model_id]
                 continue
+            out.append((learner, snapshot, resume))
+        return out
+
+    def _save_optimizers(self, versions: Sequence[Version]) -> None:
+        """In the learning thread, while the versions are on their way."""
+        for learner, snapshot, _ in versions:
             try:
                 learner.save_optimizer(self.tools.cache, snapshot.manifest.version)
             except redis.RedisError as error:
                 log.warning("optimizer not cached", model_id=learner.model_id, error=str(error))
-            out.append((learner, snapshot, resume))
-        return out
 
     def _dirty(self) -> list[ModelLearner]:
         return [v for v in self._learners.values() if v.first_unpublished is not None or v.reason != "train"]
@@ -369,22 +380,8 @@ class PartitionLearner:
             return  # read again, and sent the first time
         self.tools.metrics.refused.labels("experience").inc()
         log.warning("experience refused", partition=self._name, offset=record.offset, reason=reason)
-        value = record.value or b""
-        if len(value) > MAX_RECORD_BYTES // 2:
-            reason, value = f"{reason} (too large to keep here: see the offset)", b""
-        self._letters.append(
-            DeadLetter(
-                dead_letter_id=new_id(),
-                occurred_at=utc_now(),
-                reason=reason,
-                topic=record.topic,
-                partition=record.partition,
-                offset=record.offset,
-                key=None if record.key is None else base64.b64encode(record.key).decode(),
-                raw=base64.b64encode(value).decode(),
-                worker="trainer",
-            )
-        )
+        letter = dead_letter(record, reason).model_copy(update={"worker": "trainer"})
+        self._letters.append((record.key, letter))
 
     def _unload(self) -> None:
         for model_id, learner in list(self._learners.items()):

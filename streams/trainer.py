@@ -80,7 +80,12 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._probe = EndProbe(settings)
         self._thread = ThreadPoolExecutor(1, "learning", torch.set_num_threads, (settings.torch_threads,))
         self._cache = redis_client(settings)
-        self._follower = WeightsFollower(settings, on_state=self._kafka_state, keep_resume=True)
+        self._follower = WeightsFollower(
+            settings,
+            on_state=self._kafka_state,
+            keep_resume=True,
+            is_own=lambda manifest: manifest.sha256 in self._tools.own,
+        )
         self._controls = ControlFollower(settings, self._on_control)
         self._tools = Tools(
             settings, self._follower, self._controls, self._cache, self.metrics, self._in_thread
@@ -256,6 +261,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
                 log.warning("ends unknown", error=str(error))
                 continue
             now = time.monotonic()
+            seen = {tp: at for tp, at in seen.items() if tp in owned}
             for tp, partition in owned.items():
                 lag = max(0, ends[tp] - partition.position)
                 self.metrics.lag.labels(str(tp.partition)).set(lag)

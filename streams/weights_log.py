@@ -209,6 +209,7 @@ class WeightsFollower:
         *,
         on_state: Callable[[str | None], None] | None = None,
         keep_resume: bool = False,
+        is_own: Callable[[WeightsManifest], bool] | None = None,
     ) -> None:
         """
         Args:
@@ -216,6 +217,7 @@ class WeightsFollower:
                 reading has caught up, for none, then once for each model's newest. What it raises is logged.
             on_state: told why Kafka does not answer, or None when it does; for `/readyz`.
             keep_resume: whether `resume` is to be kept; for trainers.
+            is_own: whether this process published a version: no model is built to check it, none handed over.
         """
         self.settings = settings
         self.caught_up = asyncio.Event()
@@ -224,6 +226,7 @@ class WeightsFollower:
         """Versions refused, by reason: incomplete, damaged, unusable."""
         self._on_version = on_version
         self._keep_resume = keep_resume
+        self._is_own = is_own or (lambda _: False)
         self._kept: dict[str, list[_Kept]] = {}
         self._resume: dict[str, bytes] = {}
         self._waiting: dict[str, tuple[WeightsSnapshot, CortexModel]] = {}
@@ -325,17 +328,21 @@ class WeightsFollower:
         if newest is not None and manifest.version <= newest.version:
             log.info("older version ignored", model_id=manifest.model_id, version=manifest.version)
             return
-        try:
-            model = await asyncio.to_thread(self._build, snapshot)
-        except WeightsError as error:
-            self._refuse("unusable", error)
-            return
+        model: CortexModel | None = None
+        if not self._is_own(manifest):
+            try:
+                model = await asyncio.to_thread(self._build, snapshot)
+            except WeightsError as error:
+                self._refuse("unusable", error)
+                return
         kept = [k for k in self._kept.get(manifest.model_id, []) if k.slot != slot]
         kept.append(_Kept(manifest, slot, first_offset, record.offset))
         self._kept[manifest.model_id] = kept[-self.settings.weights_kept :]
         if self._keep_resume:
             self._resume[manifest.model_id] = dict(record.headers).get("resume", b"")
-        if self.caught_up.is_set():
+        if model is None:
+            self._waiting.pop(manifest.model_id, None)
+        elif self.caught_up.is_set():
             await self._tell(snapshot, model)
         else:
             self._waiting[manifest.model_id] = snapshot, model

@@ -180,11 +180,13 @@ async def test_repeated_and_amended_experiences_count_once_also_after_a_restart(
     async with running(settings) as trainer:
         await publish_experiences(settings, [first, first])
         await watch.learned(1)
+        await all_committed(settings, ends(settings, [first] * 2))
     assert trainer.outcomes("repeated") == 1
     async with running(settings) as trainer:
         amended = experience("e1", revision=2, reward=-1.0)
         await publish_experiences(settings, [first, amended, experience("e2"), amended])
         await watch.learned(2)
+        await all_committed(settings, ends(settings, [first] * 6))
     assert trainer.outcomes("repeated") == 2
     assert trainer.outcomes("amended") == 1
     assert trainer.outcomes("learned") == 1

@@ -17,9 +17,9 @@ from tests.streams.experiences import WeightsWatch, committed
 
 
 def for_trainers(settings: Settings) -> Settings:
-    """Four partitions, a group of its own, and a dead trainer is missed after a second."""
+    """Four partitions, a group of its own, and a dead trainer is missed after three seconds."""
     group = f"{settings.topic_prefix}-trainer"
-    return settings.model_copy(update={"session_timeout_s": 1.0, "trainer_group": group, "partitions": 4})
+    return settings.model_copy(update={"session_timeout_s": 3.0, "trainer_group": group, "partitions": 4})
 
 
 @contextlib.asynccontextmanager

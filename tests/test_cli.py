@@ -192,7 +192,10 @@ async def test_status_reports_lag_and_replay_and_what_does_not_answer(settings: 
     assert away["groups"] == report["groups"]
 
 
-def test_status_shows_the_workers_of_a_running_stack(settings: Settings) -> None:
+def test_status_shows_the_workers_of_a_running_stack(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORTEX_JOINER_GROUP", settings.joiner_group)
     worker = spawn_worker("joiner", settings).wait_ready()
     stack = {
         "pid": os.getpid(),

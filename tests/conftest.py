@@ -33,7 +33,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def settings(kafka: str, redis_url: str, tmp_path: Path) -> Iterator[Settings]:
-    """Settings of a test: both servers, its own topics, groups and keys (deleted afterwards), small timings."""
+    """A test's settings: both servers; its own topics, groups and keys, deleted afterwards; small timings."""
     prefix = f"test-{uuid.uuid4().hex[:10]}"
     own = Settings.load(
         kafka=kafka,

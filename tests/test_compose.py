@@ -1,10 +1,11 @@
-"""docker-compose.yml and the image: valid by the Compose specification, and naming only what the code has."""
+"""Compose file, image and Kubernetes manifests: valid by the Compose specification, naming only what exists."""
 
 from __future__ import annotations
 
 import json
 import re
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,38 @@ def test_redis_options_are_those_of_the_embedded_one(compose: dict[str, Any]) ->
     embedded = {k: v.strip('"') for k, v in (line.split(" ", 1) for line in REDIS_CONF.splitlines())}
     assert given == {name: embedded[name] for name in given}
     assert given["appendonly"] == "yes"
+
+
+@pytest.fixture(scope="module")
+def manifests() -> dict[tuple[str, str], dict[str, Any]]:
+    """By kind and name."""
+    documents = yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "cortex.yaml").read_text())
+    return {(d["kind"], d["metadata"]["name"]): d for d in documents}
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_the_manifest_runs_the_image_as_it_is(
+    manifests: dict[tuple[str, str], dict[str, Any]], name: str
+) -> None:
+    deployment = manifests["Deployment", f"cortex-{name}"]["spec"]
+    pod = deployment["template"]["spec"]
+    [container] = pod["containers"]
+    assert deployment["selector"]["matchLabels"] == deployment["template"]["metadata"]["labels"]
+    assert container["args"] == [name]
+    assert container["image"] == f"cortex-streams:{version('cortex-streams')}"
+    assert container["ports"] == [
+        {"name": "http", "containerPort": int(dockerfile_variables()["CORTEX_PORT"])}
+    ]
+    served = [route.path for route in Worker("x", Settings.load()).routes()]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["path"] in served
+    assert pod["securityContext"]["runAsUser"] == 10001
+    assert pod["terminationGracePeriodSeconds"] > Settings.load().shutdown_timeout_s
+
+
+def test_the_manifests_settings_are_valid(manifests: dict[tuple[str, str], dict[str, Any]]) -> None:
+    settings = Settings.load(**settings_fields(manifests["ConfigMap", "cortex"]["data"]))
+    assert settings.kafka
+    service = manifests["Service", "cortex"]["spec"]
+    inference = manifests["Deployment", "cortex-inference"]["spec"]["template"]["metadata"]["labels"]
+    assert service["selector"] == inference

@@ -1,4 +1,4 @@
-"""Compose file, image and Kubernetes manifests: valid by the Compose specification, naming only what exists."""
+"""Compose file, image and Kubernetes manifests: valid by their specification, naming only what exists."""
 
 from __future__ import annotations
 

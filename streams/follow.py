@@ -33,6 +33,7 @@ Handle = Callable[[list[Any]], Awaitable[None]]
 
 PROBE_S = 2.0
 """Seconds between two questions where the topic ends: what `/readyz` knows, and the watchdog's eyes."""
+PROBE_TIMEOUT_S = 5.0
 STALL_S = 25.0
 """Seconds without progress, with more to read, after which the client is replaced. An open transaction also
 holds readers back, and rightly: for at most its timeout, and the ten seconds in which brokers look for it."""
@@ -80,11 +81,11 @@ class EndProbe:
         """Offset after the last record of each.
 
         Raises:
-            KafkaError, OSError (TimeoutError too): the broker does not answer within ten seconds.
+            KafkaError, OSError (TimeoutError too): the broker does not answer in time.
         """
         async with self._lock:
             try:
-                async with asyncio.timeout(10.0):
+                async with asyncio.timeout(PROBE_TIMEOUT_S):
                     if self._consumer is None:
                         self._consumer = AIOKafkaConsumer(**kafka_client_options(self._settings))
                         await self._consumer.start()
@@ -131,6 +132,7 @@ class TopicFollower:
         self._tasks: list[asyncio.Task[None]] = []
         self._probe = EndProbe(settings)
         self._stalled = False
+        self._away = False
         self._busy = False
 
     async def start(self) -> None:
@@ -208,6 +210,9 @@ class TopicFollower:
         while True:
             try:
                 end = await self.end()
+                if self._away:
+                    log.warning("reachable again", topic=self.partition.topic)
+                self._away = False
                 self._on_state(None)
             except REACHABILITY_ERRORS as error:
                 self._say_away(error)
@@ -221,5 +226,7 @@ class TopicFollower:
 
     def _say_away(self, error: BaseException) -> None:
         why = f"Kafka at {self.settings.kafka_address} does not answer ({type(error).__name__}: {error})"
-        log.warning("unreachable", topic=self.partition.topic, why=why)
+        say = log.debug if self._away else log.warning
+        say("unreachable", topic=self.partition.topic, why=why)
+        self._away = True
         self._on_state(why)

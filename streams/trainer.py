@@ -258,7 +258,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
             try:
                 ends = await self._probe.ends(list(owned)) if owned else {}
             except REACHABILITY_ERRORS as error:
-                log.warning("ends unknown", error=str(error))
+                log.debug("ends unknown", error=f"{type(error).__name__}: {error}")
                 continue
             now = time.monotonic()
             seen = {tp: at for tp, at in seen.items() if tp in owned}

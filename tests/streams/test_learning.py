@@ -10,6 +10,7 @@ import redis
 import torch
 from aiokafka.partitioner import DefaultPartitioner
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from cortex_core.errors import InputError, WeightsError
@@ -26,6 +27,7 @@ from tests.streams.experiences import experience
 TP = "cortex.experiences-0"
 
 
+@examples(deadline=None)
 @given(
     st.integers(-1, 2**40),
     st.dictionaries(st.integers(0, 2**64 - 1), st.integers(1, 65_535), max_size=50),
@@ -53,6 +55,7 @@ def test_the_ledger_keeps_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [resume.revision(x) for x in "abcd"] == [2, 0, 1, 1]
 
 
+@examples(deadline=None)
 @given(st.text(min_size=1, max_size=60), st.integers(1, 64))
 def test_home_is_where_the_default_partitioner_sends(model_id: str, partitions: int) -> None:
     everywhere = list(range(partitions))

@@ -1,0 +1,40 @@
+"""Versions of weights as records, whole and forged."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cortex_core.model import CortexModel, ModelConfig
+from cortex_core.weights import WeightsSnapshot
+from streams.weights_log import (
+    encode,
+)
+
+CONFIG = ModelConfig(text_dim=384)
+
+
+@dataclass
+class Record:
+    """What the assembler reads of a consumer's record."""
+
+    key: bytes
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+    offset: int = 0
+
+
+@functools.cache
+def snapshot(version: int, model_id: str = "m", *, fill: float | None = None) -> WeightsSnapshot:
+    model = CortexModel.create(CONFIG, model_id)
+    if fill is not None:
+        with torch.no_grad():
+            next(model.gate.parameters()).fill_(fill)
+    return WeightsSnapshot.of(model, model_id=model_id, version=version, parent=version - 1 or None)
+
+
+def records_of(version: WeightsSnapshot, first_offset: int = 0, kept: int = 4) -> list[Record]:
+    return [Record(k, v, h, first_offset + i) for i, (k, v, h) in enumerate(encode(version, kept))]

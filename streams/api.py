@@ -83,11 +83,9 @@ def unit(array: np.ndarray[Any, Any]) -> FloatArray:
     Relevance is a cosine, so the norm says nothing; at norm 1 nothing over- or underflows float16.
     """
     wide = array.astype(np.float64)
-    largest = float(np.abs(wide).max(initial=0.0))
-    if largest == 0.0:
-        return wide.astype(np.float32)
-    wide /= largest  # squares of numbers near the ends of the range would leave it
-    return (wide / math.sqrt(float(wide @ wide))).astype(np.float32)
+    # Divided by the largest first: squares of numbers near the ends of the range would leave it.
+    wide /= float(np.abs(wide).max(initial=0.0)) or 1.0
+    return (wide / (math.sqrt(float(wide @ wide)) or 1.0)).astype(np.float32)
 
 
 def _short(value: Any) -> str:

@@ -38,7 +38,7 @@ from streams.api import (
     StrategyChoice,
     unit,
 )
-from streams.embedder import Embedder
+from streams.embedder import Embedder, rounded
 from streams.events import Float16Array, InteractionEvent, utc_now
 from streams.settings import Settings
 
@@ -272,23 +272,22 @@ class Decider:
         metadata: FloatArray,
         memories: list[FloatArray],
     ) -> Decided:
-        # Rounded before deciding: what is logged is exactly what the model saw.
-        message = turns[0].astype(np.float16)
-        past = np.mean(turns[1:], axis=0) if len(turns) > 1 else np.zeros(len(message))
-        history = unit(past).astype(np.float16)
-        candidates = (
-            np.stack(memories).astype(np.float16) if memories else np.zeros((0, len(message)), np.float16)
-        )
+        # Rounded before deciding: what is logged is exactly what the model saw. Encoded texts are already.
+        message = np.array(turns[0])  # torch wants memory that it could write to
+        history = rounded(unit(np.mean(turns[1:], axis=0))) if len(turns) > 1 else np.zeros_like(message)
+        candidates = np.stack(memories) if memories else np.zeros((0, len(message)), np.float32)
+        own = [i for i, memory in enumerate(request.memories) if memory.embedding is not None]
+        candidates[own] = rounded(candidates[own])
         # The id is the seed: a request that is repeated to another worker meets the same chance.
         rng = np.random.default_rng(
             int.from_bytes(hashlib.blake2b(interaction_id.encode(), digest_size=16).digest(), "little")
         )
         started = time.perf_counter()
         decision = served.model.decide(
-            message.astype(np.float32),
-            history.astype(np.float32),
+            message,
+            history,
             metadata,
-            candidates.astype(np.float32),
+            candidates,
             top_k=self.settings.top_k if request.top_k is None else request.top_k,
             explore=request.explore,
             rng=rng,
@@ -320,11 +319,14 @@ class Decider:
             confidence=decision.confidence,
             text=request.message if self.settings.store_text else None,
         )
-        return Decided(self._response(request, interaction_id, served, decision), event.to_bytes(), message)
+        return Decided(
+            self._response(request, interaction_id, served, decision), event.to_bytes(), event.message
+        )
 
     def _passed_over(self, candidates: int, retrieved: list[int], rng: np.random.Generator) -> list[int]:
-        left = np.setdiff1d(np.arange(candidates), retrieved)
-        return [int(i) for i in rng.permutation(left)[: self.settings.passed_over]]
+        left = sorted(set(range(candidates)) - set(retrieved))
+        count = min(self.settings.passed_over, len(left))
+        return [left[i] for i in rng.choice(len(left), count, replace=False)] if count else []
 
     @staticmethod
     def _response(

@@ -20,15 +20,37 @@ ENCODE_S = Histogram("cortex_encode_seconds", "One call of the text encoder, for
 TEXT_CACHE = Counter("cortex_text_cache_total", "Texts asked for, by whether kept or encoded", ["result"])
 
 
+def rounded(rows: FloatArray) -> FloatArray:
+    """float32 numbers that float16 holds exactly: what is logged is then what was decided on."""
+    return rows.astype(np.float16).astype(np.float32)
+
+
+class _Rounding:
+    """An encoder whose vectors float16 holds exactly."""
+
+    def __init__(self, inner: TextEncoder) -> None:
+        self._inner = inner
+        self.dim = inner.dim
+        self.name = inner.name
+
+    def encode(self, text: str) -> FloatArray:
+        return rounded(self._inner.encode(text))
+
+    def encode_many(self, texts: Sequence[str]) -> FloatArray:
+        return rounded(self._inner.encode_many(texts))
+
+
 class Embedder:
     """Texts to vectors: cached, each text once however many requests wait for it, in fair batches.
+
+    Vectors are rounded to what float16 holds, once, when they are encoded.
 
     While one batch is with the encoder, texts of other requests gather; the next batch takes a text of each
     in turn, so that a request with a thousand uncached memories does not hold the others up.
     """
 
     def __init__(self, encoder: TextEncoder, capacity: int) -> None:
-        self.encoder = CachedEncoder(encoder, capacity)
+        self.encoder = CachedEncoder(_Rounding(encoder), capacity)
         self.dim = encoder.dim
         self.name = encoder.name
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")

@@ -90,7 +90,6 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
         self._abandoned = -1
         """Batches of this generation and earlier ones are dropped, also while they are being handled."""
         self._assigned = asyncio.Event()
-        self._fetching = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
         self._time = EventTime((self.topics.interactions, self.topics.replies))
@@ -152,24 +151,22 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
         if revoked:
             log.info("partitions revoked", partitions=_shown(revoked))
         self.worker.not_ready("kafka", "the group is rebalancing")
-        async with self._fetching:
-            # A fetch that reached into the next assignment would take its first records under the old
-            # generation, and drop them.
-            pass
         try:
             async with asyncio.timeout(REVOKE_S):
                 await self._idle.wait()
         except TimeoutError:
             log.warning("the batch in flight is dropped, and read again by whoever owns it next")
         self._abandoned = generation
+        # Others may change what this one remembers. Here and not on assignment: by the time that is called,
+        # records of the new assignment may have been fetched.
+        self._states.forget_cache()
+        self._time = EventTime((self.topics.interactions, self.topics.replies))
         for topic, partition in revoked:
             with contextlib.suppress(KeyError):
                 LAG.remove(topic, str(partition))
 
     async def on_partitions_assigned(self, assigned: Any) -> None:
-        """Starts afresh: others may have changed what this one remembers."""
-        self._states.forget_cache()
-        self._time = EventTime((self.topics.interactions, self.topics.replies))
+        """Ready again."""
         self._handled_at = time.monotonic()
         self._assigned.set()
         self.worker.ready("kafka")
@@ -182,17 +179,15 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
         consumer = self._consumer
         assert consumer is not None, "start() first"
         while True:
-            await self._assigned.wait()
-            generation = self._generation
             try:
-                async with self._fetching:
-                    records = await consumer.getmany(timeout_ms=POLL_MS, max_records=self.settings.join_batch)
+                records = await consumer.getmany(timeout_ms=POLL_MS, max_records=self.settings.join_batch)
             except KafkaError as error:
                 log.warning("fetching failed; trying again", error=f"{type(error).__name__}: {error}")
                 await asyncio.sleep(0.5)
                 continue
-            if generation != self._generation:
-                continue  # revoked meanwhile: reading goes on at what is committed
+            # Taken after and not before: `getmany` waits through a rebalance and comes back with records of
+            # the next assignment. It hands over none while partitions are being revoked.
+            generation = self._generation
             for tp, its_records in records.items():
                 if its_records:
                     self._time.saw(tp, its_records[-1].timestamp)

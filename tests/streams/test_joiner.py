@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import redis
+from aiokafka import AIOKafkaConsumer
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 
 from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, ReplyEvent, parse, utc_now
 from streams.replay_store import RedisReplayBuffer
@@ -227,6 +229,34 @@ async def test_two_joiners_share_and_one_takes_over_when_the_other_is_killed(
     got = replay(settings, client)
     assert summary(got) == expected(events)
     check_published(await read_all(settings, Topics.of(settings).experiences), got, moves=True)
+
+
+async def test_rebalances_in_the_middle_lose_nothing(settings: Settings, client: redis.Redis) -> None:
+    topics = Topics.of(settings)
+    joiner = spawn_worker("joiner", settings, join_batch=5).wait_ready()
+    events = [event for n in range(60) for event in conversation(n, named=True)]
+    parts = [events[n::5] for n in range(5)]
+    for part in parts:
+        # Another member takes half of the partitions for a moment, and commits nothing.
+        guest = AIOKafkaConsumer(
+            topics.interactions,
+            topics.replies,
+            bootstrap_servers=settings.kafka_address,
+            group_id=settings.joiner_group,
+            partition_assignment_strategy=[RangePartitionAssignor],
+            enable_auto_commit=False,
+            heartbeat_interval_ms=200,
+        )
+        sending = asyncio.create_task(send(settings, part))
+        await guest.start()
+        await async_wait_for(guest.assignment, 20, "the guest's share")
+        await sending
+        await guest.stop()
+    await async_wait_for(lambda: all_committed(settings), 60, "all to be joined")
+    got = replay(settings, client)
+    assert summary(got) == expected(events)
+    check_published(await read_all(settings, topics.experiences), got)
+    assert joiner.stop() == 0
 
 
 async def test_it_waits_for_redis_says_so_and_skips_nothing(settings: Settings, client: redis.Redis) -> None:

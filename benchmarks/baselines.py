@@ -217,7 +217,7 @@ class VowpalWabbit:
         task: Task,
         seed: int,
         *,
-        options: str = "--gamma_scale 10000 --learning_rate 0.5",
+        options: str = "--gamma_scale 10000 --learning_rate 1.5",
         scale: float = 1.0,
     ) -> None:
         from vowpalwabbit import Workspace  # noqa: PLC0415 - an extra

@@ -43,7 +43,7 @@ class Bilinear:
     name = "bilinear"
 
     def __init__(
-        self, task: Task, seed: int, *, lr: float = 1.0, gain: float = 5.0, temperature: float = 0.01
+        self, task: Task, seed: int, *, lr: float = 0.6, gain: float = 1.5, temperature: float = 0.01
     ) -> None:
         self._rng = np.random.default_rng(seed)
         self._strategies = task.settings.strategies

@@ -121,7 +121,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
             f"{shown(latency['p50'], '.0f')} / {shown(latency['p99'], '.0f')} ms",
             "p50 / p99, at the slowest inference worker",
         ),
-        ("seconds", shown(summary["seconds"], ".1f"), "of traffic"),
+        ("seconds", shown(summary["seconds"], ".1f"), "from the first request to the last reply"),
     ]
     console.print(summary_table(rows))
     console.print(verdict(summary), style="green" if not failures(summary) else "red", highlight=False)

@@ -63,7 +63,7 @@ def run_demo(
     Args:
         settings: `kafka` or `redis_url` None: embedded ones are started, on `data`.
         seconds: of traffic, > 0.
-        rate: interactions a second, > 0.
+        rate: interactions a second, > 0; a machine that cannot hold it serves fewer.
         seed: of the users; the same seed asks the same requests in the same order.
         json_path: where the summary goes, in the fields of `report.JSON_FIELDS` and a few more.
         plot_path: where the learning curve goes, as PNG.
@@ -157,7 +157,7 @@ class _Run:
             drawing = asyncio.create_task(live.draw())
             try:
                 begun = time.monotonic()
-                await traffic.run(round(self.seconds * self.rate), self.rate, self.stop)
+                await traffic.run(self.seconds, self.rate, self.stop)
                 lasted_s = time.monotonic() - begun
                 drained = await live.drain()
             finally:
@@ -177,8 +177,7 @@ class _Run:
                 replay_capacity=self.settings.replay_capacity,
                 learned=watch.newest.learned,
             )
-        summary = self._summary(traffic, reader, watch, counted)
-        summary |= {"seconds": lasted_s, "dead_letters": dead_letters}
+        summary = self._summary(traffic, reader, watch, counted, lasted_s=lasted_s, dead_letters=dead_letters)
         return summary, traffic.tally
 
     async def _replay(self, model_id: str) -> dict[str, int]:
@@ -187,7 +186,14 @@ class _Run:
         return await asyncio.to_thread(lambda: {e.id: e.revision for e in store.entries()})
 
     def _summary(
-        self, traffic: Traffic, reader: ExperienceReader, watch: WorkerWatch, counted: measures.Audit
+        self,
+        traffic: Traffic,
+        reader: ExperienceReader,
+        watch: WorkerWatch,
+        counted: measures.Audit,
+        *,
+        lasted_s: float,
+        dead_letters: int,
     ) -> report.Summary:
         tally = traffic.tally
         first, last = measures.spans(tally.samples)
@@ -200,6 +206,7 @@ class _Run:
             "joined": counted.joined,
             "duplicates": counted.duplicates,
             "lost": len(counted.lost),
+            "dead_letters": dead_letters,
             "updates": newest.updates,
             "versions": newest.version,
             "reward_first": measures.mean(s.reward for s in first),
@@ -214,6 +221,7 @@ class _Run:
                 "max": max(latency, default=None),
                 "count": len(latency),
             },
+            "seconds": lasted_s,
             # Beyond the fields that every reader may rely on:
             "memory_precision_control": measures.mean(s.control_precision for s in last),
             "control_strategy": measures.best_fixed(last),
@@ -227,6 +235,7 @@ class _Run:
             "interrupted": self.stop.is_set(),
             "seed": self.seed,
             "rate": self.rate,
+            "rate_held": len(tally.interactions) / lasted_s,
             "model_id": traffic.model_id,
         }
 

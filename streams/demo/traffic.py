@@ -20,8 +20,9 @@ from streams.demo.users import Request, Users, memory_precision, reward
 if TYPE_CHECKING:
     from streams.client import CortexClient, Decision
 
-CONCURRENCY = 64
-"""Requests in flight, at most; over it the next ones wait, and are sent late."""
+CONCURRENCY = 16
+"""Requests in flight, at most; over it the next ones wait. A machine that cannot hold the rate then serves
+fewer of them in good time, instead of all of them too late."""
 STRATEGIES = StrategyRegistry().ids
 
 
@@ -48,20 +49,21 @@ class Traffic:
         # conversation's latest, nobody here knows then, and replies must say which one they mean.
         self._unsure: set[str] = set()
 
-    async def run(self, count: int, rate: float, stop: asyncio.Event) -> None:
-        """Sends `count` requests, `rate` a second whatever comes back, and the replies to them.
+    async def run(self, seconds: float, rate: float, stop: asyncio.Event) -> None:
+        """Sends `rate` requests a second for that long, whatever comes back, and the replies to them.
 
         Returns when every user has said what there was to say, or soon after `stop` is set.
         """
-        begun = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
         async with asyncio.TaskGroup() as group:
             tasks = []
-            for index in range(count):
-                due = begun + index / rate - asyncio.get_running_loop().time()
+            for index in range(round(seconds * rate)):
+                due = begun + index / rate - loop.time()
                 if due > 0 and await _set_within(stop, due):
                     break
                 await self._slots.acquire()
-                if stop.is_set():
+                if stop.is_set() or loop.time() > begun + seconds:
                     break
                 tasks.append(group.create_task(self._one(index)))
             stopped = group.create_task(stop.wait())

@@ -143,7 +143,7 @@ def run(job: Job) -> Run:
     learner = block.learners[job.learner](task, job.seed)
     steps = len(task.requests)
     right, precision, content, chance, confidence = np.zeros((5, steps))
-    began = time.perf_counter()
+    began = time.process_time()
     for step in progressive_validation(task.requests, learner, task.reply, delay=job.settings.delay):
         outcome = task.outcome(step.request, step.answer)
         i = step.step
@@ -159,30 +159,37 @@ def run(job: Job) -> Run:
         chance=chance,
         confidence=confidence,
         changed=task.changed,
-        seconds=time.perf_counter() - began,
+        seconds=time.process_time() - began,
     )
 
 
 def run_all(jobs: Sequence[Job], processes: int, console: Console) -> Iterator[tuple[Job, Run]]:
-    """Every job, in this process or in several, with a progress bar on stderr."""
+    """Every job, in this process or in several. A progress bar, or a line for each run in a log."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("starting", total=len(jobs))
 
-        def done(job: Job) -> None:
+        def done(job: Job, result: Run) -> None:
             progress.update(bar, advance=1, description=f"{job.block}, seed {job.seed}: {job.learner}")
+            if not console.is_terminal:
+                block = BLOCKS[job.block]
+                value = block.figures(result)[block.headline]
+                read = ", oracle" if job.settings.oracle else ""
+                said = f"{job.block}{read}, seed {job.seed}, {job.learner}: {block.headline} {value:.3f}"
+                console.print(f"{said}, {result.seconds:.0f} s", highlight=False)
 
         if processes == 1:
             for job in jobs:
                 progress.update(bar, description=f"{job.block}, seed {job.seed}: {job.learner}")
-                yield job, run(job)
-                progress.advance(bar)
+                result = run(job)
+                done(job, result)
+                yield job, result
             return
         # spawn: a forked process would inherit the threads of torch and BLAS half way through.
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
             futures = {pool.submit(run, job): job for job in jobs}
             for future in as_completed(futures):
-                done(futures[future])
+                done(futures[future], future.result())
                 yield futures[future], future.result()
 
 

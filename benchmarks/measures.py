@@ -48,6 +48,7 @@ class Run:
     changed: npt.NDArray[np.bool_]
     """whether the kind of request changes its preference at half time"""
     seconds: float
+    """of processor time"""
 
 
 def at_marks(values: Floats, name: str) -> dict[str, float]:

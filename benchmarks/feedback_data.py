@@ -1,7 +1,7 @@
 """The labelled replies: what each says about the answer before it.
 
-`train` is what the semantic head learns from, with the sentences that `feedback_templates` composes; `test` and
-`dialogue` are written in other words and are only ever measured.
+`train` is what the semantic head learns from; `test` and `dialogue` are written in other words and are only
+ever measured.
 """
 
 from __future__ import annotations
@@ -48,5 +48,5 @@ def load(part: Literal["train", "test", "dialogue"]) -> list[Reply]:
 
 
 def normal(text: str) -> str:
-    """Words alone, lower case: two replies with the same are the same reply."""
-    return " ".join(re.findall(r"\w+", text.lower())) or text.strip()
+    """Without case and most punctuation: two replies with the same are the same reply."""
+    return " ".join(re.findall(r"\w+|[^\w\s.,;!\"'-]", text.lower())) or text.strip()

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from cortex_core.errors import ConfigError, DimensionError, InputError, NonFiniteError
-from cortex_core.feedback_patterns import POSITIVE_KINDS, Hit, read
+from cortex_core.feedback_patterns import POSITIVE_KINDS, read
+from cortex_core.feedback_scope import Hit
+from cortex_core.feedback_semantic import CLASSES, Head, load_head, pattern_features
 from cortex_core.feedback_signals import (
     SIGNAL_REWARDS,
     Aggregation,
@@ -30,6 +33,7 @@ from cortex_core.feedback_signals import (
 from cortex_core.replay_buffer import FloatArray, as_float32
 
 __all__ = [
+    "DEFAULT_EXTRACTOR",
     "EXTRACTORS",
     "SIGNAL_REWARDS",
     "Aggregation",
@@ -111,8 +115,54 @@ def patterns(text: str, embedding: FloatArray | None = None) -> Reading:
     return Reading(signals_of(hits), sureness_of(hits, bool(cues.conceded)))
 
 
-EXTRACTORS: dict[str, Callable[[], Extractor]] = {"patterns-1": lambda: patterns}
+class Semantic:
+    """Patterns and meaning as one: a head that saw the embedding and what the patterns saw decides the sign.
+
+    It abstains where it is not sure, and then the reply counts as going on and no more. Where there is no
+    embedding, or one that the head does not know (another encoder, another language), patterns alone decide.
+    """
+
+    SURE = 0.5
+    """Probability from which a sign is taken."""
+    AGAINST = 0.3
+    """Probability of the opposite sign from which nothing is taken."""
+
+    def __init__(self, head: Head | None = None) -> None:
+        self.head = head or load_head()
+
+    def __call__(self, text: str, embedding: FloatArray | None) -> Reading:
+        hits, cues = read(text)
+        written = Reading(signals_of(hits), sureness_of(hits, bool(cues.conceded)))
+        is_rating = len(hits) == 1 and hits[0].start == hits[0].end
+        if embedding is None or cues.foreign or is_rating or not self.head.knows(embedding):
+            return written
+        p = self.head.probabilities(embedding, pattern_features(hits, cues))
+        positive, missed = float(p[0]), float(p[1] + p[2] + p[3])
+        for sure, against, wanted in ((positive, missed, True), (missed, positive, False)):
+            if sure >= self.SURE and against <= self.AGAINST:
+                return Reading(self._signals(p, wanted, written.signals), sure)
+        return Reading([], min(UNSURE, 1.0 - max(positive, missed)))
+
+    def _signals(
+        self, p: npt.NDArray[np.float64], positive: bool, written: list[FeedbackSignal]
+    ) -> list[FeedbackSignal]:
+        """The patterns' signals of that sign, else one of the likeliest class, as strong as it is likely."""
+        agreeing = [s for s in written if (s.reward > 0) == positive]
+        if agreeing:
+            return agreeing
+        best = 0 if positive else 1 + int(np.argmax(p[1:4]))
+        strength = (float(p[best]) - 0.5) if p[best] > 0.5 else 0.0
+        return [
+            FeedbackSignal.of(
+                SignalType(CLASSES[best]), strength, f"[meaning, {p[best]:.0%} {CLASSES[best]}]"
+            )
+        ]
+
+
+EXTRACTORS: dict[str, Callable[[], Extractor]] = {"patterns-1": lambda: patterns, "semantic-1": Semantic}
 """Name and version of every extractor, and what makes it. A changed reading gets a new version."""
+DEFAULT_EXTRACTOR = "semantic-1"
+"""The better one by `python -m benchmarks.feedback`; without an embedding it reads as "patterns-1" does."""
 
 
 class FeedbackCollector:
@@ -132,7 +182,7 @@ class FeedbackCollector:
     with the conversation too, and that is no praise.
     """
 
-    def __init__(self, extractor: str = "patterns-1") -> None:
+    def __init__(self, extractor: str = DEFAULT_EXTRACTOR) -> None:
         """
         Args:
             extractor: a key of `EXTRACTORS`.

@@ -70,7 +70,7 @@ class Feedback:
     reward: float
     """[-1, 1]: the signals' rewards added up and clamped."""
     confidence: float
-    """[0, 1]: probability that `reward` has the right sign; low where the reply says nothing of the answer."""
+    """[0, 1]: probability that `reward` has the right sign; low where nothing is said of the answer."""
     extractor: str
     """Name and version of what read it, such as "patterns-1"."""
 

@@ -1,0 +1,155 @@
+"""Reading by meaning: what the head adds, when it keeps silent, and that it was not measured on what it learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from benchmarks.feedback import collected, scored
+from benchmarks.feedback_data import CLASSES, POLARITY, load, normal
+from benchmarks.train_feedback_head import composed
+from cortex_core.errors import WeightsError
+from cortex_core.feedback_collector import FeedbackCollector, Semantic
+from cortex_core.feedback_patterns import read
+from cortex_core.feedback_semantic import FEATURES, HEAD, load_head, pattern_features
+from cortex_core.text_encoder import HashingEncoder, TextEncoder, load_encoder
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    return load_encoder("minilm")
+
+
+class TestTheLabelledReplies:
+    def test_there_are_enough_of_every_class(self) -> None:
+        test = load("test")
+        assert len(test) >= 600
+        for label in CLASSES:
+            assert sum(r.label == label for r in test) >= 60
+        assert sum(r.hard for r in test) >= 200
+
+    @pytest.mark.parametrize("part", ["test", "dialogue"])
+    def test_training_and_test_share_no_reply_nor_a_template(self, part: str) -> None:
+        train = load("train")
+        learned = {normal(r.text) for r in [*train, *composed(train, 4000, seed=7)]}
+        shared = [r.text for r in load(part) if normal(r.text) in learned]  # type: ignore[arg-type]
+        assert shared == []
+        bags = [frozenset(normal(r.text).split()) for r in train]
+        for reply in load(part):  # type: ignore[arg-type]
+            words = frozenset(normal(reply.text).split())
+            if len(words) >= 5:
+                nearest = max(bags, key=lambda bag: len(words & bag) / len(words | bag))
+                assert len(words & nearest) < 0.8 * len(words | nearest), (reply.text, nearest)
+
+
+class TestTheHead:
+    def test_it_is_shipped_small_and_fits_this_code(self) -> None:
+        assert HEAD.stat().st_size < 1_000_000
+        head = load_head()
+        assert head.dim == 384
+        assert head.feature_weight.shape[0] == FEATURES
+        p = head.probabilities(np.zeros(384, np.float32), np.zeros(FEATURES, np.float32))
+        assert p.sum() == pytest.approx(1.0)
+
+    def test_a_damaged_or_foreign_head_is_refused(self, tmp_path: Path) -> None:
+        damaged = tmp_path / "damaged.safetensors"
+        damaged.write_bytes(HEAD.read_bytes()[:1000])
+        with pytest.raises(WeightsError, match="cannot be read"):
+            load_head(damaged)
+        foreign = tmp_path / "foreign.safetensors"
+        head = load_head()
+        arrays = {name: getattr(head, name) for name in head.__slots__ if name != "least_share"}
+        arrays["feature_weight"] = arrays["feature_weight"][:-1]
+        save_file(arrays, foreign, metadata={"least_share": "0.4", "classes": ",".join(CLASSES)})
+        with pytest.raises(WeightsError, match="train it again"):
+            load_head(foreign)
+
+    def test_features_are_finite_and_bounded(self) -> None:
+        for text in ("", "no " * 500, "perfect " * 500, "?!" * 500, "👍" * 100):
+            features = pattern_features(*read(text))
+            assert features.shape == (FEATURES,)
+            assert np.isfinite(features).all()
+            assert features.max() <= 3.0
+
+    def test_an_embedding_it_does_not_know_leaves_the_patterns_alone(self) -> None:
+        semantic, patterns = FeedbackCollector("semantic-1"), FeedbackCollector("patterns-1")
+        hashing = HashingEncoder(384)
+        rng = np.random.default_rng(0)
+        texts = ["Thanks, but that's wrong", "the squeak got louder", "no entiendo", "ok"]
+        strange = [
+            rng.normal(size=384).astype("f4"),
+            np.ones(12, "f4"),
+            hashing.encode("the squeak got louder"),
+        ]
+        for text in texts:
+            for embedding in [None, *strange]:
+                a = semantic.extract(text, embedding=embedding)
+                b = patterns.extract(text)
+                assert (a.reward, a.confidence, a.signals) == (b.reward, b.confidence, b.signals)
+
+    def test_ratings_and_other_languages_are_left_to_the_patterns(self, encoder: TextEncoder) -> None:
+        semantic, patterns = FeedbackCollector("semantic-1"), FeedbackCollector("patterns-1")
+        for text in ("2/5", "10/10", "👎", "Das ist falsch", "谢谢，解决了", "не работает"):
+            got = semantic.extract(text, embedding=encoder.encode(text))
+            assert got.signals == patterns.extract(text).signals
+
+
+class TestReading:
+    def test_it_reads_complaints_and_praise_without_a_keyword(self, encoder: TextEncoder) -> None:
+        semantic, patterns = FeedbackCollector("semantic-1"), FeedbackCollector("patterns-1")
+        for text, wanted in (
+            ("I rang them and they have no idea who I am", -1),
+            ("The file is still not there", -1),
+            ("You did not read a word of what I wrote", -1),
+            ("It printed on the first attempt", 1),
+        ):
+            feedback = semantic.extract(text, embedding=encoder.encode(text))
+            assert np.sign(feedback.reward) == wanted, text
+            assert feedback.explicit, text
+        blind = patterns.extract("I rang them and they have no idea who I am")
+        assert not blind.explicit
+
+    def test_a_bare_next_request_stays_engagement(self, encoder: TextEncoder) -> None:
+        semantic = FeedbackCollector("semantic-1")
+        for text in (
+            "Which trains leave for York before ten?",
+            "Set an alarm for seven",
+            "a table for two, please",
+        ):
+            feedback = semantic.extract(text, embedding=encoder.encode(text))
+            assert [s.type.value for s in feedback.signals] == ["engagement"], text
+            assert feedback.confidence <= 0.1
+
+    @pytest.mark.parametrize(("part", "least", "opposite"), [("test", 0.72, 0.07), ("dialogue", 0.88, 0.03)])
+    def test_it_does_not_fall_behind_what_was_measured(
+        self, encoder: TextEncoder, part: str, least: float, opposite: float
+    ) -> None:
+        replies = load(part)  # type: ignore[arg-type]
+        embeddings = encoder.encode_many([r.text for r in replies])
+        figures = scored(replies, collected("semantic-1", replies, embeddings))
+        plain = scored(replies, collected("patterns-1", replies, None))
+        assert figures["macro_f1"] >= least
+        assert figures["macro_f1"] > plain["macro_f1"]
+        assert figures["opposite"] <= opposite
+
+    def test_confidence_means_what_it_says(self, encoder: TextEncoder) -> None:
+        """Of the signs it takes, about as many are right as it says."""
+        replies = [*load("test"), *load("dialogue")]
+        embeddings = encoder.encode_many([r.text for r in replies])
+        semantic = FeedbackCollector("semantic-1")
+        said = []
+        for reply, embedding in zip(replies, embeddings, strict=True):
+            feedback = semantic.extract(reply.text, embedding=embedding)
+            if feedback.explicit:
+                said.append((feedback.confidence, np.sign(feedback.reward) == POLARITY[reply.label]))
+        confidence, right = np.array(said, dtype=np.float64).T
+        assert abs(confidence.mean() - right.mean()) < 0.08
+        sure = confidence > 0.9
+        assert right[sure].mean() > right[~sure].mean() + 0.1
+
+    def test_thresholds_leave_doubtful_replies_unread(self) -> None:
+        assert Semantic.SURE >= 0.5
+        assert Semantic.AGAINST < Semantic.SURE

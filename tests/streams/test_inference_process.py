@@ -151,9 +151,13 @@ async def test_kafka_that_dies_and_comes_back(settings: Settings) -> None:
                 again = await http.post("/v1/decide", json=body(interaction_id=id_))
                 assert again.status_code == 200, again.text
             assert again.json()["weights_version"] == 0
-        logged = Counter(e.interaction_id for e in await interactions(own))
-        assert logged == dict.fromkeys(("before", "meanwhile", "refused", "after"), 1)
-        assert worker.stop() == 0
+            logged = Counter(e.interaction_id for e in await interactions(own))
+            assert logged == dict.fromkeys(("before", "meanwhile", "refused", "after"), 1)
+
+            # With an event that nobody will acknowledge any more, SIGTERM ends it in time all the same.
+            broker.child.kill()
+            assert (await http.post("/v1/decide", json=body(interaction_id="lost"))).status_code == 503
+        assert worker.stop() == 0, worker.log_text()
     finally:
         await broker.stop()
 

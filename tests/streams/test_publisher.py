@@ -1,0 +1,89 @@
+"""The publisher on a real Kafka: acknowledged is there, refused is said, a broken producer is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
+from cortex_core.errors import InputError, UnavailableError
+from streams.connections import kafka_client_options
+from streams.publisher import MAX_VALUE, Publisher
+from streams.settings import Settings
+from streams.topics import Topics
+from tests.services import async_wait_for
+from tests.streams.serving import records
+
+pytestmark = pytest.mark.integration
+
+
+@asynccontextmanager
+async def publisher(settings: Settings) -> AsyncIterator[tuple[Publisher, list[str | None]]]:
+    states: list[str | None] = []
+    it = Publisher(settings, states.append)
+    try:
+        await it.start()
+        yield it, states
+    finally:
+        await it.stop()
+
+
+async def values(settings: Settings) -> list[bytes]:
+    return [r.value for r in await records(settings, Topics.of(settings).replies)]
+
+
+async def limit(settings: Settings, size: int) -> None:
+    """Lets the broker take at most `size` bytes in one batch of the replies topic."""
+    admin = AIOKafkaAdminClient(**kafka_client_options(settings))
+    await admin.start()
+    try:
+        resource = ConfigResource(
+            ConfigResourceType.TOPIC, Topics.of(settings).replies, {"max.message.bytes": str(size)}
+        )
+        await admin.alter_configs([resource])
+    finally:
+        await admin.close()
+
+
+async def test_acknowledged_is_there_in_order(settings: Settings) -> None:
+    topic = Topics.of(settings).replies
+    async with publisher(settings) as (it, states):
+        assert states == [None]
+        sent = [it.begin(topic, b"c", str(i).encode()) for i in range(50)]
+        await asyncio.gather(*(it.wait(delivery) for delivery in sent))
+        assert await values(settings) == [str(i).encode() for i in range(50)]
+        with pytest.raises(InputError, match="at most"):
+            it.begin(topic, b"c", b"x" * (MAX_VALUE + 1))
+    with pytest.raises(UnavailableError, match="stopping"):
+        it.begin(topic, b"c", b"late")
+
+
+async def test_what_the_broker_refuses_costs_that_event_alone(settings: Settings) -> None:
+    topic = Topics.of(settings).replies
+    async with publisher(settings) as (it, states):
+        await it.wait(it.begin(topic, b"c", b"before"))
+        await limit(settings, 2_000)
+
+        async def refused() -> str:
+            try:
+                await it.wait(it.begin(topic, b"c", b"x" * 5_000))
+            except (InputError, UnavailableError) as error:  # unavailable while the producer is replaced
+                return str(error)
+            return ""
+
+        # The new limit takes a moment to reach the log.
+        said = await async_wait_for(refused, what="the broker to refuse")
+        assert "MessageSizeTooLargeError" in said
+        assert "max.message.bytes" in said
+        # A producer that was not replaced would now have a gap in its sequence, and be refused for ever.
+        await async_wait_for(lambda: it.away is None, what="a new producer")
+        for i in range(3):
+            await it.wait(it.begin(topic, b"c", f"after {i}".encode()))
+        assert states[-1] is None
+        assert any(states)
+        small = [v for v in await values(settings) if len(v) < 100]
+        assert small == [b"before", b"after 0", b"after 1", b"after 2"]

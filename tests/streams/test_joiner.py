@@ -119,6 +119,8 @@ def check_published(records: list[Any], wanted: dict[str, ExperienceEvent], move
         assert moves or values.setdefault(key, record.value) == record.value
         assert record.key == event.interaction.model_id.encode()
         last[key[0]] = event.to_bytes()
+        if moves and not event.revision and key[0] not in wanted:
+            del last[key[0]]  # its one reply was another's: it is open again, and replay has it no more
     assert last == {i: e.to_bytes() for i, e in wanted.items()}
 
 

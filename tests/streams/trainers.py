@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry
 
 from streams.settings import Settings
 from streams.topics import create_topics
-from streams.trainer import Trainer
+from streams.trainer import NEEDS
+from streams.training import Trainer
 from streams.worker import Worker
 from tests.services import async_wait_for
 from tests.streams.experiences import WeightsWatch, committed
@@ -36,7 +37,7 @@ class Running:
 
     def __init__(self, settings: Settings) -> None:
         self.registry = CollectorRegistry()
-        self.worker = Worker("trainer", settings, ("kafka", "redis", "weights", "partitions"))
+        self.worker = Worker("trainer", settings, NEEDS)
         self.trainer = Trainer(self.worker, self.registry)
 
     def count(self, name: str, **labels: str) -> float:

@@ -203,7 +203,6 @@ class JointTrainer:
             for index, label in labels.items():
                 predicted = float(row[index] + self.selector.mean[index].numpy() @ phi)
                 self.selector.condition(phi, index, label - predicted)
-        self.selector.commit()
 
     def loss(self, data: _Data) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The weighted total, and the three parts: one forward pass for the batch."""

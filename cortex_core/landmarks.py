@@ -32,7 +32,7 @@ class Landmarks(nn.Module):
     count: Tensor
     """() how many of the M are in use"""
 
-    def __init__(self, dim: int, size: int = 256, gamma: float = 1.0, novelty: float = 0.1) -> None:
+    def __init__(self, dim: int, size: int = 384, gamma: float = 1.0, novelty: float = 0.1) -> None:
         super().__init__()
         if dim < 1 or size < 1 or gamma <= 0 or not 0.0 < novelty < 1.0:
             raise ConfigError(
@@ -65,8 +65,11 @@ class Landmarks(nn.Module):
         return self._used
 
     def _kernel(self, a: Floats, b: Floats) -> Floats:
-        squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2.0 * (a @ b.T)
-        out: Floats = np.exp(-self.gamma * np.maximum(squares, 0.0, dtype=np.float32))
+        """exp(−γ‖x − z‖²) of rows of norm 1, whose ‖x − z‖² is 2 − 2xᵀz."""
+        out: Floats = a @ b.T
+        out -= 1.0
+        out *= 2.0 * self.gamma
+        np.exp(out, out=out)
         return out
 
     def kernel(self, rows: FloatArray) -> Floats:
@@ -84,13 +87,25 @@ class Landmarks(nn.Module):
             out[:, :used] = self._kernel(_unit(rows), self._rows[:used]) @ self._inverse[:used, :used].T
         return out
 
+    def admit_new(self, rows: FloatArray) -> None:
+        """`admit` for those of (B, D) rows that no single landmark explains enough already."""
+        used = self._sync()
+        if used >= self.size or not len(rows):
+            return
+        best = self._kernel(_unit(rows), self._rows[:used]).max(1, initial=0.0)
+        for row in rows[best**2 < 1.0 - self.novelty]:
+            self.admit(row)
+
     def admit(self, row: FloatArray) -> bool:
         """Makes (D,) a landmark where there is room and the others do not explain it; says whether it did."""
         used = self._sync()
         if used >= self.size or not row.any():
             return False
         unit = _unit(row[None])[0].astype(np.float16).astype(np.float32)
-        lower = self._inverse[:used, :used] @ self._kernel(unit[None], self._rows[:used])[0]
+        kernel = self._kernel(unit[None], self._rows[:used])[0]
+        if used and float(kernel.max()) ** 2 >= 1.0 - self.novelty:
+            return False  # one landmark alone explains enough: the common case, without the triangle
+        lower = self._inverse[:used, :used] @ kernel
         rest = 1.0 - float(lower @ lower)
         if rest <= self.novelty:
             return False

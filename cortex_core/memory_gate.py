@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from cortex_core.errors import ConfigError, DimensionError
 from cortex_core.landmarks import Floats, Landmarks
-from cortex_core.replay_buffer import FloatArray
 
 GAIN = 5.0
 """Log-odds of a content user for one unit of score: a cosine's whole range is worth as much as a strategy."""
@@ -68,7 +67,7 @@ class MemoryGate(nn.Module):
         situation_dim: int = 384,
         memory_dim: int | None = None,
         *,
-        features: int = 256,
+        features: int = 384,
         landmarks: int = 256,
     ) -> None:
         super().__init__()
@@ -82,6 +81,8 @@ class MemoryGate(nn.Module):
         self.register_buffer("kernel_weight", torch.zeros(features, landmarks))
         self.register_buffer("precision", torch.zeros(features, landmarks, dtype=torch.float16))
         self.register_buffer("birth", torch.zeros(0))
+        self._seen: tuple[int, int] | None = None
+        self._known: Floats = np.zeros((0,), np.float32)
 
     def reset_parameters(self, basis: Tensor | None = None) -> None:
         """W back to birth: the identity, or (S, D) `basis` where situations are projections of texts."""
@@ -157,17 +158,12 @@ class MemoryGate(nn.Module):
     def deviation(self, phi: Floats, psi: Floats) -> npt.NDArray[np.float64]:
         """(N,) posterior standard deviation of the kernel part relative to its prior one, in [0, 1]."""
         share = phi * phi
-        known = share @ (PRIOR_PRECISION / (PRIOR_PRECISION + self.precision.float().numpy()))  # (L,)
+        known = share @ (PRIOR_PRECISION / (PRIOR_PRECISION + self._precision()))  # (L,)
         total = float(share.sum())
         inside = np.minimum((psi * psi) @ known, 1.0)
         outside = np.maximum(1.0 - np.minimum((psi * psi).sum(1), 1.0) * total, 0.0)
         out: npt.NDArray[np.float64] = np.sqrt(np.clip(inside + outside, 0.0, 1.0)).astype(np.float64)
         return out
-
-    def admit(self, memories: FloatArray) -> None:
-        """Makes landmarks of the (K, D) memories that are new."""
-        for memory in memories:
-            self.landmarks.admit(memory)
 
     def kernel_logit(self, phi: Floats, psi: Floats) -> Floats:
         """(B,) the kernel part of slates with features (B, M) and summed memory features (B, L)."""
@@ -185,12 +181,21 @@ class MemoryGate(nn.Module):
             curvature: (B,) of minus it; counted only for `fresh` replies, so that replay adds no certainty.
         """
         with torch.no_grad():
-            precision = self.precision.float().numpy()
+            precision = self._precision()
             if fresh:
-                precision = precision + (phi * phi).T @ (curvature[:, None] * psi * psi)
-                self.precision.copy_(torch.from_numpy(np.minimum(precision, 6e4)))
+                precision += (phi * phi).T @ (curvature[:, None] * psi * psi)
+                np.minimum(precision, 6e4, out=precision)  # float16 ends at 65,504
+                self.precision.copy_(torch.from_numpy(precision))
+                self._seen = (id(self.precision), self.precision._version)
             step = phi.T @ (gradient[:, None] * psi)
             self.kernel_weight += torch.from_numpy((step / (PRIOR_PRECISION + precision)).astype(np.float32))
+
+    def _precision(self) -> Floats:
+        """(features, landmarks) float32, read again where the buffer was written to from outside."""
+        version = (id(self.precision), self.precision._version)
+        if version != self._seen:
+            self._known, self._seen = self.precision.float().numpy(), version
+        return self._known
 
     def contrastive_loss(
         self, situation: Tensor, positive: Tensor, negative: Tensor, margin: float = 0.5

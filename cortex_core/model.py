@@ -27,11 +27,11 @@ class ModelConfig:
 
     text_dim: int = 384
     situation_dim: int = 384
-    encoder_hidden_dim: int = 128
-    selector_hidden_dim: int = 128
-    estimator_hidden_dim: int = 64
+    encoder_hidden_dim: int = 64
+    selector_hidden_dim: int = 64
+    estimator_hidden_dim: int = 32
     dropout: float = 0.1
-    landmarks: int = 256
+    landmarks: int = 384
     """messages that the selector's posterior can tell apart"""
     memory_landmarks: int = 256
     """memories that the gate's kernel part can tell apart"""
@@ -174,8 +174,8 @@ class CortexModel(nn.Module):
             self.eval()
 
         situation = self.encoder(message, history, features)
-        selection = self.selector.select(situation, self.registry, explore, message=message.numpy(), rng=rng)
         phi = self.selector.features(message.numpy()[None])[0]
+        selection = self.selector.select(situation, self.registry, explore, phi=phi, rng=rng)
         slate = self.gate.draw_slate(
             situation, torch.from_numpy(memories), top_k, explore=explore, rng=rng, phi=phi
         )

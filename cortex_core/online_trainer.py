@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ from torch.nn import functional as F
 from cortex_core import checkpoints
 from cortex_core.batches import Batch, collate, encode
 from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator
-from cortex_core.errors import ConfigError, InputError
+from cortex_core.degradation import GoodWeights, put_back, weights_of
+from cortex_core.errors import ConfigError
 from cortex_core.landmarks import Floats
 from cortex_core.memory_gate import GAIN, MemoryGate
 from cortex_core.metadata import metadata_features
@@ -41,8 +43,8 @@ if TYPE_CHECKING:
 
 QUICK = 100.0
 """Learning rate of the calibration's nine numbers, in units of `lr`."""
-KEEP_EVERY = 50
-"""Steps between two copies of good weights."""
+RECENT = 64
+"""Experiences that two sets of weights are compared on, when learning is suspected to have degraded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +94,11 @@ class Losses:
 
 
 @dataclass(slots=True)
-class _Good:
-    """The last weights that were found good, to go back to."""
-
-    state: dict[str, Tensor]
-    ema_loss: float
-    updates: int
-
-
-@dataclass(slots=True)
 class _Progress:
     updates: int = 0
     interactions: int = 0
     ema_loss: float | None = None
+    ema_reward: float | None = None
     rollbacks: int = 0
     pending: dict[str, ReplayEntry] = field(default_factory=dict)
 
@@ -119,8 +113,10 @@ class OnlineTrainer:
         batch_size: experiences in a step; the fresh ones are always among them, the rest is replay.
         max_norm: gradients are clipped to this L2 norm.
         ema_decay: of `ema_loss`.
-        degradation_margin: in nats; when `ema_loss` stands this much above that of the last good weights
-            and those do better on recent experiences, they are restored.
+        degradation_margin: in nats; when `ema_loss` stands this much above that of the last good weights,
+            or the mean reward `reward_margin` below theirs, both are compared on the latest experiences. The
+            old ones are restored where they do better there by half this margin: where the world changed and
+            not the learner, they do not.
         collector: reads replies in `record_interaction`; a `FeedbackCollector()` when not given.
     """
 
@@ -138,7 +134,8 @@ class OnlineTrainer:
         batch_size: int = 16,
         max_norm: float = 1.0,
         ema_decay: float = 0.95,
-        degradation_margin: float = 0.5,
+        degradation_margin: float = 0.3,
+        reward_margin: float = 0.3,
         collector: FeedbackCollector | None = None,
     ) -> None:
         if lr <= 0 or update_every < 1 or batch_size < 1 or max_norm <= 0 or not 0 <= ema_decay < 1:
@@ -157,6 +154,7 @@ class OnlineTrainer:
         self.max_norm = max_norm
         self.ema_decay = ema_decay
         self.degradation_margin = degradation_margin
+        self.reward_margin = reward_margin
         self._collector = collector
         self.calibration = CalibrationLoss()
         self._modules: dict[str, nn.Module] = {
@@ -174,7 +172,8 @@ class OnlineTrainer:
         )
         self._posteriors = Posteriors(selector, gate)
         self._progress = _Progress()
-        self._good = _Good(self._weights(), math.inf, 0)
+        self._recent: deque[ReplayEntry] = deque(maxlen=RECENT)
+        self._good = GoodWeights(weights_of(self._modules))
 
     @classmethod
     def for_model(cls, model: CortexModel, *, buffer: ReplayStore, **options: Any) -> OnlineTrainer:
@@ -316,16 +315,15 @@ class OnlineTrainer:
 
     def restore_best(self) -> None:
         """Back to the last good weights; the optimizer forgets its momentum, which led away from them."""
-        for name, module in self._modules.items():
-            state = {k.partition(".")[2]: v for k, v in self._good.state.items() if k.startswith(f"{name}.")}
-            module.load_state_dict(state)
+        put_back(self._modules, self._good.weights)
         self.optimizer.state.clear()
-        self._progress.ema_loss = self._good.ema_loss if math.isfinite(self._good.ema_loss) else None
+        self._progress.ema_loss = self._good.ema_loss
+        self._progress.ema_reward = self._good.ema_reward
         self._progress.rollbacks += 1
 
     def state_dict(self) -> dict[str, Any]:
         """`tensors` by name, and `meta` of plain JSON values: all that resuming needs."""
-        return checkpoints.pack(self._weights(), self.optimizer, self._meta())
+        return checkpoints.pack(weights_of(self._modules), self.optimizer, self._meta())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`; `WeightsError` where it does not fit, and nothing changes then."""
@@ -334,10 +332,14 @@ class OnlineTrainer:
             updates=int(meta["updates"]),
             interactions=int(meta["interactions"]),
             ema_loss=meta["ema_loss"],
+            ema_reward=meta.get("ema_reward"),
             rollbacks=int(meta["rollbacks"]),
         )
-        self._good = _Good(
-            self._weights(), meta["ema_loss"] if meta["ema_loss"] is not None else math.inf, meta["updates"]
+        self._good = GoodWeights(
+            weights_of(self._modules),
+            self._progress.ema_loss,
+            self._progress.ema_reward,
+            self._progress.updates,
         )
 
     def save_checkpoint(self, path: Path | str) -> None:
@@ -357,14 +359,8 @@ class OnlineTrainer:
             "updates": p.updates,
             "interactions": p.interactions,
             "ema_loss": p.ema_loss,
+            "ema_reward": p.ema_reward,
             "rollbacks": p.rollbacks,
-        }
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": value.detach().clone()
-            for name, module in self._modules.items()
-            for key, value in module.state_dict().items()
         }
 
     def _step(self, entries: list[ReplayEntry], fresh: int) -> OnlineUpdate:
@@ -398,9 +394,11 @@ class OnlineTrainer:
         rolled_back = False
         if usable:
             progress.updates += 1
-            old = progress.ema_loss
-            progress.ema_loss = value if old is None else self.ema_decay * old + (1 - self.ema_decay) * value
-            rolled_back = self._watch(batch, phi, psi)
+            self._recent.extend(entries[:fresh])
+            mean = sum(entry.reward for entry in entries[:fresh]) / fresh
+            progress.ema_loss = self._averaged(progress.ema_loss, value)
+            progress.ema_reward = self._averaged(progress.ema_reward, mean)
+            rolled_back = self._watch(progress.ema_loss, progress.ema_reward)
         return OnlineUpdate(
             update=progress.updates,
             loss=value,
@@ -414,36 +412,34 @@ class OnlineTrainer:
             rolled_back=rolled_back,
         )
 
-    def _watch(self, batch: Batch, phi: Floats, psi: Floats) -> bool:
+    def _averaged(self, old: float | None, new: float) -> float:
+        return new if old is None else self.ema_decay * old + (1.0 - self.ema_decay) * new
+
+    def _watch(self, ema_loss: float, ema_reward: float) -> bool:
         """Notes the weights when they are the best so far; goes back to those when they have degraded."""
-        ema = self._progress.ema_loss
-        assert ema is not None
-        if ema <= self._good.ema_loss:
-            if self._progress.updates >= self._good.updates + KEEP_EVERY or not math.isfinite(
-                self._good.ema_loss
-            ):
-                self._good = _Good(self._weights(), ema, self._progress.updates)
+        updates = self._progress.updates
+        if self._good.is_better(ema_loss, ema_reward, updates):
+            self._good = GoodWeights(weights_of(self._modules), ema_loss, ema_reward, updates)
             return False
-        if ema <= self._good.ema_loss + self.degradation_margin:
+        if not self._good.suspects(ema_loss, ema_reward, self.degradation_margin, self.reward_margin):
             return False
-        current = self._weights()
-        with torch.no_grad():
-            now = float(self.loss(batch, phi, psi).total)
+        current = weights_of(self._modules)
+        now = self._recent_loss()
+        put_back(self._modules, self._good.weights)
+        then = self._recent_loss()
+        put_back(self._modules, current)
+        if then + 0.5 * self.degradation_margin < now:
             self.restore_best()
-            then = float(self.loss(batch, phi, psi).total)
-        if then + self.degradation_margin < now:
             return True
         # The world changed and not the learner: the old weights are no better on what comes in now.
-        for name, module in self._modules.items():
-            module.load_state_dict(
-                {k.partition(".")[2]: v for k, v in current.items() if k.startswith(f"{name}.")}
-            )
-        self._progress.rollbacks -= 1
-        self._progress.ema_loss = ema
-        self._good = _Good(current, ema, self._progress.updates)
+        self._good = GoodWeights(current, ema_loss, ema_reward, updates)
         return False
 
-
-def unusable(entry: ReplayEntry, reason: str) -> InputError:
-    """An error that names the entry."""
-    return InputError(f"experience {entry.id or '(without id)'}: {reason}")
+    def _recent_loss(self) -> float:
+        """Of the present weights on the latest experiences, dropout off."""
+        entries = list(self._recent)
+        batch = collate(entries, self.registry, self.encoder.text_dim, self.encoder.output_dim)
+        phi, psi = self._posteriors.features(entries, 0)
+        with torch.no_grad():
+            value = float(self.loss(batch, phi, psi).total)
+        return value if math.isfinite(value) else math.inf

@@ -64,19 +64,21 @@ class Posteriors:
                 message = entry.situation_emb
             if message is not None:
                 messages[row] = message
-                if row < admit:
-                    self.selector.landmarks.admit(message)
+        self.selector.landmarks.admit_new(messages[:admit])
         phi = self.selector.features(messages)
         psi = np.zeros((len(entries), self.gate.landmarks.size), np.float32)
         rows: list[int] = []
         shown: list[Floats] = []
+        new = 0
         for row, entry in enumerate(entries):
             if entry.memory_embs is not None and entry.memory_indices:
                 chosen = entry.memory_embs[entry.memory_indices]
                 if row < admit:
-                    self.gate.admit(chosen)
+                    new = len(shown) + 1
                 shown.append(chosen)
                 rows.extend([row] * len(chosen))
+        if new:
+            self.gate.landmarks.admit_new(np.concatenate(shown[:new]))
         if shown:
             np.add.at(psi, rows, self.gate.landmarks.kernel(np.concatenate(shown)))
         return phi, psi
@@ -116,7 +118,6 @@ class Posteriors:
                 self.selector.condition(phi[row], strategy[row], y - float(predicted[row]), w)
                 if psi[row].any():
                     self._ring.add(phi[row], psi[row], float(offset[row]), y, w)
-        self.selector.commit()
         spread = predicted * (1.0 - predicted)
         self.gate.condition(phi, psi, weight * (content - predicted), weight * spread, fresh=True)
         self._replay_gate()

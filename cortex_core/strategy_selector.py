@@ -29,7 +29,7 @@ FLOOR = 0.04
 is a moving one over about NOISE / FLOOR = 10 neighbouring replies, so that a user who changes their mind is
 followed; directions in which nothing comes in forget nothing (directional forgetting, Kulhavý
 & Kárný 1984)."""
-OPTIMISM = 0.4
+OPTIMISM = 0.3
 """Standard deviations added to the mean in the choice (GP-UCB, Srinivas et al. 2010, eq. 6)."""
 TEMPERATURE = 0.02
 """The choice is a softmax of the optimistic estimate / this: near ties are broken by chance, with an exact
@@ -82,7 +82,7 @@ class StrategySelector(nn.Module):
     mean: Tensor
     """(A, M) μ"""
     covariance: Tensor
-    """(A, M, M) Σ in float16: what travels; the trainer's own copy is float32"""
+    """(A, M(M + 1)/2) the lower triangles of Σ in float16: what travels; computations use float32"""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class StrategySelector(nn.Module):
         hidden_dim: int = 128,
         *,
         text_dim: int | None = None,
-        landmarks: int = 256,
+        landmarks: int = 384,
     ) -> None:
         super().__init__()
         if min(situation_dim, num_strategies, hidden_dim) < 1:
@@ -106,11 +106,13 @@ class StrategySelector(nn.Module):
         self.out = nn.Linear(hidden_dim, num_strategies)
         self.landmarks = Landmarks(self.text_dim, landmarks)
         self.register_buffer("mean", torch.zeros(num_strategies, landmarks))
-        self.register_buffer(
-            "covariance", torch.eye(landmarks, dtype=torch.float16).repeat(num_strategies, 1, 1)
-        )
+        self._triangle = np.tril_indices(landmarks)
+        born = torch.from_numpy(np.eye(landmarks, dtype=np.float16)[self._triangle])
+        self.register_buffer("covariance", born.repeat(num_strategies, 1))
         self._seen: tuple[int, int] | None = None
         self._sigma: Floats = np.zeros((0,), np.float32)
+        self._touched: set[int] = set()
+        self.register_state_dict_pre_hook(_commit)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -138,14 +140,22 @@ class StrategySelector(nn.Module):
             return np.zeros((rows, self.landmarks.size), np.float32)
         return self.landmarks.features(message)
 
-    def belief(self, situation: Tensor, message: FloatArray | None = None) -> Belief:
-        """For one (S,) situation and its (D,) message embedding; None takes the situation where S = D."""
-        message = self._message(situation, message)
+    def belief(
+        self, situation: Tensor, message: FloatArray | None = None, *, phi: Floats | None = None
+    ) -> Belief:
+        """For one (S,) situation and its (D,) message embedding; None takes the situation where S = D.
+
+        `phi` (M,) are the message's features, where they are at hand.
+        """
         with torch.no_grad():
             prior = self.prior(situation).numpy()
-        phi = self.features(None if message is None else message[None])[0]
+        if phi is None:
+            message = self._message(situation, message)
+            phi = self.features(None if message is None else message[None])[0]
         mean = np.clip(prior + self.mean.numpy() @ phi, 0.01, 0.99)
-        variance = (self._covariance() @ phi) @ phi + max(1.0 - float(phi @ phi), 0.0)
+        size = len(phi)
+        spread = (self._covariance().reshape(-1, size) @ phi).reshape(-1, size)
+        variance = spread @ phi + max(1.0 - float(phi @ phi), 0.0)
         deviation = np.sqrt(np.clip(variance, 1e-6, None))
         index = (mean + OPTIMISM * deviation).astype(np.float64) / TEMPERATURE
         weights = np.exp(index - index.max())
@@ -164,6 +174,7 @@ class StrategySelector(nn.Module):
         explore: bool = True,
         *,
         message: FloatArray | None = None,
+        phi: Floats | None = None,
         rng: np.random.Generator | None = None,
     ) -> Selection:
         """Draws one strategy for one (S,) situation; the one with the best mean when not exploring."""
@@ -171,7 +182,7 @@ class StrategySelector(nn.Module):
             raise ConfigError(
                 f"the registry has {len(registry)} strategies, this selector {self.num_strategies}"
             )
-        belief = self.belief(situation, message)
+        belief = self.belief(situation, message, phi=phi)
         p = belief.probabilities.astype(np.float64)
         if not explore:
             index = int(belief.mean.argmax())
@@ -184,9 +195,10 @@ class StrategySelector(nn.Module):
         """Bayes' rule for one reply: `residual` is reply minus prediction, `weight` in (0, 1] its sureness.
 
         Kalman's update with the measurement variance NOISE / weight, after the forgetting that FLOOR asks
-        for. `commit` makes the new covariance part of the weights.
+        for. `commit`, or the next `state_dict`, makes the new covariance part of the weights.
         """
         sigma = self._covariance()[strategy]
+        self._touched.add(strategy)
         gain = sigma @ phi
         variance = float(phi @ gain)
         grown = min(FLOOR, float(phi @ phi))
@@ -207,16 +219,27 @@ class StrategySelector(nn.Module):
 
     def commit(self) -> None:
         """Writes the covariance as updated into the buffer that travels."""
+        if not self._touched:
+            return
         sigma = self._covariance()
         with torch.no_grad():
-            self.covariance.copy_(torch.from_numpy(sigma))
+            for strategy in self._touched:
+                packed = sigma[strategy][self._triangle].astype(np.float16)
+                self.covariance[strategy] = torch.from_numpy(packed)
+        self._touched.clear()
         self._seen = (id(self.covariance), self.covariance._version)
 
     def _covariance(self) -> Floats:
         """(A, M, M) float32, read again where the buffer was written to from outside."""
         version = (id(self.covariance), self.covariance._version)
         if version != self._seen:
-            self._sigma = self.covariance.float().numpy()
+            size = self.landmarks.size
+            lower = np.zeros((self.num_strategies, size, size), np.float32)
+            lower[:, self._triangle[0], self._triangle[1]] = self.covariance.float().numpy()
+            diagonal = np.einsum("aii->ai", lower).copy()
+            self._sigma = lower + lower.transpose(0, 2, 1)
+            np.einsum("aii->ai", self._sigma)[:] = diagonal
+            self._touched.clear()
             self._seen = version
         return self._sigma
 
@@ -224,3 +247,10 @@ class StrategySelector(nn.Module):
         if message is None and self.situation_dim == self.text_dim:
             return situation.detach().numpy()
         return message
+
+
+def _commit(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Packing a triangle costs more than updating it: it is done when the weights are asked for."""
+    del prefix, keep_vars
+    assert isinstance(module, StrategySelector)
+    module.commit()

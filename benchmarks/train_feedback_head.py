@@ -166,7 +166,7 @@ def export(members: Sequence[Member], temperature: float, x: torch.Tensor, out: 
     _, _, vh = torch.linalg.svd(x[:4000], full_matrices=False)
     basis = vh[:BASIS].T.contiguous()
     share = ((x @ basis) ** 2).sum(1)
-    least = float(torch.quantile(share, 0.001)) - 0.05
+    least = float(torch.quantile(share, 0.005))
     arrays = {
         "embedding_weight": torch.cat([4.0 * k.of_embedding.weight.T for k in members], 1),
         "feature_weight": torch.cat([k.of_features.weight.T for k in members], 1),

@@ -82,16 +82,15 @@ class Extractor(Protocol):
 
 
 def signals_of(hits: list[Hit]) -> list[FeedbackSignal]:
-    """One signal for each type among `hits`; its strength grows with the number of matches, to three."""
+    """One signal for each type among `hits`, in order; more matches make it stronger, up to three."""
     grouped: dict[SignalType, list[Hit]] = {}
     for hit in hits:
         grouped.setdefault(SIGNAL_OF_KIND[hit.kind], []).append(hit)
     signals = []
-    for type_ in SignalType:
-        if type_ in grouped:
-            matches = sum(hit.weight for hit in grouped[type_])
-            evidence = " … ".join(dict.fromkeys(hit.evidence for hit in grouped[type_]))
-            signals.append(FeedbackSignal.of(type_, (min(matches, 3) - 1) / 2, evidence))
+    for type_, members in grouped.items():
+        matches = sum(hit.weight for hit in members)
+        evidence = " … ".join(dict.fromkeys(hit.evidence for hit in members))
+        signals.append(FeedbackSignal.of(type_, (min(matches, 3) - 1) / 2, evidence))
     return signals
 
 

@@ -108,6 +108,7 @@ class Scope:
         self.pictures: list[Hit] = []
         """Emoji and emoticons."""
         self._vocabulary = vocabulary
+        self._drawn_out = _ELONGATED.search(plain) is not None
         self._tokenize()
         words = self.words
         cues.words, cues.sentences = len(words), self.sentence[-1] + 1 if words else 0
@@ -180,7 +181,7 @@ class Scope:
             at = token.rfind("'")
             word = table.SUFFIXES.get(token[at:])
             return (token[:at], word) if word is not None and token[:at] in table.SUBJECTS else (token,)
-        short = _ELONGATED.sub(r"\1", token)
+        short = _ELONGATED.sub(r"\1", token) if self._drawn_out else token
         if short == token:
             return (token,)
         for word in (_ELONGATED.sub(r"\1\1", token), short):

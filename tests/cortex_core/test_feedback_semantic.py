@@ -1,4 +1,4 @@
-"""Reading by meaning: what the head adds, when it keeps silent, and that it was not measured on what it learned."""
+"""Reading by meaning: what the head adds, when it keeps silent, and what it was measured on."""
 
 from __future__ import annotations
 

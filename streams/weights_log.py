@@ -13,8 +13,8 @@ last `weights_kept` versions stay readable however long the topic has run; the t
 operator's pin time to reach the trainer before the version pinned is overwritten.
 
 The manifest comes last and carries the sha256 of all chunks: a version counts when every chunk of that very
-version was read before its manifest and the whole verifies. `resume` is the trainer's own (see `learning.py`).
-It does not decide what is learned or served.
+version was read before its manifest and the whole verifies. `resume` is the trainer's own, see
+`learning.py`. Nothing here decides what is learned or served.
 """
 
 from __future__ import annotations

@@ -233,8 +233,12 @@ def run_worker(
 
     import uvloop  # noqa: PLC0415 - faster start of everything that only reads settings
 
-    code = uvloop.run(body())
-    log.info("stopped", worker=name, code=code)
-    sys.stderr.flush()
-    # Threads of torch or of a client must not keep a finished worker alive.
-    os._exit(code)
+    async def to_the_end() -> None:
+        code = await body()
+        log.info("stopped", worker=name, code=code)
+        sys.stderr.flush()
+        # Here and not after the loop: neither threads of torch or of a client nor a task that ignores its
+        # cancellation may keep a finished worker alive.
+        os._exit(code)
+
+    uvloop.run(to_the_end())

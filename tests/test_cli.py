@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -268,3 +269,13 @@ def test_logs_follow_what_comes_also_through_a_rotation(tmp_path: Path) -> None:
 def test_logs_end_without_follow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show_logs(write_logs(tmp_path), "kafka", lines=1, follow=False)
     assert capsys.readouterr().out == "kafka line 29\n"
+
+
+@pytest.mark.parametrize("name", ["joiner", "trainer", "inference"])
+def test_a_port_that_is_taken_ends_a_worker_and_is_said(name: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = cortex(name, "--kafka", "127.0.0.1:1", "--redis", "redis://127.0.0.1:1", "--port", port)
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "CORTEX_PORT" in done.stderr

@@ -29,7 +29,8 @@ class Watched:
         self.thread: int | None = None
 
     def encode(self, text: str) -> FloatArray:
-        return self.encode_many([text])[0]
+        row: FloatArray = self.encode_many([text])[0]
+        return row
 
     def encode_many(self, texts: Sequence[str]) -> FloatArray:
         self.batches.append(list(texts))

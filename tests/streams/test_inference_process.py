@@ -39,10 +39,17 @@ class Load:
         self._http = httpx.AsyncClient(base_url=url, timeout=20)
         self._tasks = [asyncio.create_task(self._agent(n)) for n in range(agents)]
 
+    async def __aenter__(self) -> Load:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.finish()
+        await self._http.aclose()
+
     async def finish(self) -> None:
+        """Returns when every agent has its last answer, or was cut off."""
         self._stop.set()
         await asyncio.gather(*self._tasks)
-        await self._http.aclose()
 
     async def _agent(self, number: int) -> None:
         turn = 0
@@ -72,18 +79,18 @@ class Load:
 @pytest.mark.integration
 async def test_swaps_and_sigterm_under_load(settings: Settings) -> None:
     """Thirty versions without a failed request, then SIGTERM without losing anything acknowledged."""
-    worker = spawn_worker("inference", settings).wait_ready()
-    load = Load(worker.url, agents=8)
-    await async_wait_for(lambda: len(load.acknowledged) > 20, what="decisions before the first version")
-    await publish_versions(settings, *(version(settings, n) for n in range(1, 31)))
-    await async_wait_for(lambda: 30 in load.acknowledged.values(), what="decisions by version 30")
-    assert not load.broken
-    assert set(load.statuses) == {200, 202}
-    assert "cortex_weights_refused_total" in worker.get("/metrics").text
+    worker = spawn_worker("inference", settings, shutdown_timeout_s=30).wait_ready()
+    async with Load(worker.url, agents=8) as load:
+        await async_wait_for(lambda: len(load.acknowledged) > 20, what="decisions before the first version")
+        await publish_versions(settings, *(version(settings, n) for n in range(1, 31)))
+        await async_wait_for(lambda: 30 in load.acknowledged.values(), 60, "decisions by version 30")
+        assert not load.broken
+        assert set(load.statuses) == {200, 202}
+        assert "cortex_weights_refused_total" in worker.get("/metrics").text
 
-    worker.signal(signal.SIGTERM)
-    await async_wait_for(lambda: not worker.alive, 10, "the worker to end")
-    await load.finish()
+        worker.signal(signal.SIGTERM)
+        await async_wait_for(lambda: not worker.alive, 40, "the worker to end")
+        await load.finish()
     assert worker.returncode == 0, worker.log_text()
     assert set(load.statuses) <= {200, 202, 503}
 
@@ -108,7 +115,7 @@ async def test_swaps_and_sigterm_under_load(settings: Settings) -> None:
 @pytest.mark.integration
 async def test_alone_against_nothing_it_says_which_address(settings: Settings) -> None:
     address = f"127.0.0.1:{free_port()}"
-    worker = spawn_worker("inference", settings, kafka=address)
+    worker = spawn_worker("inference", settings, kafka=address, shutdown_timeout_s=30)
     async with httpx.AsyncClient(base_url=worker.url) as http:
         await async_wait_for(lambda: _missing(http, address), what="/readyz to name the address")
         assert (await http.get("/healthz")).status_code == 200
@@ -117,7 +124,7 @@ async def test_alone_against_nothing_it_says_which_address(settings: Settings) -
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert address in answer.json()["error"]["message"]
         assert (await http.get("/metrics")).status_code == 200
-    assert worker.stop() == 0
+    assert worker.stop(40) == 0, worker.log_text()
 
 
 async def _missing(http: httpx.AsyncClient, said: str) -> bool:
@@ -131,7 +138,7 @@ async def test_kafka_that_dies_and_comes_back(settings: Settings) -> None:
     await broker.start()
     own = settings.model_copy(update={"kafka": broker.address})
     try:
-        worker = spawn_worker("inference", own, publish_timeout_s=1).wait_ready()
+        worker = spawn_worker("inference", own, publish_timeout_s=1, shutdown_timeout_s=30).wait_ready()
         async with httpx.AsyncClient(base_url=worker.url, timeout=20) as http:
             first = await http.post("/v1/decide", json=body(interaction_id="before"))
             assert first.status_code == 200
@@ -157,7 +164,7 @@ async def test_kafka_that_dies_and_comes_back(settings: Settings) -> None:
             # With an event that nobody will acknowledge any more, SIGTERM ends it in time all the same.
             broker.child.kill()
             assert (await http.post("/v1/decide", json=body(interaction_id="lost"))).status_code == 503
-        assert worker.stop() == 0, worker.log_text()
+        assert worker.stop(40) == 0, worker.log_text()
     finally:
         await broker.stop()
 

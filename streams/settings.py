@@ -95,7 +95,8 @@ class Settings(BaseSettings):
     reward_aggregation: Literal["first", "last", "mean", "min", "max", "sum"] = "last"
     extractor: str | None = None
     """Name of the reader of replies; None: the default one."""
-    joiner_group: str = "cortex-joiner"
+    joiner_group: str = Field(default_factory=lambda known: f"{known['topic_prefix']}-joiner")
+    """Consumer group; <topic_prefix>-joiner, so that two deployments on one Kafka do not share one."""
     join_batch: Count = 500
     """Events per batch, at most."""
 
@@ -105,7 +106,8 @@ class Settings(BaseSettings):
     batch_size: Count = 16
     replay_capacity: Count = 10_000
     publish_interval_s: Positive = 0.5
-    trainer_group: str = "cortex-trainer"
+    trainer_group: str = Field(default_factory=lambda known: f"{known['topic_prefix']}-trainer")
+    """Consumer group; <topic_prefix>-trainer."""
     weights_kept: Count = 4
     """Versions per model that stay readable in the weights topic, for rollback."""
 

@@ -41,8 +41,6 @@ def settings(kafka: str, redis_url: str, tmp_path: Path) -> Iterator[Settings]:
         data=tmp_path,
         topic_prefix=prefix,
         # Else a worker that the test before has killed is a member of this test's groups for a while.
-        joiner_group=f"{prefix}-joiner",
-        trainer_group=f"{prefix}-trainer",
         partitions=2,
         encoder="hashing",
         port=0,

@@ -20,7 +20,7 @@ GAIN = 5.0
 """Log-odds of a content user for one unit of score: a cosine's whole range is worth as much as a strategy."""
 MEMORY_GAMMA = 4.0
 """Of the memories' kernel: paraphrases of one memory share what is learned, memories of one topic do not."""
-PRIOR_PRECISION = 4.0
+PRIOR_PRECISION = 1.0
 """Of each weight of the kernel part, in units of log-odds⁻²."""
 OPTIMISM = 0.1
 """Score that a memory of which nothing is known gets on top: far ones are tried as well."""

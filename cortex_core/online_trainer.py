@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 QUICK = 100.0
 """Learning rate of the calibration's nine numbers, in units of `lr`."""
+GATE = 5.0
+"""Learning rate of the Memory Gate's W, in units of `lr`."""
 RECENT = 64
 """Experiences that two sets of weights are compared on, when learning is suspected to have degraded."""
 
@@ -165,10 +167,17 @@ class OnlineTrainer:
         }
         self._parameters = [p for m in self._modules.values() for p in m.parameters() if p.requires_grad]
         quick = [*estimator.linear.parameters(), estimator.noise]
-        slow = [p for p in self._parameters if all(p is not q for q in quick)]
-        # Nine numbers that calibrate cannot overfit as layers can, and must follow the posteriors.
+        apart = [*quick, gate.weight]
+        slow = [p for p in self._parameters if all(p is not q for q in apart)]
+        # Nine numbers that calibrate cannot overfit as layers can, and must follow the posteriors. W is one
+        # linear map from the identity, whose gradient passes through no other layer.
         self.optimizer = torch.optim.Adam(
-            [{"params": slow, "lr": lr}, {"params": quick, "lr": QUICK * lr}], fused=True
+            [
+                {"params": slow, "lr": lr},
+                {"params": quick, "lr": QUICK * lr},
+                {"params": [gate.weight], "lr": GATE * lr},
+            ],
+            fused=True,
         )
         self._posteriors = Posteriors(selector, gate)
         self._progress = _Progress()
@@ -289,7 +298,7 @@ class OnlineTrainer:
         if not fresh:
             return None
         self._progress.pending.clear()
-        self._progress.interactions += len(fresh)
+        self._progress.interactions += sum(not self._posteriors.knows(e.id) for e in fresh)
         ids = {e.id for e in fresh}
         want = max(self.batch_size - len(fresh), 0)
         replay = [e for e in self.buffer.sample(self.batch_size) if e.id not in ids][:want]

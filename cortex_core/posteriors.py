@@ -17,6 +17,8 @@ from cortex_core.memory_gate import MemoryGate
 from cortex_core.replay_buffer import ReplayEntry
 from cortex_core.strategy_selector import StrategySelector
 
+REPLAY_BATCH = 16
+"""Rows in one step on the gate's V; more at once would overshoot where they are alike."""
 KNOWN = 10_000
 """Ids whose last reward is remembered, to tell an amended reward from a second sample."""
 
@@ -54,6 +56,10 @@ class Posteriors:
         self._known: OrderedDict[str, tuple[float, float]] = OrderedDict()
         # A seed of its own: the same experiences give the same weights.
         self._rng = np.random.default_rng(0)
+
+    def knows(self, entry_id: str) -> bool:
+        """Whether a reply to this interaction was learned from, so that a new one amends it."""
+        return bool(entry_id) and entry_id in self._known
 
     def features(self, entries: Sequence[ReplayEntry], admit: int) -> tuple[Floats, Floats]:
         """(B, M) φ and (B, L) summed ψ; the first `admit` entries may become landmarks."""
@@ -123,10 +129,12 @@ class Posteriors:
         self._replay_gate()
 
     def _replay_gate(self) -> None:
+        for _ in range(self.replay // REPLAY_BATCH if self._ring.used else 0):
+            self._replay_batch()
+
+    def _replay_batch(self) -> None:
         ring = self._ring
-        if not self.replay or not ring.used:
-            return
-        rows = self._rng.integers(ring.used, size=min(self.replay, ring.used))
+        rows = self._rng.integers(ring.used, size=min(REPLAY_BATCH, ring.used))
         phi, psi = ring.phi[rows], ring.psi[rows]
         logit = ring.offset[rows] + self.gate.kernel_logit(phi, psi)
         error = ring.content[rows] - 1.0 / (1.0 + np.exp(-logit))

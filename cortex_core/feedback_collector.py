@@ -123,6 +123,8 @@ class Semantic:
 
     SURE = 0.5
     """Probability from which a sign is taken."""
+    PRAISE_UNWORDED, BLAME_UNWORDED = 0.75, 0.6
+    """The same where no phrase was found: praise is guessed wrong oftener than blame."""
     AGAINST = 0.3
     """Probability of the opposite sign from which nothing is taken."""
 
@@ -137,9 +139,12 @@ class Semantic:
             return written
         p = self.head.probabilities(embedding, pattern_features(hits, cues))
         positive, missed = float(p[0]), float(p[1] + p[2] + p[3])
-        for sure, against, wanted in ((positive, missed, True), (missed, positive, False)):
-            if sure >= self.SURE and against <= self.AGAINST:
-                return Reading(self._signals(p, wanted, written.signals), sure)
+        unworded = ((positive, missed, self.PRAISE_UNWORDED), (missed, positive, self.BLAME_UNWORDED))
+        for praise, (sure, against, at_least) in zip((True, False), unworded, strict=True):
+            least = self.SURE if hits else at_least
+            if sure >= least and against <= self.AGAINST:
+                trust = 1.0 if hits else 0.8  # as measured on replies without a phrase
+                return Reading(self._signals(p, praise, written.signals), trust * sure)
         return Reading([], min(UNSURE, 1.0 - max(positive, missed)))
 
     def _signals(

@@ -101,16 +101,19 @@ class TestReading:
     def test_it_reads_complaints_and_praise_without_a_keyword(self, encoder: TextEncoder) -> None:
         semantic, patterns = FeedbackCollector("semantic-1"), FeedbackCollector("patterns-1")
         for text, wanted in (
-            ("I rang them and they have no idea who I am", -1),
-            ("The file is still not there", -1),
-            ("You did not read a word of what I wrote", -1),
-            ("It printed on the first attempt", 1),
+            ("You keep skipping the second question", -1),
+            ("The file I asked about is not in there", -1),
+            ("I went there and the place had burned down, useless trip", -1),
         ):
             feedback = semantic.extract(text, embedding=encoder.encode(text))
             assert np.sign(feedback.reward) == wanted, text
             assert feedback.explicit, text
-        blind = patterns.extract("I rang them and they have no idea who I am")
-        assert not blind.explicit
+        assert not patterns.extract("You keep skipping the second question").explicit
+
+    def test_what_it_cannot_judge_it_does_not_praise(self, encoder: TextEncoder) -> None:
+        semantic = FeedbackCollector("semantic-1")
+        for text in ("The meal arrived stone cold", "They hung up on me", "Half of the rows have vanished"):
+            assert semantic.extract(text, embedding=encoder.encode(text)).reward <= 0.1, text
 
     def test_a_bare_next_request_stays_engagement(self, encoder: TextEncoder) -> None:
         semantic = FeedbackCollector("semantic-1")
@@ -152,4 +155,4 @@ class TestReading:
 
     def test_thresholds_leave_doubtful_replies_unread(self) -> None:
         assert Semantic.SURE >= 0.5
-        assert Semantic.AGAINST < Semantic.SURE
+        assert Semantic.AGAINST < Semantic.SURE < Semantic.BLAME_UNWORDED < Semantic.PRAISE_UNWORDED

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cortex_core.errors import ConfigError, DimensionError
+from cortex_core.landmarks import Floats
 
 Action = Literal["proceed", "hedge", "escalate"]
 
@@ -29,13 +30,14 @@ class ContextSummary:
     """What the decision itself looked like, before anyone replied: the estimator's second input."""
 
     content_logit: float = 0.0
-    """log-odds of a content user that the reward model predicts for this strategy and these memories"""
+    """log-odds of a content user that the reward model predicts for this strategy"""
     strategy_margin: float = 0.0
     """predicted probability of the chosen strategy minus that of the best other one"""
     strategy_uncertainty: float = 1.0
     """posterior standard deviation of the chosen strategy, 1 where nothing is known"""
+    memory_logit: float = 0.0
+    """what was learned about the retrieved memories adds to these log-odds"""
     top_memory_score: float = 0.0
-    mean_memory_score: float = 0.0
     memory_margin: float = 0.0
     """lowest retrieved score minus the highest one passed over"""
     memory_count: float = 0.0
@@ -96,6 +98,31 @@ class ConfidenceEstimator(nn.Module):
         hidden = self.dropout(F.gelu(self.hidden(torch.cat([situation, context], dim=-1))))
         out: Tensor = (self.linear(context) + self.out(hidden)).squeeze(-1)
         return out
+
+    @torch.no_grad()
+    def fit(self, context: Floats, content: Floats, weight: Floats, *, steps: int = 2) -> None:
+        """Newton steps on the linear part: Platt's scaling of decisions whose replies are known (Platt 1999).
+
+        The contexts are those logged at decision time, so that the fit is on predictions made before their
+        replies. A ridge of 1 on (n, 7) contexts holds it near no effect until there are enough.
+
+        Args:
+            content: (n,) 1 where the reply was positive; weight: (n,) its sureness.
+        """
+        x = np.concatenate([context, np.ones((len(context), 1), np.float32)], axis=1).astype(np.float64)
+        theta = np.append(self.linear.weight.numpy()[0], self.linear.bias.numpy()).astype(np.float64)
+        epsilon = float(self.reply_noise())
+        for _ in range(steps):
+            p = 1.0 / (1.0 + np.exp(-np.clip(x @ theta, -30.0, 30.0)))
+            reply = epsilon + (1.0 - 2.0 * epsilon) * p
+            slope = (1.0 - 2.0 * epsilon) * p * (1.0 - p)
+            # Fisher scoring for a Bernoulli reply whose probability is an affine function of σ(xᵀθ).
+            score = weight * (content - reply) * slope / (reply * (1.0 - reply))
+            information = weight * slope**2 / (reply * (1.0 - reply))
+            hessian = (x * information[:, None]).T @ x + np.eye(x.shape[1])
+            theta += np.clip(np.linalg.solve(hessian, x.T @ score - theta), -1.0, 1.0)
+        self.linear.weight.copy_(torch.from_numpy(theta[None, :-1]).float())
+        self.linear.bias.copy_(torch.from_numpy(theta[-1:]).float())
 
     def reply_noise(self) -> Tensor:
         """() ε in (0, 0.2): the share of replies that say the opposite of what the user thinks."""

@@ -171,13 +171,21 @@ class MemoryGate(nn.Module):
         return out
 
     def condition(
-        self, phi: Floats, psi: Floats, gradient: Floats, curvature: Floats, *, fresh: bool
+        self,
+        phi: Floats,
+        psi: Floats,
+        gradient: Floats,
+        curvature: Floats,
+        *,
+        fresh: bool,
+        share: float = 0.0,
     ) -> None:
         """A step on V: the diagonal Laplace posterior of Chapelle & Li 2011, algorithm 3, batch by batch.
 
         Args:
             phi: (B, M); psi: (B, L) summed over a slate.
             gradient: (B,) of the log-likelihood by the logit, weighted.
+            share: of all experiences that this batch is; so much of the prior pulls as well.
             curvature: (B,) of minus it; counted only for `fresh` replies, so that replay adds no certainty.
         """
         with torch.no_grad():
@@ -188,6 +196,8 @@ class MemoryGate(nn.Module):
                 self.precision.copy_(torch.from_numpy(precision))
                 self._seen = (id(self.precision), self.precision._version)
             step = phi.T @ (gradient[:, None] * psi)
+            if share:
+                step -= (share * PRIOR_PRECISION) * self.kernel_weight.numpy()
             self.kernel_weight += torch.from_numpy((step / (PRIOR_PRECISION + precision)).astype(np.float32))
 
     def _precision(self) -> Floats:

@@ -208,11 +208,11 @@ def summarize(belief: Belief, index: int, slate: Slate) -> ContextSummary:
     others = float(np.delete(belief.mean, index).max()) if len(belief.mean) > 1 else chosen
     scores = slate.scores
     return ContextSummary(
-        content_logit=math.log(chosen / (1.0 - chosen)) + slate.logit,
+        content_logit=math.log(chosen / (1.0 - chosen)),
         strategy_margin=chosen - others,
         strategy_uncertainty=float(belief.deviation[index]),
+        memory_logit=slate.logit,
         top_memory_score=max(scores, default=0.0),
-        mean_memory_score=float(np.mean(scores)) if scores else 0.0,
         memory_margin=min(scores) - slate.best_passed if scores and slate.best_passed is not None else 0.0,
         memory_count=len(scores) / (len(scores) + 3.0),
     )

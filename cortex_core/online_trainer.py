@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 QUICK = 100.0
-"""Learning rate of the calibration's nine numbers, in units of `lr`."""
+"""Learning rate of the share of misleading replies, in units of `lr`."""
 GATE = 5.0
 """Learning rate of the Memory Gate's W, in units of `lr`."""
 RECENT = 64
@@ -166,11 +166,11 @@ class OnlineTrainer:
             "estimator": estimator,
         }
         self._parameters = [p for m in self._modules.values() for p in m.parameters() if p.requires_grad]
-        quick = [*estimator.linear.parameters(), estimator.noise]
+        quick = [estimator.noise]
         apart = [*quick, gate.weight]
         slow = [p for p in self._parameters if all(p is not q for q in apart)]
-        # Nine numbers that calibrate cannot overfit as layers can, and must follow the posteriors. W is one
-        # linear map from the identity, whose gradient passes through no other layer.
+        # One number cannot overfit as layers can. W is one linear map from the identity, whose gradient
+        # passes through no other layer.
         self.optimizer = torch.optim.Adam(
             [
                 {"params": slow, "lr": lr},
@@ -179,7 +179,7 @@ class OnlineTrainer:
             ],
             fused=True,
         )
-        self._posteriors = Posteriors(selector, gate)
+        self._posteriors = Posteriors(selector, gate, estimator)
         self._progress = _Progress()
         self._recent: deque[ReplayEntry] = deque(maxlen=RECENT)
         self._good = GoodWeights(weights_of(self._modules))

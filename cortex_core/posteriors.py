@@ -6,17 +6,20 @@ keeps is a cache: everything that decisions need is in the model's buffers.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from cortex_core.confidence_estimator import ConfidenceEstimator
 from cortex_core.landmarks import Floats
 from cortex_core.memory_gate import MemoryGate
 from cortex_core.replay_buffer import ReplayEntry
 from cortex_core.strategy_selector import StrategySelector
 
+CALIBRATED = 600
+"""Latest decisions that the confidence is calibrated on."""
 REPLAY_BATCH = 16
 """Rows in one step on the gate's V; more at once would overshoot where they are alike."""
 KNOWN = 10_000
@@ -48,12 +51,21 @@ class FeatureReplay:
 class Posteriors:
     """Conditions selector and gate on replies, and replays them for the gate."""
 
-    def __init__(self, selector: StrategySelector, gate: MemoryGate, *, replay: int = 64) -> None:
+    def __init__(
+        self,
+        selector: StrategySelector,
+        gate: MemoryGate,
+        estimator: ConfidenceEstimator,
+        *,
+        replay: int = 64,
+    ) -> None:
+        self.estimator = estimator
         self.selector = selector
         self.gate = gate
         self.replay = replay
         self._ring = FeatureReplay(selector.landmarks.size, gate.landmarks.size)
         self._known: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._contexts: deque[tuple[list[float], float, float]] = deque(maxlen=CALIBRATED)
         # A seed of its own: the same experiences give the same weights.
         self._rng = np.random.default_rng(0)
 
@@ -122,11 +134,16 @@ class Posteriors:
                 continue
             if w > 0.0:
                 self.selector.condition(phi[row], strategy[row], y - float(predicted[row]), w)
+                if entry.context:
+                    self._contexts.append((entry.context, y, w))
                 if psi[row].any():
                     self._ring.add(phi[row], psi[row], float(offset[row]), y, w)
         spread = predicted * (1.0 - predicted)
         self.gate.condition(phi, psi, weight * (content - predicted), weight * spread, fresh=True)
         self._replay_gate()
+        if self._contexts:
+            contexts, replies, weights = zip(*self._contexts, strict=True)
+            self.estimator.fit(*(np.array(values, np.float32) for values in (contexts, replies, weights)))
 
     def _replay_gate(self) -> None:
         for _ in range(self.replay // REPLAY_BATCH if self._ring.used else 0):
@@ -139,7 +156,8 @@ class Posteriors:
         logit = ring.offset[rows] + self.gate.kernel_logit(phi, psi)
         error = ring.content[rows] - 1.0 / (1.0 + np.exp(-logit))
         nothing = np.zeros(len(rows), np.float32)
-        self.gate.condition(phi, psi, ring.weight[rows] * error, nothing, fresh=False)
+        share = len(rows) / ring.used
+        self.gate.condition(phi, psi, ring.weight[rows] * error, nothing, fresh=False, share=share)
 
 
 def chosen_mean(selector: StrategySelector, phi: Floats, strategy: Sequence[int]) -> torch.Tensor:

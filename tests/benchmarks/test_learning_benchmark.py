@@ -35,9 +35,7 @@ def final(block: dict[str, Any], metric: str) -> dict[str, float]:
 
 def test_every_bandit_beats_chance_and_none_the_ceiling(tmp_path: Path) -> None:
     plot = tmp_path / "curves.png"
-    flags = ("--task", "strategy", "--steps", "300", "--noise", "0", "--oracle-replies", "--plot", str(plot))
-    out = report(tmp_path, *flags)
-    assert set(out["tasks"]) == {"strategy", "strategy_oracle"}
+    out = report(tmp_path, "--task", "strategy", "--steps", "300", "--noise", "0", "--plot", str(plot))
     accuracy = final(out["tasks"]["strategy"], "accuracy_final")
     chance, ceiling = accuracy.pop("uniform"), accuracy.pop("full labels")
     assert 0.2 < chance < 0.47
@@ -55,6 +53,15 @@ def test_every_bandit_beats_chance_and_none_the_ceiling(tmp_path: Path) -> None:
     assert spread["mean"] == pytest.approx(np.mean(spread["values"]), abs=1e-3)
     assert len(ours["curve"]["steps"]) == len(ours["curve"]["mean"]) == len(ours["curve"]["std"])
     assert out["settings"]["source"] == "generated"
+
+
+def test_replies_read_perfectly_are_a_second_block(tmp_path: Path) -> None:
+    flags = ("--task", "strategy", "--steps", "600", "--only", "uniform,kernel UCB", "--oracle-replies")
+    tasks_ = report(tmp_path, *flags)["tasks"]
+    assert set(tasks_) == {"strategy", "strategy_oracle"}
+    read, perfect = (final(tasks_[key], "accuracy_final") for key in ("strategy", "strategy_oracle"))
+    assert read["uniform"] == perfect["uniform"]
+    assert perfect["kernel UCB"] > read["kernel UCB"]
 
 
 def test_retrieval_by_cosine_beats_chance_and_feedback_beats_cosine() -> None:

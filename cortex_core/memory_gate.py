@@ -22,6 +22,8 @@ MEMORY_GAMMA = 4.0
 """Of the memories' kernel: paraphrases of one memory share what is learned, memories of one topic do not."""
 PRIOR_PRECISION = 1.0
 """Of each weight of the kernel part, in units of log-odds⁻²."""
+SHRINKAGE = 0.1
+"""Precision with which replay pulls V to zero, so that going over replies again does not overfit them."""
 OPTIMISM = 0.1
 """Score that a memory of which nothing is known gets on top: far ones are tried as well."""
 TEMPERATURE = 0.02
@@ -197,7 +199,7 @@ class MemoryGate(nn.Module):
                 self._seen = (id(self.precision), self.precision._version)
             step = phi.T @ (gradient[:, None] * psi)
             if share:
-                step -= (share * PRIOR_PRECISION) * self.kernel_weight.numpy()
+                step -= (share * SHRINKAGE) * self.kernel_weight.numpy()
             self.kernel_weight += torch.from_numpy((step / (PRIOR_PRECISION + precision)).astype(np.float32))
 
     def _precision(self) -> Floats:

@@ -93,6 +93,8 @@ class Losses:
     """(B,) predicted log-odds of a content user"""
     offset: Tensor
     """(B,) the same without the gate's kernel part"""
+    mean: Tensor
+    """(B,) the selector's own estimate of P(content), whatever the memories"""
 
 
 @dataclass(slots=True)
@@ -320,7 +322,9 @@ class OnlineTrainer:
         reward = (weight * nll).sum() / total
         confidence = self.estimator.reply_probability(self.estimator(situation, batch.context))
         calibration = self.calibration(confidence, content, weight * batch.has_context)
-        return Losses(reward + 0.5 * calibration, reward, calibration, logit.detach(), offset.detach())
+        return Losses(
+            reward + 0.5 * calibration, reward, calibration, logit.detach(), offset.detach(), mean.detach()
+        )
 
     def restore_best(self) -> None:
         """Back to the last good weights; the optimizer forgets its momentum, which led away from them."""
@@ -390,6 +394,7 @@ class OnlineTrainer:
                     entries[:fresh],
                     phi[:fresh],
                     psi[:fresh],
+                    mean=losses.mean[:fresh].numpy(),
                     predicted=torch.sigmoid(losses.logit[:fresh]).numpy(),
                     offset=losses.offset[:fresh].numpy(),
                     strategy=batch.strategy[:fresh].tolist(),

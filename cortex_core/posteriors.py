@@ -107,6 +107,7 @@ class Posteriors:
         phi: Floats,
         psi: Floats,
         *,
+        mean: Floats,
         predicted: Floats,
         offset: Floats,
         strategy: Sequence[int],
@@ -116,6 +117,8 @@ class Posteriors:
         """On fresh replies, in their order.
 
         Args:
+            mean: (B,) P(content) of the strategy, averaged over the memories that go with it: what the
+                selector estimates. Explaining a reply by its memories first made it follow the gate's early errors.
             predicted: (B,) P(content) of the whole answer before these replies.
             offset: (B,) log-odds of it without the gate's kernel part.
             weight: (B,) sureness of each reply.
@@ -133,7 +136,7 @@ class Posteriors:
                 self.selector.amend(phi[row], strategy[row], change, max(w, before[1]))
                 continue
             if w > 0.0:
-                self.selector.condition(phi[row], strategy[row], y - float(predicted[row]), w)
+                self.selector.condition(phi[row], strategy[row], y - float(mean[row]), w)
                 if entry.context:
                     self._contexts.append((entry.context, y, w))
                 if psi[row].any():

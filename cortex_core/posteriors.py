@@ -117,8 +117,8 @@ class Posteriors:
         """On fresh replies, in their order.
 
         Args:
-            mean: (B,) P(content) of the strategy, averaged over the memories that go with it: what the
-                selector estimates. Explaining a reply by its memories first made it follow the gate's early errors.
+            mean: (B,) P(content) of the strategy, averaged over the memories that go with it, which is what
+                the selector estimates: explaining replies by memories first made it follow the gate's errors.
             predicted: (B,) P(content) of the whole answer before these replies.
             offset: (B,) log-odds of it without the gate's kernel part.
             weight: (B,) sureness of each reply.

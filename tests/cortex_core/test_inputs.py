@@ -18,7 +18,8 @@ def test_hashing_keeps_similar_texts_close_in_every_process() -> None:
     encoder = HashingEncoder(128)
     a, b, c = encoder.encode_many(["reset my password", "please reset the password", "book a flight to Oslo"])
     assert np.linalg.norm(a) == pytest.approx(1.0, abs=1e-5)
-    assert a @ b > 0.5 > 0.3 > a @ c
+    assert a @ b > 0.5
+    assert a @ c < 0.3
     code = (
         "from cortex_core.text_encoder import HashingEncoder; "
         "print(HashingEncoder(128).encode('reset my password').tobytes().hex())"

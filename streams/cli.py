@@ -7,6 +7,7 @@ end a command with one line and exit code 2, a server that does not answer with 
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -131,9 +132,15 @@ def worker_command(name: str, default_port: int, what: str) -> None:
             topic_prefix=topic_prefix,
             log_level=log_level,
             log_format=log_format,
-        ).resolved()
+        )
+        if name != "inference":  # which needs no Redis, and finds Kafka by itself
+            settings = settings.resolved()
         if "port" not in settings.model_fields_set:
             settings = settings.model_copy(update={"port": default_port})
+        # Read by BLAS when numpy is first imported, which is now. With a thread for each core, workers that
+        # share a machine wait for each other's: a decision then costs three times as much.
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(variable, str(settings.torch_threads))
         importlib.import_module(f"streams.{name}").main(settings)
 
     app.command(name, help=f"{what} HTTP port {default_port} unless set.")(command)

@@ -120,6 +120,7 @@ class Settings(BaseSettings):
     """Silence after which a dead trainer's partitions go to another. Brokers allow no less than 6 s unless
     their `group.min.session.timeout.ms` says so."""
     torch_threads: Count = 1
+    """Threads of torch and of BLAS in each worker process."""
 
     @field_validator("redis_url")
     @classmethod

@@ -58,8 +58,8 @@ def at_marks(values: Floats, name: str) -> dict[str, float]:
 
 
 def strategy_figures(run: Run) -> dict[str, float | None]:
-    """Accuracy of the strategy."""
-    return {**at_marks(run.right, "accuracy")}
+    """Accuracy of the strategy, and how well the confidence foretells it."""
+    return {**at_marks(run.right, "accuracy"), **_calibration(run)}
 
 
 def memory_figures(run: Run) -> dict[str, float | None]:
@@ -70,12 +70,8 @@ def memory_figures(run: Run) -> dict[str, float | None]:
 def confidence_figures(run: Run) -> dict[str, float | None]:
     """Calibration over the last steps against true contentment, and what knowing its chance would give."""
     content, chance = run.content[-LAST:], run.chance[-LAST:]
-    confidence = run.confidence[-LAST:]
-    known = not np.isnan(confidence).any()
     return {
-        "ece": expected_calibration_error(confidence, content) if known else None,
-        "brier": brier_score(confidence, content) if known else None,
-        "auroc": auroc(confidence, content) if known else None,
+        **_calibration(run),
         "brier_of_true_chance": brier_score(chance, content),
         "auroc_of_true_chance": auroc(chance, content),
         "content_final": window_mean(run.content, len(run.content), FINAL),
@@ -195,6 +191,17 @@ def plot(blocks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
+
+
+def _calibration(run: Run) -> dict[str, float | None]:
+    content, confidence = run.content[-LAST:], run.confidence[-LAST:]
+    if np.isnan(confidence).any():
+        return {"ece": None, "brier": None, "auroc": None}
+    return {
+        "ece": expected_calibration_error(confidence, content),
+        "brier": brier_score(confidence, content),
+        "auroc": auroc(confidence, content),
+    }
 
 
 def _mean(values: Floats) -> float:

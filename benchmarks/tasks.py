@@ -23,9 +23,9 @@ World = Literal["strategy", "memory", "combined"]
 
 MEMORY_CHANCE = (0.05, 0.35, 0.7, 0.95)
 """memory: P(content) with 0, 1, 2, 3 helpful memories among the three"""
-COMBINED_CHANCE = (0.4, 0.75, 0.9, 0.97)
+COMBINED_CHANCE = (0.6, 0.85, 0.95, 0.98)
 """combined: the same where the strategy is the preferred one"""
-WRONG_STRATEGY_CHANCE = 0.05
+WRONG_STRATEGY_CHANCE = 0.03
 """combined: P(content) where it is not"""
 NO_REPLY = 2 / 3
 """Share of the users silent about the answer who send nothing; the others go on about something else."""

@@ -47,7 +47,7 @@ def test_every_bandit_beats_chance_and_none_the_ceiling(tmp_path: Path) -> None:
     block = out["tasks"]["strategy"]
     ours = block["learners"]["cortex"]
     assert ours["ratio"] == 1.0
-    assert set(ours["metrics"]) == {"accuracy_100", "accuracy_300", "accuracy_final"}
+    assert set(ours["metrics"]) == {"accuracy_100", "accuracy_300", "accuracy_final", "ece", "brier", "auroc"}
     spread = ours["metrics"]["accuracy_final"]
     assert len(spread["values"]) == 1
     assert spread["mean"] == pytest.approx(np.mean(spread["values"]), abs=1e-3)

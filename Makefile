@@ -42,7 +42,7 @@ format: $(SETUP)  ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(SETUP_BENCH)  ## Measure quality and speed; rewrites the tables of docs/benchmarks.md
+bench: $(SETUP_BENCH)  ## Measure quality and speed, beside peers (ARGS='feedback'; see benchmarks/README.md)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 constraints: $(SETUP)  ## Bring constraints.txt up to date with pyproject.toml and the newest releases

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from cortex_core import checkpoints
@@ -30,6 +30,7 @@ from cortex_core.errors import ConfigError
 from cortex_core.landmarks import Floats
 from cortex_core.memory_gate import GAIN, MemoryGate
 from cortex_core.metadata import metadata_features
+from cortex_core.online_update import InteractionOutcome, Losses, OnlineUpdate
 from cortex_core.posteriors import Posteriors, chosen_mean
 from cortex_core.replay_buffer import ReplayEntry, ReplayStore
 from cortex_core.situation_encoder import SituationEncoder
@@ -37,7 +38,7 @@ from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.strategy_selector import StrategySelector
 
 if TYPE_CHECKING:
-    from cortex_core.feedback_collector import FeedbackCollector, FeedbackSignal
+    from cortex_core.feedback_collector import FeedbackCollector
     from cortex_core.model import CortexModel
 
 
@@ -47,54 +48,6 @@ GATE = 5.0
 """Learning rate of the Memory Gate's W, in units of `lr`."""
 RECENT = 64
 """Experiences that two sets of weights are compared on, when learning is suspected to have degraded."""
-
-
-@dataclass(frozen=True, slots=True)
-class OnlineUpdate:
-    """One training step, as metrics want it."""
-
-    update: int
-    """number of this step since birth"""
-    loss: float
-    strategy_loss: float
-    confidence_loss: float
-    ema_loss: float
-    grad_norm: float
-    """before clipping"""
-    fresh: int
-    """experiences trained on for the first time"""
-    replayed: int
-    skipped: bool = False
-    """the loss or a gradient was not finite, and the weights are as before"""
-    rolled_back: bool = False
-    """the step ended in going back to the last good weights"""
-
-
-@dataclass(frozen=True, slots=True)
-class InteractionOutcome:
-    """What a user's reply was taken to mean."""
-
-    entry: ReplayEntry
-    reward: float
-    signals: Sequence[FeedbackSignal]
-    update: OnlineUpdate | None
-    """the training step this interaction completed, if it did"""
-
-
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """Of one batch."""
-
-    total: Tensor
-    reward: Tensor
-    """of strategy and memories, which explain one reward together"""
-    calibration: Tensor
-    logit: Tensor
-    """(B,) predicted log-odds of a content user"""
-    offset: Tensor
-    """(B,) the same without the gate's kernel part"""
-    mean: Tensor
-    """(B,) the selector's own estimate of P(content), whatever the memories"""
 
 
 @dataclass(slots=True)

@@ -28,7 +28,8 @@ from safetensors.torch import load, save
 
 from cortex_core.errors import WeightsError
 from cortex_core.model import CortexModel, ModelConfig
-from cortex_core.online_trainer import OnlineTrainer, OnlineUpdate
+from cortex_core.online_trainer import OnlineTrainer
+from cortex_core.online_update import OnlineUpdate
 from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry, ReplayStore
 from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.weights import WeightsSnapshot

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 if TYPE_CHECKING:
-    from cortex_core.online_trainer import OnlineUpdate
+    from cortex_core.online_update import OnlineUpdate
     from cortex_core.weights import WeightsManifest
 
 MODELS_NAMED = 100

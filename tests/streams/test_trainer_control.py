@@ -12,7 +12,8 @@ import torch
 from aiokafka import AIOKafkaProducer
 
 from cortex_core.errors import WeightsError
-from cortex_core.online_trainer import OnlineTrainer, OnlineUpdate
+from cortex_core.online_trainer import OnlineTrainer
+from cortex_core.online_update import OnlineUpdate
 from cortex_core.replay_buffer import ReplayEntry
 from streams.connections import kafka_client_options
 from streams.control import send_control

@@ -189,12 +189,16 @@ class JointTrainer:
         It leaves the means where the head has them and takes away the doubt around them, so that the first
         noisy replies after deployment move what was learned from labels by as little as they should.
         """
-        prior = self.selector.prior(self.encoder(data.message, data.history, data.metadata)).numpy()
-        for message, row, strategy, outcome in zip(
-            data.message.numpy(), prior, data.strategy.tolist(), data.outcome.tolist(), strict=True
+        situations = self.encoder(data.message, data.history, data.metadata)
+        rows = (data.message.numpy(), situations.numpy(), self.selector.prior(situations).numpy())
+        for message, situation, row, strategy, outcome in zip(
+            *rows, data.strategy.tolist(), data.outcome.tolist(), strict=True
         ):
-            self.selector.landmarks.admit(message)
-            phi = self.selector.features(message[None])[0]
+            met = self.selector.kernel_input(message, situation)
+            if met is None:
+                return
+            self.selector.landmarks.admit(met)
+            phi = self.selector.features(met[None])[0]
             labels = (
                 {strategy: outcome}
                 if outcome < 0.5

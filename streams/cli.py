@@ -84,7 +84,7 @@ def up(
 @app.command()
 def demo(
     seconds: Annotated[float, typer.Option(help="How long the users talk.")] = 90.0,
-    rate: Annotated[float, typer.Option(help="Interactions a second.")] = 15.0,
+    rate: Annotated[float, typer.Option(help="Interactions a second.")] = 18.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same users and requests.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Figures as JSON.")] = None,
     plot_file: Annotated[

@@ -38,7 +38,7 @@ from streams.settings import Settings
 from streams.stack import Stack
 from streams.topics import Topics
 
-RATE = 15.0
+RATE = 18.0
 """Interactions a second, each asked of the learning model and of the control; two cores hold it."""
 SECONDS = 90.0
 DRAIN_S = 30.0

@@ -14,7 +14,6 @@ the model_id and what the action is about: were it the model_id alone, a later p
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from aiokafka import AIOKafkaProducer
 from cortex_core.errors import InputError, WeightsError
 from streams.connections import kafka_client_options
 from streams.events import ControlEvent, new_id, parse, utc_now
-from streams.follow import TopicFollower
+from streams.follow import StateFollower
 from streams.settings import Settings
 from streams.topics import Topics, create_topics
 from streams.weights_log import WeightsFollower
@@ -89,7 +88,7 @@ NO_CONTROL = Control()
 OnControl = Callable[[str, Control], Awaitable[None]]
 
 
-class ControlFollower:
+class ControlFollower(StateFollower):
     """Knows what operators want of every model, and tells when it changes.
 
     What cannot be read is counted in `refused` and logged; the state stays.
@@ -107,13 +106,10 @@ class ControlFollower:
             on_control: awaited with the model_id and its new state after each event, from the first one on.
             on_state: told why Kafka does not answer, or None when it does.
         """
-        self.caught_up = asyncio.Event()
-        """Set once all that stood in the topic at the start has been read."""
+        super().__init__(settings, Topics.of(settings).control, on_state)
         self.refused = 0
         self._on_control = on_control
         self._of: dict[str, Control] = {}
-        self._topic = TopicFollower(settings, Topics.of(settings).control, self._handle, on_state=on_state)
-        self._starting: asyncio.Task[None] | None = None
 
     def of(self, model_id: str) -> Control:
         """What is wanted of this model."""
@@ -122,33 +118,6 @@ class ControlFollower:
     def models(self) -> list[str]:
         """Ids of the models that something was ever asked of."""
         return sorted(self._of)
-
-    async def start(self) -> None:
-        """Begins to read; the broker need not answer yet."""
-        await self._topic.start()
-        self._starting = asyncio.create_task(self._start())
-
-    async def stop(self) -> None:
-        """Ends reading; safe to call twice."""
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.gather(self._starting, return_exceptions=True)
-        await self._topic.stop()
-
-    async def __aenter__(self) -> ControlFollower:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    async def catch_up(self) -> None:
-        """Returns when every event sent before this call is known."""
-        await self._topic.catch_up()
-
-    async def _start(self) -> None:
-        await self._topic.catch_up()
-        self.caught_up.set()
 
     async def _handle(self, records: list[Any]) -> None:
         for record in records:

@@ -12,11 +12,12 @@ where the topic ends with where reading stands and opens a new client. It knows 
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -230,3 +231,45 @@ class TopicFollower:
         say("unreachable", topic=self.partition.topic, why=why)
         self._away = True
         self._on_state(why)
+
+
+class StateFollower(abc.ABC):
+    """What a one-partition topic adds up to, kept up to date: the life that all such followers share."""
+
+    def __init__(self, settings: Settings, topic: str, on_state: Callable[[str | None], None] | None) -> None:
+        self.settings = settings
+        self.caught_up = asyncio.Event()
+        """Set once all that stood in the topic at the start has been read."""
+        self._topic = TopicFollower(settings, topic, self._handle, on_state=on_state)
+        self._starting: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begins to read; the broker need not answer yet."""
+        await self._topic.start()
+        self._starting = asyncio.create_task(self._start())
+
+    async def stop(self) -> None:
+        """Ends reading; safe to call twice."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        await self._topic.stop()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def catch_up(self) -> None:
+        """Returns when everything committed before this call is known."""
+        await self._topic.catch_up()
+
+    async def _start(self) -> None:
+        await self._topic.catch_up()
+        self.caught_up.set()
+
+    @abc.abstractmethod
+    async def _handle(self, records: list[Any]) -> None:
+        """See `Handle`."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from pydantic import ValidationError
 from cortex_core.errors import CortexError, WeightsError
 from cortex_core.weights import WeightsManifest, WeightsSnapshot
 from streams.events import describe
-from streams.follow import TopicFollower, reading
+from streams.follow import StateFollower, reading
 from streams.settings import Settings
 from streams.topics import Topics
 
@@ -187,7 +187,7 @@ def _version(record: Any) -> int:
     return int(header)
 
 
-class WeightsFollower:
+class WeightsFollower(StateFollower):
     """Knows the newest complete, valid version of every model, and tells when a newer one comes.
 
     Versions of a model only ever grow; an older or equal one is ignored. A version that is incomplete,
@@ -219,9 +219,7 @@ class WeightsFollower:
             keep_resume: whether `resume` is to be kept; for trainers.
             is_own: whether this process published a version: no model is built to check it, none handed over.
         """
-        self.settings = settings
-        self.caught_up = asyncio.Event()
-        """Set once all that stood in the topic at the start has been read."""
+        super().__init__(settings, Topics.of(settings).weights, on_state)
         self.refused: Counter[str] = Counter()
         """Versions refused, by reason: incomplete, damaged, unusable."""
         self._on_version = on_version
@@ -232,31 +230,6 @@ class WeightsFollower:
         self._waiting: dict[str, tuple[WeightsSnapshot, CortexModel]] = {}
         self._telling = asyncio.Lock()
         self._assembler = Assembler()
-        self._topic = TopicFollower(settings, Topics.of(settings).weights, self._handle, on_state=on_state)
-        self._starting: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Begins to read; the broker need not answer yet."""
-        await self._topic.start()
-        self._starting = asyncio.create_task(self._start())
-
-    async def stop(self) -> None:
-        """Ends reading; safe to call twice."""
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.gather(self._starting, return_exceptions=True)
-        await self._topic.stop()
-
-    async def __aenter__(self) -> WeightsFollower:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-
-    async def catch_up(self) -> None:
-        """Returns when every version committed before this call is known."""
-        await self._topic.catch_up()
 
     def models(self) -> list[str]:
         """Ids of the models that have a version."""
@@ -301,14 +274,13 @@ class WeightsFollower:
         raise WeightsError(f"weights {model_id} v{version} were overwritten meanwhile; take a newer version")
 
     async def _start(self) -> None:
-        await self._topic.catch_up()
-        self.caught_up.set()
+        await super()._start()
         waiting, self._waiting = self._waiting, {}
         for snapshot, model in waiting.values():
             await self._tell(snapshot, model)
         log.info("weights log read", models=len(self._kept), refused=dict(self.refused))
 
-    async def _handle(self, records: Sequence[Any]) -> None:
+    async def _handle(self, records: list[Any]) -> None:
         for record in records:
             try:
                 whole = self._assembler.add(record)

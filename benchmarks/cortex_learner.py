@@ -59,7 +59,7 @@ class CortexLearner:
         self._buffer = ReplayBuffer(rng=seed) if self._ablation.replay else _Forgetful(rng=seed)
         self._trainer = OnlineTrainer.for_model(self._learning, buffer=self._buffer)
         if not self._ablation.replay:
-            self._trainer._posteriors.replay = 0  # the trainer's own replay of kernel features
+            self._trainer._posteriors.replay = False  # the trainer's own replay of kernel features
         if not self._ablation.soft_ece:
             self._trainer.calibration.ece_weight = 0.0
         self._version = 0

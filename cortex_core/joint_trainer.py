@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator
 from cortex_core.errors import ConfigError, InputError
-from cortex_core.memory_gate import GAIN, MemoryGate, Slate
+from cortex_core.memory_gate import MemoryGate, Slate
 from cortex_core.metadata import metadata_features
 from cortex_core.model import CortexModel, summarize
 from cortex_core.replay_buffer import FloatArray, as_float32
@@ -237,14 +237,14 @@ class JointTrainer:
     def _contexts(self, situation: Tensor, scores: Tensor, data: _Data, top_k: int = 3) -> Tensor:
         """(B, 7) summaries of the decisions that the present weights would make with the given strategies."""
         prior = self.selector.prior(situation)
-        learned = self.gate.learned_scores(situation, data.memories)
         rows = []
         for i in range(len(prior)):
             belief = Belief(prior[i].numpy(), np.ones(prior.shape[1], np.float32), prior[i].numpy())
             inside = data.mask[i] > 0
             order = scores[i][inside].argsort(descending=True)
             ranked = scores[i][inside][order].tolist()
-            logit = GAIN * float(learned[i][inside][order][:top_k].sum())
+            best = scores[i][inside][order][:top_k]
+            logit = float(self.gate.log_odds(best, torch.ones(len(best))))
             passed = ranked[top_k] if len(ranked) > top_k else None
             slate = Slate(order[:top_k].tolist(), ranked[:top_k], [], logit, passed)
             rows.append(summarize(belief, int(data.strategy[i]), slate).to_tensor())

@@ -16,18 +16,19 @@ from torch.nn import functional as F
 from cortex_core.errors import ConfigError, DimensionError
 from cortex_core.landmarks import Floats, Landmarks
 
-GAIN = 5.0
-"""Log-odds of a content user for one unit of score: a cosine's whole range is worth as much as a strategy."""
+GAIN = 2.0
+"""Log-odds of a content user for one unit of score, a cosine's whole range: what the gate believes at birth."""
 MEMORY_GAMMA = 4.0
 """Of the memories' kernel: paraphrases of one memory share what is learned, memories of one topic do not."""
-PRIOR_PRECISION = 1.0
-"""Of each weight of the kernel part, in units of log-odds⁻²."""
-SHRINKAGE = 0.1
-"""Precision with which replay pulls V to zero, so that going over replies again does not overfit them."""
-OPTIMISM = 0.1
-"""Score that a memory of which nothing is known gets on top: far ones are tried as well."""
-TEMPERATURE = 0.02
-"""Of the draw of a slate, in units of score."""
+PRIOR_VARIANCE = 5.0
+"""Of the kernel part of one memory in one situation, in squared log-odds."""
+STRATEGY_VARIANCE = 2.0
+"""Of what the strategy adds in one situation, in squared log-odds: replies are shared out between it and the
+memories by these two."""
+BIAS_VARIANCE = 1.0
+"""Of how content users are on the whole."""
+TEMPERATURE = 0.012
+"""Of the draw of a slate, in units of score: near ties are drawn by chance, a lead of 0.05 is decisive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Slate:
     propensities: list[float]
     """probability of each memory in its slot, given the slots before it"""
     logit: float
-    """what was learned about these memories adds to the log-odds of a content user"""
+    """log-odds that these memories add for a content user, against the usual slate"""
     best_passed: float | None
     """highest score that was passed over; None when nothing was"""
 
@@ -48,21 +49,27 @@ class MemoryGate(nn.Module):
     """score(situation, memory) = ŝᵀ W m̂ + φ(message)ᵀ V ψ(memory) / GAIN.
 
     ŝ and m̂ have L2 norm 1; W is the identity and V zero at birth, so that an untrained gate is exactly cosine
-    similarity. W generalises to any memory; V, on kernel features of the message and of the memory, learns
-    quickly that this memory helps, or hurts, with requests like that. φ are the features of the selector's
-    landmarks, ψ the kernel values with the gate's own.
+    similarity. W generalises to any memory; V learns quickly that this memory helps, or hurts, with requests
+    like that: it is the mean of a Gaussian process over (message, memory) with the product of two kernels, φ
+    the features of the selector's landmarks and ψ those of the gate's own. A slate's score is the sum of its
+    memories'. A user who got strategy a is content with log-odds b + U_aᵀφ + GAIN · (score − usual score): U
+    and b are fitted with V, so that memories are not credited with what the strategy did. Decisions on
+    strategies are the selector's.
 
     Args:
         situation_dim: S.
         memory_dim: D of the memories' embeddings; None takes `situation_dim`.
         features: number of the message's features φ.
         landmarks: number of memories that V can tell apart.
+        strategies: A.
     """
 
-    precision: Tensor
-    """(features, landmarks) float16: how much is known of each weight of V"""
     kernel_weight: Tensor
     """(features, landmarks) V, in log-odds"""
+    strategy_weight: Tensor
+    """(A, features + 1) U, and b in its last column, which all strategies share"""
+    usual: Tensor
+    """(2,) mean ŝᵀWm̂ of the memories shown so far, and how many slates that is the mean of"""
 
     def __init__(
         self,
@@ -71,6 +78,7 @@ class MemoryGate(nn.Module):
         *,
         features: int = 384,
         landmarks: int = 256,
+        strategies: int = 7,
     ) -> None:
         super().__init__()
         memory_dim = situation_dim if memory_dim is None else memory_dim
@@ -81,17 +89,13 @@ class MemoryGate(nn.Module):
         self.weight = nn.Parameter(torch.eye(situation_dim, memory_dim))
         self.landmarks = Landmarks(memory_dim, landmarks, gamma=MEMORY_GAMMA, novelty=0.2)
         self.register_buffer("kernel_weight", torch.zeros(features, landmarks))
-        self.register_buffer("precision", torch.zeros(features, landmarks, dtype=torch.float16))
-        self.register_buffer("birth", torch.zeros(0))
-        self._seen: tuple[int, int] | None = None
-        self._known: Floats = np.zeros((0,), np.float32)
+        self.register_buffer("strategy_weight", torch.zeros(strategies, features + 1))
+        self.register_buffer("usual", torch.zeros(2))
 
     def reset_parameters(self, basis: Tensor | None = None) -> None:
         """W back to birth: the identity, or (S, D) `basis` where situations are projections of texts."""
         with torch.no_grad():
             self.weight.copy_(torch.eye(self.situation_dim, self.memory_dim) if basis is None else basis)
-        if basis is not None:
-            self.birth = basis.clone()
 
     def score_memories(self, situation: Tensor, memories: Tensor) -> Tensor:
         """(N,) ŝᵀWm̂ of (N, D) memories in one (S,) situation; (B, N) for (B, S) and (B, N, D) or (N, D)."""
@@ -107,10 +111,12 @@ class MemoryGate(nn.Module):
         top = torch.topk(scores, min(max(k, 0), scores.shape[-1]), dim=-1)
         return top.indices, top.values
 
-    def learned_scores(self, situation: Tensor, memories: Tensor) -> Tensor:
-        """What W has learned since birth: ŝᵀ(W − W₀)m̂, shaped as `score_memories` gives it."""
-        born = self.birth if self.birth.numel() else torch.eye(self.situation_dim, self.memory_dim)
-        return self._bilinear(situation, memories, self.weight - born)
+    def log_odds(self, scores: Tensor, mask: Tensor) -> Tensor:
+        """(B,) what slates with ŝᵀWm̂ (B, K), where `mask` (B, K) is 1, add to the log-odds of a content user."""
+        usual, slates = self.usual.tolist()
+        if not slates:
+            return scores.sum(-1) * 0.0
+        return GAIN * ((scores - usual) * mask).sum(-1)
 
     @torch.no_grad()
     def draw_slate(
@@ -123,7 +129,7 @@ class MemoryGate(nn.Module):
         rng: np.random.Generator,
         phi: Floats | None = None,
     ) -> Slate:
-        """Draws `k` of (N, D) memories for one (S,) situation: Plackett–Luce over optimistic scores.
+        """Draws `k` of (N, D) memories for one (S,) situation: Plackett–Luce over the scores.
 
         Each slot is a softmax over what is left, so that every slot's propensity is exact. `phi` (M,) are the
         message's features; without them W alone decides.
@@ -131,41 +137,29 @@ class MemoryGate(nn.Module):
         k = min(max(k, 0), len(memories))
         if k == 0:
             return Slate([], [], [], 0.0, None)
-        scores = self.score_memories(situation, memories).double().numpy()
-        index = scores
+        bilinear = self.score_memories(situation, memories)
+        scores = bilinear.double().numpy()
         kernel_part = np.zeros(len(scores))
         if phi is not None and int(self.landmarks.count):
-            psi = self.landmarks.kernel(memories.numpy())  # (N, L)
-            kernel_part = (psi @ (phi @ self.kernel_weight.numpy())).astype(np.float64)
+            kernel_part = self.landmarks.evaluate(memories.numpy(), phi @ self.kernel_weight.numpy())
             scores = scores + kernel_part / GAIN
-            index = scores + OPTIMISM * self.deviation(phi, psi)
-        keys = index + TEMPERATURE * rng.gumbel(size=len(index)) if explore else scores
+        keys = scores + TEMPERATURE * rng.gumbel(size=len(scores)) if explore else scores
         order = np.argsort(-keys, kind="stable")
         indices = [int(i) for i in order[:k]]
         propensities: list[float] = []
-        left = np.exp((index - index.max()) / TEMPERATURE)
+        left = np.exp((scores - scores.max()) / TEMPERATURE)
         for chosen in indices:
             propensities.append(max(float(left[chosen] / left.sum()), 1e-12) if explore else 1.0)
             left[chosen] = 0.0
         passed = scores[order[k:]]
-        learned = self.learned_scores(situation, memories[indices]).double().numpy()
+        usual = float(self.log_odds(bilinear[indices], torch.ones(k)))
         return Slate(
             indices,
             [float(scores[i]) for i in indices],
             propensities,
-            float(GAIN * learned.sum() + kernel_part[indices].sum()),
+            usual + float(kernel_part[indices].sum()),
             float(passed.max()) if len(passed) else None,
         )
-
-    def deviation(self, phi: Floats, psi: Floats) -> npt.NDArray[np.float64]:
-        """(N,) posterior standard deviation of the kernel part relative to its prior one, in [0, 1]."""
-        share = phi * phi
-        known = share @ (PRIOR_PRECISION / (PRIOR_PRECISION + self._precision()))  # (L,)
-        total = float(share.sum())
-        inside = np.minimum((psi * psi) @ known, 1.0)
-        outside = np.maximum(1.0 - np.minimum((psi * psi).sum(1), 1.0) * total, 0.0)
-        out: npt.NDArray[np.float64] = np.sqrt(np.clip(inside + outside, 0.0, 1.0)).astype(np.float64)
-        return out
 
     def kernel_logit(self, phi: Floats, psi: Floats) -> Floats:
         """(B,) the kernel part of slates with features (B, M) and summed memory features (B, L)."""
@@ -176,38 +170,46 @@ class MemoryGate(nn.Module):
         self,
         phi: Floats,
         psi: Floats,
-        gradient: Floats,
-        curvature: Floats,
-        *,
-        fresh: bool,
-        share: float = 0.0,
-    ) -> None:
-        """A step on V: the diagonal Laplace posterior of Chapelle & Li 2011, algorithm 3, batch by batch.
+        strategy: npt.NDArray[np.int64],
+        bilinear: Floats,
+        content: Floats,
+        weight: Floats,
+        dual: Floats,
+    ) -> Floats:
+        """Fits V, U and b to a block of replies: one Newton step in the dual.
+
+        Their posterior mode given all replies is a sum over them, V = PRIOR_VARIANCE · Σ αᵢ φᵢψᵢᵀ and likewise
+        U and b, with αᵢ = wᵢ(yᵢ − σ(logitᵢ)) (Rasmussen & Williams 2006, eq. 3.17). It is approached a block
+        at a time, the others' α as they are (Yu, Huang & Lin 2011, "Dual coordinate descent methods for
+        logistic regression", in blocks).
 
         Args:
             phi: (B, M); psi: (B, L) summed over a slate.
-            gradient: (B,) of the log-likelihood by the logit, weighted.
-            share: of all experiences that this batch is; so much of the prior pulls as well.
-            curvature: (B,) of minus it; counted only for `fresh` replies, so that replay adds no certainty.
-        """
-        with torch.no_grad():
-            precision = self._precision()
-            if fresh:
-                precision += (phi * phi).T @ (curvature[:, None] * psi * psi)
-                np.minimum(precision, 6e4, out=precision)  # float16 ends at 65,504
-                self.precision.copy_(torch.from_numpy(precision))
-                self._seen = (id(self.precision), self.precision._version)
-            step = phi.T @ (gradient[:, None] * psi)
-            if share:
-                step -= (share * SHRINKAGE) * self.kernel_weight.numpy()
-            self.kernel_weight += torch.from_numpy((step / (PRIOR_PRECISION + precision)).astype(np.float32))
+            strategy: (B,) of the answers.
+            bilinear: (B,) what `log_odds` gave.
+            content: (B,) replies in [0, 1].
+            weight: (B,) their sureness in [0, 1].
+            dual: (B,) their α so far.
 
-    def _precision(self) -> Floats:
-        """(features, landmarks) float32, read again where the buffer was written to from outside."""
-        version = (id(self.precision), self.precision._version)
-        if version != self._seen:
-            self._known, self._seen = self.precision.float().numpy(), version
-        return self._known
+        Returns:
+            (B,) their new α.
+        """
+        share = self.strategy_weight.numpy()[strategy]
+        logit = bilinear + self.kernel_logit(phi, psi) + (share[:, :-1] * phi).sum(1) + share[:, -1]
+        p = 1.0 / (1.0 + np.exp(-logit))
+        spread = np.maximum(weight * p * (1.0 - p), 1e-3)
+        same = strategy[:, None] == strategy
+        kernel = (PRIOR_VARIANCE * (psi @ psi.T) + STRATEGY_VARIANCE * same) * (phi @ phi.T)
+        kernel += BIAS_VARIANCE
+        kernel[np.diag_indices_from(kernel)] += 1.0 / spread
+        change = np.linalg.solve(kernel, (weight * (content - p) - dual) / spread).astype(np.float32)
+        with torch.no_grad():
+            self.kernel_weight += torch.from_numpy(phi.T @ ((PRIOR_VARIANCE * change)[:, None] * psi))
+            u = self.strategy_weight.numpy()
+            np.add.at(u[:, :-1], strategy, (STRATEGY_VARIANCE * change)[:, None] * phi)
+            u[:, -1] += BIAS_VARIANCE * change.sum()
+            self.strategy_weight.copy_(torch.from_numpy(u.copy()))
+        return dual + change
 
     def contrastive_loss(
         self, situation: Tensor, positive: Tensor, negative: Tensor, margin: float = 0.5

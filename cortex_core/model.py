@@ -106,6 +106,7 @@ class CortexModel(nn.Module):
             config.text_dim,
             features=config.landmarks,
             landmarks=config.memory_landmarks,
+            strategies=len(config.strategies),
         )
         self.selector = StrategySelector(
             config.situation_dim,

@@ -28,7 +28,7 @@ from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimato
 from cortex_core.degradation import GoodWeights, put_back, weights_of
 from cortex_core.errors import ConfigError
 from cortex_core.landmarks import Floats
-from cortex_core.memory_gate import GAIN, MemoryGate
+from cortex_core.memory_gate import MemoryGate
 from cortex_core.metadata import metadata_features
 from cortex_core.online_update import InteractionOutcome, Losses, OnlineUpdate
 from cortex_core.posteriors import Posteriors, chosen_mean
@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 QUICK = 100.0
 """Learning rate of the share of misleading replies, in units of `lr`."""
-GATE = 5.0
-"""Learning rate of the Memory Gate's W, in units of `lr`."""
+GATE = 30.0
+"""Learning rate of the Memory Gate's W, in units of `lr`, by plain gradient descent: Adam moves each of its
+150,000 numbers alike, and what few replies say would be lost in that."""
 RECENT = 64
 """Experiences that two sets of weights are compared on, when learning is suspected to have degraded."""
 
@@ -124,16 +125,11 @@ class OnlineTrainer:
         quick = [estimator.noise]
         apart = [*quick, gate.weight]
         slow = [p for p in self._parameters if all(p is not q for q in apart)]
-        # One number cannot overfit as layers can. W is one linear map from the identity, whose gradient
-        # passes through no other layer.
+        # One number cannot overfit as layers can.
         self.optimizer = torch.optim.Adam(
-            [
-                {"params": slow, "lr": lr},
-                {"params": quick, "lr": QUICK * lr},
-                {"params": [gate.weight], "lr": GATE * lr},
-            ],
-            fused=True,
+            [{"params": slow, "lr": lr}, {"params": quick, "lr": QUICK * lr}], fused=True
         )
+        self._descent = torch.optim.SGD([gate.weight], lr=GATE * lr)
         self._posteriors = Posteriors(selector, gate, estimator)
         self._progress = _Progress()
         self._recent: deque[ReplayEntry] = deque(maxlen=RECENT)
@@ -265,23 +261,24 @@ class OnlineTrainer:
         content, weight = batch.content(), batch.sureness()
         prior = self.selector.prior(situation).gather(1, batch.strategy[:, None]).squeeze(1)
         mean = prior + chosen_mean(self.selector, phi, batch.strategy.tolist())
-        offset = torch.logit(mean, eps=0.01)
-        if batch.memories.shape[1]:
-            learned = self.gate.learned_scores(situation, batch.memories)
-            offset = offset + GAIN * (learned * batch.memory_mask).sum(1)
-        logit = offset + torch.from_numpy(self.gate.kernel_logit(phi, psi))
+        scores = self.gate.score_memories(situation.detach(), batch.memories)
+        bilinear = self.gate.log_odds(scores, batch.memory_mask)
+        kernel_part = torch.from_numpy(self.gate.kernel_logit(phi, psi))
+        logit = torch.logit(mean, eps=0.01) + bilinear + kernel_part
         nll = F.binary_cross_entropy_with_logits(logit, content, reduction="none")
         total = weight.sum().clamp_min(1e-6)
         reward = (weight * nll).sum() / total
         confidence = self.estimator.reply_probability(self.estimator(situation, batch.context))
         calibration = self.calibration(confidence, content, weight * batch.has_context)
+        shown = (scores * batch.memory_mask).sum(1) / batch.memory_mask.sum(1).clamp_min(1.0)
         return Losses(
-            reward + 0.5 * calibration, reward, calibration, logit.detach(), offset.detach(), mean.detach()
+            reward + 0.5 * calibration, reward, calibration, prior.detach(), shown.detach(), bilinear.detach()
         )
 
     def restore_best(self) -> None:
         """Back to the last good weights; the optimizer forgets its momentum, which led away from them."""
         put_back(self._modules, self._good.weights)
+        self._posteriors.start_replay()
         self.optimizer.state.clear()
         self._progress.ema_loss = self._good.ema_loss
         self._progress.ema_reward = self._good.ema_reward
@@ -294,6 +291,7 @@ class OnlineTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`; `WeightsError` where it does not fit, and nothing changes then."""
         meta = checkpoints.unpack(state, self._modules, self.optimizer)
+        self._posteriors.start_replay()
         self._progress = _Progress(
             updates=int(meta["updates"]),
             interactions=int(meta["interactions"]),
@@ -336,21 +334,23 @@ class OnlineTrainer:
             module.train()
         try:
             losses = self.loss(batch, phi, psi)
-            self.optimizer.zero_grad(set_to_none=True)
+            for parameter in self._parameters:
+                parameter.grad = None
             losses.total.backward()  # type: ignore[no-untyped-call]
             norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.max_norm))
             value = float(losses.total.detach())
             usable = math.isfinite(value) and math.isfinite(norm)
             if usable:
                 self.optimizer.step()
+                self._descent.step()
                 self._posteriors.condition(
                     entries[:fresh],
                     phi[:fresh],
                     psi[:fresh],
-                    mean=losses.mean[:fresh].numpy(),
-                    predicted=torch.sigmoid(losses.logit[:fresh]).numpy(),
-                    offset=losses.offset[:fresh].numpy(),
                     strategy=batch.strategy[:fresh].tolist(),
+                    prior=losses.prior[:fresh].numpy(),
+                    scores=losses.scores[:fresh].numpy(),
+                    bilinear=losses.bilinear[:fresh].numpy(),
                     content=batch.content()[:fresh].numpy(),
                     weight=batch.sureness()[:fresh].numpy(),
                 )

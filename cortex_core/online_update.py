@@ -54,9 +54,9 @@ class Losses:
     reward: Tensor
     """of strategy and memories, which explain one reward together"""
     calibration: Tensor
-    logit: Tensor
-    """(B,) predicted log-odds of a content user"""
-    offset: Tensor
-    """(B,) the same without the gate's kernel part"""
-    mean: Tensor
-    """(B,) the selector's own estimate of P(content), whatever the memories"""
+    prior: Tensor
+    """(B,) the strategies' estimates before any neighbour's reply"""
+    scores: Tensor
+    """(B,) mean bilinear score of the memories shown"""
+    bilinear: Tensor
+    """(B,) log-odds that they add"""

@@ -20,36 +20,51 @@ from cortex_core.strategy_selector import StrategySelector
 
 CALIBRATED = 600
 """Latest decisions that the confidence is calibrated on."""
-REPLAY_BATCH = 16
-"""Rows in one step on the gate's V; more at once would overshoot where they are alike."""
+BLOCK = 128
+"""Replies that the gate's posterior is fitted to at once, fresh ones first, the rest drawn from the ring."""
+SHOWN = 1_000.0
+"""Slates over which the usual score is averaged."""
 KNOWN = 10_000
 """Ids whose last reward is remembered, to tell an amended reward from a second sample."""
 
 
 class FeatureReplay:
-    """Ring of the features, strategies and replies of the latest `capacity` experiences with memories."""
+    """Ring of the latest `capacity` experiences with memories, as the gate's posterior wants them."""
 
-    def __init__(self, features: int, landmarks: int, capacity: int = 1_000) -> None:
+    def __init__(self, features: int, landmarks: int, capacity: int = 2_000) -> None:
         self.phi: Floats = np.zeros((capacity, features), np.float32)
         self.psi: Floats = np.zeros((capacity, landmarks), np.float32)
-        self.offset: Floats = np.zeros(capacity, np.float32)
-        """log-odds of what is not the kernel part"""
+        self.strategy = np.zeros(capacity, np.int64)
+        self.bilinear: Floats = np.zeros(capacity, np.float32)
+        """log-odds of the gate's bilinear part"""
         self.content: Floats = np.zeros(capacity, np.float32)
         self.weight: Floats = np.zeros(capacity, np.float32)
+        self.dual: Floats = np.zeros(capacity, np.float32)
+        """α of `MemoryGate.condition`; where a row is written over, what it taught stays in V"""
         self.used = 0
         self._next = 0
+        self._row_of: dict[str, int] = {}
+        self._id_of = [""] * capacity
 
-    def add(self, phi: Floats, psi: Floats, offset: float, content: float, weight: float) -> None:
-        """Over the oldest one where the ring is full."""
+    def add(self, entry_id: str) -> int:
+        """The row for a new experience: over the oldest one where the ring is full."""
         row = self._next
-        self.phi[row], self.psi[row] = phi, psi
-        self.offset[row], self.content[row], self.weight[row] = offset, content, weight
+        self._row_of.pop(self._id_of[row], None)
+        self._id_of[row] = entry_id
+        if entry_id:
+            self._row_of[entry_id] = row
+        self.dual[row] = 0.0
         self._next = (row + 1) % len(self.phi)
         self.used = min(self.used + 1, len(self.phi))
+        return row
+
+    def row(self, entry_id: str) -> int | None:
+        """Where an experience stands, if it still does."""
+        return self._row_of.get(entry_id)
 
 
 class Posteriors:
-    """Conditions selector and gate on replies, and replays them for the gate."""
+    """Conditions selector, gate and estimator on replies, and replays them for the gate."""
 
     def __init__(
         self,
@@ -57,17 +72,21 @@ class Posteriors:
         gate: MemoryGate,
         estimator: ConfidenceEstimator,
         *,
-        replay: int = 64,
+        replay: bool = True,
     ) -> None:
         self.estimator = estimator
         self.selector = selector
         self.gate = gate
         self.replay = replay
-        self._ring = FeatureReplay(selector.landmarks.size, gate.landmarks.size)
         self._known: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._contexts: deque[tuple[list[float], float, float]] = deque(maxlen=CALIBRATED)
         # A seed of its own: the same experiences give the same weights.
         self._rng = np.random.default_rng(0)
+        self.start_replay()
+
+    def start_replay(self) -> None:
+        """With an empty ring: what it holds belongs to the weights that it was fitted with, and to no others."""
+        self._ring = FeatureReplay(self.selector.landmarks.size, self.gate.landmarks.size)
 
     def knows(self, entry_id: str) -> bool:
         """Whether a reply to this interaction was learned from, so that a new one amends it."""
@@ -96,7 +115,7 @@ class Posteriors:
         if new:
             self.gate.landmarks.admit_new(np.concatenate(shown[:new]))
         if shown:
-            np.add.at(psi, rows, self.gate.landmarks.kernel(np.concatenate(shown)))
+            np.add.at(psi, rows, self.gate.landmarks.features(np.concatenate(shown)))
         return phi, psi
 
     def condition(
@@ -105,22 +124,22 @@ class Posteriors:
         phi: Floats,
         psi: Floats,
         *,
-        mean: Floats,
-        predicted: Floats,
-        offset: Floats,
         strategy: Sequence[int],
+        prior: Floats,
+        scores: Floats,
+        bilinear: Floats,
         content: Floats,
         weight: Floats,
     ) -> None:
         """On fresh replies, in their order.
 
         Args:
-            mean: (B,) P(content) of the strategy, averaged over the memories that go with it, which is what
-                the selector estimates: explaining replies by memories first made it follow the gate's errors.
-            predicted: (B,) P(content) of the whole answer before these replies.
-            offset: (B,) log-odds of it without the gate's kernel part.
+            strategy: of each; prior: (B,) the strategies' estimates before any neighbour's reply.
+            scores: (B,) mean ŝᵀWm̂ of the memories shown.
+            bilinear: (B,) log-odds that they add.
             weight: (B,) sureness of each reply.
         """
+        fresh: list[int] = []
         for row, entry in enumerate(entries):
             w, y = float(weight[row]), float(content[row])
             before = self._known.pop(entry.id, None) if entry.id else None
@@ -132,33 +151,54 @@ class Posteriors:
                 # The reward was amended: the same place in the posterior, another value.
                 change = (y * w - before[0] * before[1]) / max(w, before[1], 1e-6)
                 self.selector.amend(phi[row], strategy[row], change, max(w, before[1]))
+                known = self._ring.row(entry.id)
+                if known is not None:
+                    self._ring.content[known], self._ring.weight[known] = y, w
+                    fresh.append(known)
                 continue
             if w > 0.0:
-                self.selector.condition(phi[row], strategy[row], y - float(mean[row]), w)
+                # The selector estimates a strategy over the memories that go with it: explaining replies by
+                # memories first made it follow the gate's errors.
+                predicted = float(prior[row] + self.selector.mean[strategy[row]].numpy() @ phi[row])
+                self.selector.condition(phi[row], strategy[row], y - predicted, w)
                 if entry.context:
                     self._contexts.append((entry.context, y, w))
-                if psi[row].any():
-                    self._ring.add(phi[row], psi[row], float(offset[row]), y, w)
-        spread = predicted * (1.0 - predicted)
-        self.gate.condition(phi, psi, weight * (content - predicted), weight * spread, fresh=True)
-        self._replay_gate()
+            if psi[row].any():
+                self._shown(float(scores[row]))
+                if w > 0.0:
+                    ring, place = self._ring, self._ring.add(entry.id)
+                    ring.phi[place], ring.psi[place] = phi[row], psi[row]
+                    ring.strategy[place] = strategy[row]
+                    ring.bilinear[place] = bilinear[row]
+                    ring.content[place], ring.weight[place] = y, w
+                    fresh.append(place)
+        self._fit_gate(fresh)
         if self._contexts:
             contexts, replies, weights = zip(*self._contexts, strict=True)
             self.estimator.fit(*(np.array(values, np.float32) for values in (contexts, replies, weights)))
 
-    def _replay_gate(self) -> None:
-        for _ in range(self.replay // REPLAY_BATCH if self._ring.used else 0):
-            self._replay_batch()
+    def _shown(self, score: float) -> None:
+        usual, slates = self.gate.usual.tolist()
+        slates = min(slates + 1.0, SHOWN)
+        with torch.no_grad():
+            self.gate.usual.copy_(torch.tensor([usual + (score - usual) / slates, slates]))
 
-    def _replay_batch(self) -> None:
+    def _fit_gate(self, fresh: list[int]) -> None:
         ring = self._ring
-        rows = self._rng.integers(ring.used, size=min(REPLAY_BATCH, ring.used))
-        phi, psi = ring.phi[rows], ring.psi[rows]
-        logit = ring.offset[rows] + self.gate.kernel_logit(phi, psi)
-        error = ring.content[rows] - 1.0 / (1.0 + np.exp(-logit))
-        nothing = np.zeros(len(rows), np.float32)
-        share = len(rows) / ring.used
-        self.gate.condition(phi, psi, ring.weight[rows] * error, nothing, fresh=False, share=share)
+        want = min(ring.used, BLOCK) if self.replay else 0
+        more = self._rng.choice(ring.used, want, replace=False) if want else []
+        rows = np.array(list(dict.fromkeys([*fresh, *more])), np.int64)
+        if not len(rows):
+            return
+        ring.dual[rows] = self.gate.condition(
+            ring.phi[rows],
+            ring.psi[rows],
+            ring.strategy[rows],
+            ring.bilinear[rows],
+            ring.content[rows],
+            ring.weight[rows],
+            ring.dual[rows],
+        )
 
 
 def chosen_mean(selector: StrategySelector, phi: Floats, strategy: Sequence[int]) -> torch.Tensor:

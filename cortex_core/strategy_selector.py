@@ -29,11 +29,11 @@ FLOOR = 0.04
 is a moving one over about NOISE / FLOOR = 10 neighbouring replies, so that a user who changes their mind is
 followed; directions in which nothing comes in forget nothing (directional forgetting, Kulhavý
 & Kárný 1984)."""
-OPTIMISM = 0.3
+OPTIMISM = 0.2
 """Standard deviations added to the mean in the choice (GP-UCB, Srinivas et al. 2010, eq. 6)."""
-TEMPERATURE = 0.02
+TEMPERATURE = 0.01
 """The choice is a softmax of the optimistic estimate / this: near ties are broken by chance, with an exact
-propensity, and an estimate that is ahead by 0.1 is chosen almost always."""
+propensity, and an estimate that is ahead by 0.05 is chosen almost always."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class StrategySelector(nn.Module):
         self.text_dim = situation_dim if text_dim is None else text_dim
         self.hidden = nn.Linear(situation_dim, hidden_dim)
         self.out = nn.Linear(hidden_dim, num_strategies)
-        self.landmarks = Landmarks(self.text_dim, landmarks)
+        self.landmarks = Landmarks(self.text_dim, landmarks, gamma=1.5)
         self.register_buffer("mean", torch.zeros(num_strategies, landmarks))
         self._triangle = np.tril_indices(landmarks)
         born = torch.from_numpy(np.eye(landmarks, dtype=np.float16)[self._triangle])

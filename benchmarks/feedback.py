@@ -151,7 +151,7 @@ def main() -> None:
         x = encoder.encode_many([r.text for r in replies])
         readers: dict[str, Callable[[], Readings]] = {
             "patterns-1": partial(collected, "patterns-1", replies, None),
-            "semantic-1": partial(collected, "semantic-1", replies, x),
+            "semantic-2": partial(collected, "semantic-2", replies, x),
             "VADER": partial(vader, replies),
             "logistic regression": partial(read_by_regression, x),
         }
@@ -165,7 +165,7 @@ def main() -> None:
                 f"{figures['macro_f1_hard']:6.3f} {figures['opposite']:8.3f} {figures['auc']:6.3f} "
                 f"{figures['us_per_reply']:6.0f}"
             )
-        for name in ("patterns-1", "semantic-1"):
+        for name in ("patterns-1", "semantic-2"):
             for group in ("polarity", "classes"):
                 line = "  ".join(
                     f"{k} {v['precision']:.2f}/{v['recall']:.2f}/{v['f1']:.2f}"

@@ -30,20 +30,36 @@ class Reply:
         return POLARITY[self.label]
 
 
+WRITERS = 6
+"""`train` is by as many writers, a file each: holding one out tells how strangers are read."""
+
+
 def load(part: Literal["train", "test", "dialogue"]) -> list[Reply]:
-    """The replies of one part, in the order of its file."""
+    """The replies of one part, in the order of its file or files."""
+    if part == "train":
+        return [reply for writer in range(1, WRITERS + 1) for reply in written_by(writer)]
+    return _parsed(f"feedback_{part}.txt", starred=True)
+
+
+def written_by(writer: int) -> list[Reply]:
+    """The training replies of one writer, from 1."""
+    return _parsed(f"feedback_train_{writer}.txt", starred=False)
+
+
+def _parsed(file: str, starred: bool) -> list[Reply]:
     replies = []
     label = ""
-    for line in (_DATA / f"feedback_{part}.txt").read_text(encoding="utf-8").splitlines():
+    for line in (_DATA / file).read_text(encoding="utf-8").splitlines():
         if not line.strip() or line.startswith("# "):
             continue
         heading = re.fullmatch(r"\[(\w+)\]", line)
         if heading:
             label = heading[1]
             if label not in CLASSES:
-                raise ValueError(f"feedback_{part}.txt has a section {label!r}, wanted one of {CLASSES}")
+                raise ValueError(f"{file} has a section {label!r}, wanted one of {CLASSES}")
             continue
-        replies.append(Reply(line.lstrip("*").replace("\\n", "\n"), label, line.startswith("*")))
+        hard = starred and line.startswith("*")
+        replies.append(Reply(line.removeprefix("*" if hard else "").replace("\\n", "\n"), label, hard))
     return replies
 
 

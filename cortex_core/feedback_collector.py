@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from cortex_core.errors import ConfigError, DimensionError, InputError, NonFiniteError
 from cortex_core.feedback_patterns import POSITIVE_KINDS, read
 from cortex_core.feedback_scope import Hit
-from cortex_core.feedback_semantic import CLASSES, Head, load_head, pattern_features
+from cortex_core.feedback_semantic import CLASSES, Head, Meaning, load_head, pattern_features
 from cortex_core.feedback_signals import (
     SIGNAL_REWARDS,
     Aggregation,
@@ -115,7 +114,7 @@ def patterns(text: str, embedding: FloatArray | None = None) -> Reading:
 
 
 class Semantic:
-    """Patterns and meaning as one: a head that saw the embedding and what the patterns saw decides the sign.
+    """Patterns and meaning as one: a head decides that saw the embedding, words and patterns.
 
     It abstains where it is not sure, and then the reply counts as going on and no more. Where there is no
     embedding, or one that the head does not know (another encoder, another language), patterns alone decide.
@@ -137,35 +136,32 @@ class Semantic:
         is_rating = len(hits) == 1 and hits[0].start == hits[0].end
         if embedding is None or cues.foreign or is_rating or not self.head.knows(embedding):
             return written
-        p = self.head.probabilities(embedding, pattern_features(hits, cues))
+        meaning = self.head.read(text, embedding, pattern_features(hits, cues))
+        p = meaning.probabilities
         positive, missed = float(p[0]), float(p[1] + p[2] + p[3])
-        unworded = ((positive, missed, self.PRAISE_UNWORDED), (missed, positive, self.BLAME_UNWORDED))
-        for praise, (sure, against, at_least) in zip((True, False), unworded, strict=True):
-            least = self.SURE if hits else at_least
-            if sure >= least and against <= self.AGAINST:
-                trust = 1.0 if hits else 0.8  # as measured on replies without a phrase
-                return Reading(self._signals(p, praise, written.signals), trust * sure)
+        sides = (
+            (True, positive, missed, self.PRAISE_UNWORDED),
+            (False, missed, positive, self.BLAME_UNWORDED),
+        )
+        for praise, sure, against, unworded in sides:
+            if sure >= (self.SURE if hits else unworded) and against <= self.AGAINST:
+                return Reading(self._signals(meaning, praise, written.signals), sure)
         return Reading([], min(UNSURE, 1.0 - max(positive, missed)))
 
-    def _signals(
-        self, p: npt.NDArray[np.float64], positive: bool, written: list[FeedbackSignal]
-    ) -> list[FeedbackSignal]:
+    def _signals(self, meaning: Meaning, praise: bool, written: list[FeedbackSignal]) -> list[FeedbackSignal]:
         """The patterns' signals of that sign, else one of the likeliest class, as strong as it is likely."""
-        agreeing = [s for s in written if (s.reward > 0) == positive]
+        agreeing = [s for s in written if (s.reward > 0) == praise]
         if agreeing:
             return agreeing
-        best = 0 if positive else 1 + int(np.argmax(p[1:4]))
-        strength = (float(p[best]) - 0.5) if p[best] > 0.5 else 0.0
-        return [
-            FeedbackSignal.of(
-                SignalType(CLASSES[best]), strength, f"[meaning, {p[best]:.0%} {CLASSES[best]}]"
-            )
-        ]
+        p = meaning.probabilities
+        best = 0 if praise else 1 + int(np.argmax(p[1:4]))
+        evidence = meaning.evidence[0 if praise else 1] or f"[meaning, {p[best]:.0%} {CLASSES[best]}]"
+        return [FeedbackSignal.of(SignalType(CLASSES[best]), max(float(p[best]) - 0.5, 0.0), evidence)]
 
 
-EXTRACTORS: dict[str, Callable[[], Extractor]] = {"patterns-1": lambda: patterns, "semantic-1": Semantic}
+EXTRACTORS: dict[str, Callable[[], Extractor]] = {"patterns-1": lambda: patterns, "semantic-2": Semantic}
 """Name and version of every extractor, and what makes it. A changed reading gets a new version."""
-DEFAULT_EXTRACTOR = "semantic-1"
+DEFAULT_EXTRACTOR = "semantic-2"
 """The better one by `python -m benchmarks.feedback`; without an embedding it reads as "patterns-1" does."""
 
 

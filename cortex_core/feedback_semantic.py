@@ -1,9 +1,11 @@
 """Reading a reply by its meaning: a small calibrated head on the sentence embedding that is already there.
 
-The head sees the embedding and what the patterns saw, and gives a probability to each of five classes: the
-four explicit signals, and "nothing said of the answer". It was trained by
-`benchmarks/train_feedback_head.py` on sentences written for it; its weights lie beside this module as
-safetensors. numpy alone: no torch.
+The head sees the embedding, the words and what the patterns saw, and gives a probability to each of five
+classes: the four explicit signals, and "nothing said of the answer". Words are vectors of a shipped table;
+a convolution over three neighbours each and the maximum over the reply (Kim 2014, "Convolutional Neural
+Networks for Sentence Classification") keep what the embedding, an average, loses.
+`benchmarks/train_feedback_head.py` trained it on sentences written for it; its weights are in `data/`.
+numpy alone: no torch.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from safetensors import safe_open
 
 from cortex_core.errors import WeightsError
 from cortex_core.feedback_scope import Cues, Hit
+from cortex_core.feedback_tokens import PADDING, Vocabulary, tokens
 from cortex_core.replay_buffer import FloatArray
 
 CLASSES = ("positive", "negative", "correction", "confusion", "neutral")
@@ -62,24 +65,44 @@ def pattern_features(hits: Sequence[Hit], cues: Cues) -> FloatArray:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """An ensemble of M two-layer networks, averaged in logits.
+class Meaning:
+    """What the head makes of one reply."""
 
-    D embedding, F features, H hidden, C classes.
+    probabilities: npt.NDArray[np.float64]
+    """(C,) calibrated, of `CLASSES`"""
+    evidence: tuple[str, str]
+    """The words of the reply that spoke most for praise, and those that spoke most against; "" for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """An ensemble of networks, averaged in logits; the first M of them see words.
+
+    D embedding, F features, V words of W components, K channels, H hidden units of each of the M, T of all,
+    C classes.
     """
 
     embedding_weight: FloatArray
-    """(D, M * H)"""
+    """(D, T)"""
     feature_weight: FloatArray
-    """(F, M * H)"""
+    """(F, T)"""
     hidden_bias: FloatArray
-    """(M * H,)"""
+    """(T,)"""
+    window_weight: FloatArray
+    """(3 * W, M * K), of a word and its neighbours, the earlier first"""
+    window_bias: FloatArray
+    """(M * K,)"""
+    channel_weight: FloatArray
+    """(M, K, H)"""
     output_weight: FloatArray
-    """(M * H, C), divided by M and by the temperature."""
+    """(T, C), divided by the number of networks and by the temperature"""
     output_bias: FloatArray
     """(C,)"""
     basis: FloatArray
-    """(D, B) orthonormal directions that hold most of any sentence of the known encoder."""
+    """(D, B) orthonormal directions that hold most of any sentence of the known encoder"""
+    word_vectors: npt.NDArray[np.int8]
+    """(V + 2, W): padding, the unknown word, and each of the vocabulary; their scale is in `window_weight`"""
+    vocabulary: Vocabulary
     least_share: float
     """Share of a unit embedding within `basis` below which it is of another encoder, or another language."""
 
@@ -94,15 +117,49 @@ class Head:
         inside = embedding @ self.basis
         return float(inside @ inside) >= self.least_share
 
-    def probabilities(self, embedding: FloatArray, features: FloatArray) -> npt.NDArray[np.float64]:
-        """(C,) calibrated probabilities of `CLASSES`."""
-        hidden = np.maximum(
-            embedding @ self.embedding_weight + features @ self.feature_weight + self.hidden_bias, 0.0
-        )
-        logits = (hidden @ self.output_weight + self.output_bias).astype(np.float64)
+    def read(self, text: str, embedding: FloatArray, features: FloatArray) -> Meaning:
+        """What a reply means, by its words, its (D,) embedding and the (F,) features of its patterns."""
+        words, spans = tokens(text)
+        rows = np.full(len(words) + 2, PADDING)
+        rows[1:-1] = self.vocabulary.rows(words)
+        vectors = self.word_vectors[rows].astype(np.float32)
+        hidden = embedding @ self.embedding_weight + features @ self.feature_weight + self.hidden_bias
+        where = None
+        channels = np.zeros(self.window_bias.shape, dtype=np.float32)
+        if words:
+            windows = np.concatenate((vectors[:-2], vectors[1:-1], vectors[2:]), axis=1) @ self.window_weight
+            where = windows.argmax(0)
+            channels = np.maximum(windows.max(0) + self.window_bias, 0.0)
+        of_words = np.matmul(channels.reshape(len(self.channel_weight), 1, -1), self.channel_weight).ravel()
+        hidden[: len(of_words)] += of_words
+        active = np.maximum(hidden, 0.0)
+        logits = (active @ self.output_weight + self.output_bias).astype(np.float64)
         odds = np.exp(logits - logits.max())
-        result: npt.NDArray[np.float64] = odds / odds.sum()
-        return result
+        evidence = ("", "")
+        if where is not None:
+            evidence = self._evidence(text, spans, where, channels, hidden > 0)
+        return Meaning(odds / odds.sum(), evidence)
+
+    def _evidence(
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+        where: npt.NDArray[np.intp],
+        channels: FloatArray,
+        active: npt.NDArray[np.bool_],
+    ) -> tuple[str, str]:
+        """The windows whose channels, through the hidden units, moved praise against complaint most."""
+        tilt = self.output_weight[:, 0] - self.output_weight[:, 1:4].mean(1)
+        members, _, units = self.channel_weight.shape
+        through = (active * tilt)[: members * units].reshape(members, units, 1)
+        moved = channels * np.matmul(self.channel_weight, through).ravel()
+        of_word = np.bincount(where, weights=moved, minlength=len(spans))
+        found = []
+        for sign in (1.0, -1.0):
+            best = int(np.argmax(sign * of_word))
+            first, last = max(best - 1, 0), min(best + 1, len(spans) - 1)
+            found.append(text[spans[first][0] : spans[last][1]] if sign * of_word[best] > 0 else "")
+        return found[0], found[1]
 
 
 @cache
@@ -115,8 +172,13 @@ def load_head(path: Path = HEAD) -> Head:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
-        head = Head(least_share=float(metadata["least_share"]), **arrays)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        words = Vocabulary(arrays.pop("words").tobytes().decode().split(" "))
+        vectors = arrays.pop("word_vectors")
+        floats = {name: array.astype(np.float32) for name, array in arrays.items()}
+        head = Head(
+            least_share=float(metadata["least_share"]), vocabulary=words, word_vectors=vectors, **floats
+        )
     except Exception as error:
         raise WeightsError(f"the feedback head {path} cannot be read: {error}") from error
     if metadata.get("classes") != ",".join(CLASSES) or head.feature_weight.shape[0] != FEATURES:

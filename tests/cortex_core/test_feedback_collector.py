@@ -197,7 +197,7 @@ class TestAggregation:
 
 
 def test_an_unknown_extractor_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"patterns-0.*wanted one of patterns-1, semantic-1"):
+    with pytest.raises(ConfigError, match=r"patterns-0.*wanted one of patterns-1, semantic-2"):
         FeedbackCollector("patterns-0")
 
 
@@ -233,7 +233,7 @@ def test_importing_and_reading_loads_no_torch() -> None:
         "import sys\n"
         "from cortex_core.feedback_collector import FeedbackCollector\n"
         "import numpy as np\n"
-        "FeedbackCollector('semantic-1').extract('Thanks!', embedding=np.ones(384))\n"
+        "FeedbackCollector('semantic-2').extract('Thanks!', embedding=np.ones(384))\n"
         "assert not {'torch', 'transformers', 'sentence_transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

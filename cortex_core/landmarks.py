@@ -82,17 +82,22 @@ class Landmarks(nn.Module):
 
     def features(self, rows: FloatArray) -> Floats:
         """(B, M) features φ with φ(x)ᵀφ(z) ≈ k(x, z); their squared norm is the explained share of x."""
+        return self.project(self.kernel(rows))
+
+    def project(self, kernel: Floats) -> Floats:
+        """(B, M) features of (B, M) kernel values, or the sums of features of sums of kernel values."""
         used = self._sync()
-        out = np.zeros((len(rows), self.size), np.float32)
-        if used:
-            out[:, :used] = self._kernel(_unit(rows), self._rows[:used]) @ self._inverse[:used, :used].T
+        out = np.zeros((len(kernel), self.size), np.float32)
+        out[:, :used] = kernel[:, :used] @ self._inverse[:used, :used].T
         return out
 
     def evaluate(self, rows: FloatArray, weights: Floats) -> npt.NDArray[np.float64]:
         """(B,) the function with `weights` (M,) on the features, at (B, D) rows; no features are computed."""
         used = self._sync()
         dual = weights[:used] @ self._inverse[:used, :used]
-        out: npt.NDArray[np.float64] = (self._kernel(_unit(rows), self._rows[:used]) @ dual).astype(np.float64)
+        out: npt.NDArray[np.float64] = (self._kernel(_unit(rows), self._rows[:used]) @ dual).astype(
+            np.float64
+        )
         return out
 
     def admit_new(self, rows: FloatArray) -> None:

@@ -198,17 +198,17 @@ class MemoryGate(nn.Module):
         logit = bilinear + self.kernel_logit(phi, psi) + (share[:, :-1] * phi).sum(1) + share[:, -1]
         p = 1.0 / (1.0 + np.exp(-logit))
         spread = np.maximum(weight * p * (1.0 - p), 1e-3)
-        same = strategy[:, None] == strategy
-        kernel = (PRIOR_VARIANCE * (psi @ psi.T) + STRATEGY_VARIANCE * same) * (phi @ phi.T)
+        chosen = np.eye(len(self.strategy_weight), dtype=np.float32)[strategy]  # (B, A)
+        kernel: Floats = PRIOR_VARIANCE * (psi @ psi.T) + STRATEGY_VARIANCE * (chosen @ chosen.T)
+        kernel *= phi @ phi.T
         kernel += BIAS_VARIANCE
         kernel[np.diag_indices_from(kernel)] += 1.0 / spread
         change = np.linalg.solve(kernel, (weight * (content - p) - dual) / spread).astype(np.float32)
         with torch.no_grad():
             self.kernel_weight += torch.from_numpy(phi.T @ ((PRIOR_VARIANCE * change)[:, None] * psi))
-            u = self.strategy_weight.numpy()
-            np.add.at(u[:, :-1], strategy, (STRATEGY_VARIANCE * change)[:, None] * phi)
-            u[:, -1] += BIAS_VARIANCE * change.sum()
-            self.strategy_weight.copy_(torch.from_numpy(u.copy()))
+            strategies = chosen.T @ ((STRATEGY_VARIANCE * change)[:, None] * phi)
+            self.strategy_weight[:, :-1] += torch.from_numpy(strategies)
+            self.strategy_weight[:, -1] += BIAS_VARIANCE * float(change.sum())
         return dual + change
 
     def contrastive_loss(

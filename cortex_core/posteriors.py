@@ -103,6 +103,7 @@ class Posteriors:
         phi = self.selector.features(messages)
         psi = np.zeros((len(entries), self.gate.landmarks.size), np.float32)
         rows: list[int] = []
+        starts: list[int] = []
         shown: list[Floats] = []
         new = 0
         for row, entry in enumerate(entries):
@@ -110,12 +111,14 @@ class Posteriors:
                 chosen = entry.memory_embs[entry.memory_indices]
                 if row < admit:
                     new = len(shown) + 1
+                starts.append(sum(map(len, shown)))
                 shown.append(chosen)
-                rows.extend([row] * len(chosen))
+                rows.append(row)
         if new:
             self.gate.landmarks.admit_new(np.concatenate(shown[:new]))
         if shown:
-            np.add.at(psi, rows, self.gate.landmarks.features(np.concatenate(shown)))
+            sums = np.add.reduceat(self.gate.landmarks.kernel(np.concatenate(shown)), starts, axis=0)
+            psi[rows] = self.gate.landmarks.project(sums)
         return phi, psi
 
     def condition(

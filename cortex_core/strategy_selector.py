@@ -210,14 +210,13 @@ class StrategySelector(nn.Module):
         gain = sigma @ phi
         variance = float(phi @ gain)
         grown = min(FLOOR, float(phi @ phi))
-        if 1e-9 < variance < grown:
-            sigma += np.outer(gain, gain * ((grown - variance) / variance**2))
-            gain *= grown / variance
-            variance = grown
-        total = variance + NOISE / max(weight, 1e-3)
+        ratio = grown / variance if 1e-9 < variance < grown else 1.0
+        total = ratio * variance + NOISE / max(weight, 1e-3)
         with torch.no_grad():
-            self.mean[strategy] += torch.from_numpy(gain * (residual / total))
-        sigma -= np.outer(gain, gain / total)
+            self.mean[strategy] += torch.from_numpy(gain * (ratio * residual / total))
+        # Both steps are along the same direction: (forgetting) - (Bayes' rule).
+        change = (ratio - 1.0) / max(variance, 1e-9) - ratio**2 / total
+        sigma += np.outer(gain, gain * np.float32(change))
 
     def amend(self, phi: Floats, strategy: int, change: float, weight: float = 1.0) -> None:
         """A reply that was conditioned on before had its value changed: the covariance stays as it is."""

@@ -7,7 +7,6 @@ they are on the wire. If anything that the decision needs were lost on that way,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +55,10 @@ class CortexLearner:
         self._serving = CortexModel.create(config, self._model_id)
         if not self._ablation.encoder_gradient:
             self._learning.encoder.requires_grad_(False)
-        self._buffer = ReplayBuffer(rng=seed) if self._ablation.replay else _Forgetful(rng=seed)
-        self._trainer = OnlineTrainer.for_model(self._learning, buffer=self._buffer)
-        if not self._ablation.replay:
-            self._trainer._posteriors.replay = False  # the trainer's own replay of kernel features
+        self._buffer = ReplayBuffer(rng=seed)
+        self._trainer = OnlineTrainer.for_model(
+            self._learning, buffer=self._buffer, replay=self._ablation.replay
+        )
         if not self._ablation.soft_ece:
             self._trainer.calibration.ece_weight = 0.0
         self._version = 0
@@ -125,17 +124,6 @@ class CortexLearner:
         received = WeightsSnapshot.join(sent.manifest, sent.split())
         received.load_into(self._serving)
         self._version = received.manifest.version
-
-
-class _Forgetful(ReplayBuffer):
-    """Stores, and remembers nothing: the ablation without replay."""
-
-    def sample(self, n: int, prioritize_recent: bool = True) -> list[ReplayEntry]:
-        del n, prioritize_recent
-        return []
-
-    def entries(self) -> Iterator[ReplayEntry]:
-        return iter(())
 
 
 def strategy_ids(count: int) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from cortex_core.errors import ConfigError, DimensionError
 from cortex_core.landmarks import Floats, Landmarks
 
 GAIN = 2.0
-"""Log-odds of a content user for one unit of score, a cosine's whole range: what the gate believes at birth."""
+"""Log-odds of a content user for one unit of score, a cosine's whole range: what is believed at birth."""
 MEMORY_GAMMA = 4.0
 """Of the memories' kernel: paraphrases of one memory share what is learned, memories of one topic do not."""
 PRIOR_VARIANCE = 5.0
@@ -112,11 +112,11 @@ class MemoryGate(nn.Module):
         return top.indices, top.values
 
     def log_odds(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """(B,) what slates with ŝᵀWm̂ (B, K), where `mask` (B, K) is 1, add to the log-odds of a content user."""
+        """(B,) log-odds of a content user that slates add, with ŝᵀWm̂ (B, K) where `mask` (B, K) is 1."""
         usual, slates = self.usual.tolist()
-        if not slates:
-            return scores.sum(-1) * 0.0
-        return GAIN * ((scores - usual) * mask).sum(-1)
+        gain = GAIN if slates else 0.0
+        out: Tensor = gain * ((scores - usual) * mask).sum(-1)
+        return out
 
     @torch.no_grad()
     def draw_slate(
@@ -168,6 +168,7 @@ class MemoryGate(nn.Module):
 
     def condition(
         self,
+        *,
         phi: Floats,
         psi: Floats,
         strategy: npt.NDArray[np.int64],
@@ -178,8 +179,8 @@ class MemoryGate(nn.Module):
     ) -> Floats:
         """Fits V, U and b to a block of replies: one Newton step in the dual.
 
-        Their posterior mode given all replies is a sum over them, V = PRIOR_VARIANCE · Σ αᵢ φᵢψᵢᵀ and likewise
-        U and b, with αᵢ = wᵢ(yᵢ − σ(logitᵢ)) (Rasmussen & Williams 2006, eq. 3.17). It is approached a block
+        Their posterior mode given all replies is a sum over them, V = PRIOR_VARIANCE · Σ αᵢ φᵢψᵢᵀ and U and b
+        likewise, with αᵢ = wᵢ(yᵢ − σ(logitᵢ)) (Rasmussen & Williams 2006, eq. 3.17). It is approached a block
         at a time, the others' α as they are (Yu, Huang & Lin 2011, "Dual coordinate descent methods for
         logistic regression", in blocks).
 

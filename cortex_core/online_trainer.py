@@ -75,6 +75,7 @@ class OnlineTrainer:
             or the mean reward `reward_margin` below theirs, both are compared on the latest experiences. The
             old ones are restored where they do better there by half this margin: where the world changed and
             not the learner, they do not.
+        replay: False trains on fresh experiences alone, to measure what replay is worth.
         collector: reads replies in `record_interaction`; a `FeedbackCollector()` when not given.
     """
 
@@ -94,6 +95,7 @@ class OnlineTrainer:
         ema_decay: float = 0.95,
         degradation_margin: float = 0.3,
         reward_margin: float = 0.3,
+        replay: bool = True,
         collector: FeedbackCollector | None = None,
     ) -> None:
         if lr <= 0 or update_every < 1 or batch_size < 1 or max_norm <= 0 or not 0 <= ema_decay < 1:
@@ -130,7 +132,8 @@ class OnlineTrainer:
             [{"params": slow, "lr": lr}, {"params": quick, "lr": QUICK * lr}], fused=True
         )
         self._descent = torch.optim.SGD([gate.weight], lr=GATE * lr)
-        self._posteriors = Posteriors(selector, gate, estimator)
+        self._replay = replay
+        self._posteriors = Posteriors(selector, gate, estimator, replay=replay)
         self._progress = _Progress()
         self._recent: deque[ReplayEntry] = deque(maxlen=RECENT)
         self._good = GoodWeights(weights_of(self._modules))
@@ -251,7 +254,7 @@ class OnlineTrainer:
         self._progress.pending.clear()
         self._progress.interactions += sum(not self._posteriors.knows(e.id) for e in fresh)
         ids = {e.id for e in fresh}
-        want = max(self.batch_size - len(fresh), 0)
+        want = max(self.batch_size - len(fresh), 0) if self._replay else 0
         replay = [e for e in self.buffer.sample(self.batch_size) if e.id not in ids][:want]
         return self._step([*fresh, *replay], len(fresh))
 
@@ -278,7 +281,7 @@ class OnlineTrainer:
     def restore_best(self) -> None:
         """Back to the last good weights; the optimizer forgets its momentum, which led away from them."""
         put_back(self._modules, self._good.weights)
-        self._posteriors.start_replay()
+        self._posteriors.start_anew()
         self.optimizer.state.clear()
         self._progress.ema_loss = self._good.ema_loss
         self._progress.ema_reward = self._good.ema_reward
@@ -291,7 +294,7 @@ class OnlineTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`; `WeightsError` where it does not fit, and nothing changes then."""
         meta = checkpoints.unpack(state, self._modules, self.optimizer)
-        self._posteriors.start_replay()
+        self._posteriors.start_anew()
         self._progress = _Progress(
             updates=int(meta["updates"]),
             interactions=int(meta["interactions"]),

@@ -78,14 +78,14 @@ class Posteriors:
         self.selector = selector
         self.gate = gate
         self.replay = replay
+        self._ring = FeatureReplay(selector.landmarks.size, gate.landmarks.size)
         self._known: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._contexts: deque[tuple[list[float], float, float]] = deque(maxlen=CALIBRATED)
         # A seed of its own: the same experiences give the same weights.
         self._rng = np.random.default_rng(0)
-        self.start_replay()
 
-    def start_replay(self) -> None:
-        """With an empty ring: what it holds belongs to the weights that it was fitted with, and to no others."""
+    def start_anew(self) -> None:
+        """Empties the ring: what it holds belongs to the weights that it was fitted with, no others."""
         self._ring = FeatureReplay(self.selector.landmarks.size, self.gate.landmarks.size)
 
     def knows(self, entry_id: str) -> bool:
@@ -189,18 +189,18 @@ class Posteriors:
     def _fit_gate(self, fresh: list[int]) -> None:
         ring = self._ring
         want = min(ring.used, BLOCK) if self.replay else 0
-        more = self._rng.choice(ring.used, want, replace=False) if want else []
+        more = self._rng.choice(ring.used, want, replace=False).tolist() if want else []
         rows = np.array(list(dict.fromkeys([*fresh, *more])), np.int64)
         if not len(rows):
             return
         ring.dual[rows] = self.gate.condition(
-            ring.phi[rows],
-            ring.psi[rows],
-            ring.strategy[rows],
-            ring.bilinear[rows],
-            ring.content[rows],
-            ring.weight[rows],
-            ring.dual[rows],
+            phi=ring.phi[rows],
+            psi=ring.psi[rows],
+            strategy=ring.strategy[rows],
+            bilinear=ring.bilinear[rows],
+            content=ring.content[rows],
+            weight=ring.weight[rows],
+            dual=ring.dual[rows],
         )
 
 

@@ -36,6 +36,7 @@ from benchmarks.replies import BANKS
 from benchmarks.sentences import Sentences, load
 from benchmarks.tasks import Settings, World, make
 from cortex_core.evaluation import progressive_validation
+from cortex_core.feedback_collector import DEFAULT_EXTRACTOR, EXTRACTORS
 
 BANDITS: dict[str, Callable[..., Any]] = {
     learner.name: learner for learner in (Uniform, LinUCB, Thompson, VowpalWabbit, KernelUCB)
@@ -209,6 +210,7 @@ def blocks_of(args: argparse.Namespace) -> dict[str, tuple[str, Settings]]:
         silence=args.silence,
         noise=args.noise,
         replies=args.replies,
+        extractor=args.extractor,
         groups=args.groups,
         memories=args.memories,
         delay=args.delay,
@@ -257,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not own:
             continue
         summaries[key] = measures.summarize(own, block.figures, block.headline, block.curve)
-        read = "replies read perfectly" if settings.oracle else "replies read by FeedbackCollector"
+        read = "replies read perfectly" if settings.oracle else f"replies read by {settings.extractor}"
         title = f"{block.title} ({read}; {args.seeds} seeds, {settings.steps} steps)"
         titles[title] = summaries[key]
         out.print(measures.table(title, summaries[key]))
@@ -299,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--silence", type=float, default=0.3, help="share of users who say nothing about the answer")
     add("--noise", type=float, default=0.1, help="share of replies that contradict the truth")
     add("--replies", choices=list(BANKS), default="plain", help="what the users type")
+    add("--extractor", choices=sorted(EXTRACTORS), default=DEFAULT_EXTRACTOR, help="what reads the replies")
     add("--oracle-replies", action="store_true", help="a second block whose replies are read perfectly")
     add("--delay", type=int, default=0, help="further decisions before a reply arrives")
     add("--encoder", default="minilm", help="minilm, hashing, hashing-DIM, a directory or a hub name")

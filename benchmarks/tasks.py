@@ -16,7 +16,13 @@ import numpy.typing as npt
 from benchmarks.replies import BANKS, ReplyBank
 from benchmarks.sentences import Ints, Sentences, embed, some_kinds
 from cortex_core.evaluation import precision_at_k
-from cortex_core.feedback_collector import Feedback, FeedbackCollector, FeedbackSignal, SignalType
+from cortex_core.feedback_collector import (
+    DEFAULT_EXTRACTOR,
+    Feedback,
+    FeedbackCollector,
+    FeedbackSignal,
+    SignalType,
+)
 from cortex_core.replay_buffer import FloatArray
 
 World = Literal["strategy", "memory", "combined"]
@@ -78,6 +84,8 @@ class Settings:
     silence: float = 0.3
     noise: float = 0.1
     replies: str = "plain"
+    extractor: str = DEFAULT_EXTRACTOR
+    """what reads the replies"""
     oracle: bool = False
     memories: int = 200
     groups: int | None = None
@@ -150,7 +158,7 @@ class Task:
         if self.settings.oracle:
             return read_perfectly(meant)
         if self._reader is None:
-            self._reader = Reader(bank, self.encoder)
+            self._reader = Reader(bank, self.encoder, self.settings.extractor)
         return self._reader(texts[int(word * len(texts))])
 
 
@@ -165,8 +173,8 @@ def read_perfectly(meant: Literal[-1, 0, 1]) -> Feedback:
 class Reader:
     """The one `FeedbackCollector` for all learners, with the embedding that the joiner would give it."""
 
-    def __init__(self, bank: ReplyBank, encoder: str) -> None:
-        self._collector = FeedbackCollector()
+    def __init__(self, bank: ReplyBank, encoder: str, extractor: str = DEFAULT_EXTRACTOR) -> None:
+        self._collector = FeedbackCollector(extractor)
         self._embeddings = dict(zip(bank.texts, embed(bank.texts, encoder), strict=True))
         self._known: dict[str, Feedback] = {}
 

@@ -24,6 +24,10 @@ def action_for(confidence: float) -> Action:
     return "proceed" if confidence >= PROCEED_AT else "hedge" if confidence >= HEDGE_AT else "escalate"
 
 
+AS_PREDICTED = np.array([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+"""Weights of a `ContextSummary` and a bias that take the log-odds of strategy and memories at their word."""
+
+
 @dataclass(frozen=True, slots=True)
 class ContextSummary:
     """What the decision itself looked like, before anyone replied: the estimator's second input."""
@@ -103,7 +107,7 @@ class ConfidenceEstimator(nn.Module):
         """Newton steps on the linear part: Platt's scaling of decisions whose replies are known (Platt 1999).
 
         The contexts are those logged at decision time, so that the fit is on predictions made before their
-        replies. A ridge of 1 on (n, 7) contexts holds it near no effect until there are enough.
+        replies. A ridge of 1 on (n, 7) contexts holds it near the log-odds as they were predicted.
 
         Args:
             content: (n,) 1 where the reply was positive; weight: (n,) its sureness.
@@ -119,7 +123,7 @@ class ConfidenceEstimator(nn.Module):
             score = weight * (content - reply) * slope / (reply * (1.0 - reply))
             information = weight * slope**2 / (reply * (1.0 - reply))
             hessian = (x * information[:, None]).T @ x + np.eye(x.shape[1])
-            theta += np.clip(np.linalg.solve(hessian, x.T @ score - theta), -1.0, 1.0)
+            theta += np.clip(np.linalg.solve(hessian, x.T @ score - (theta - AS_PREDICTED)), -1.0, 1.0)
         self.linear.weight.copy_(torch.from_numpy(theta[None, :-1]).float())
         self.linear.bias.copy_(torch.from_numpy(theta[-1:]).float())
 

@@ -235,7 +235,7 @@ class FeedbackCollector:
         signals = list(reading.signals)
         confidence = reading.confidence
         similarity = float(now @ before) if now is not None and before is not None else None
-        if not signals and previous_text is not None and _asks_again(text, previous_text, similarity):
+        if not signals and _asks_again(text, previous_text, similarity):
             signals.append(FeedbackSignal.of(SignalType.CORRECTION, 0.5, "[the same request again]"))
             confidence = 0.7
         if topic_switched is None:
@@ -282,11 +282,15 @@ def _unit(embedding: FloatArray | None, what: str) -> FloatArray | None:
     return vector / np.float32(norm) if norm > 0 else vector
 
 
-def _asks_again(text: str, previous: str, similarity: float | None) -> bool:
-    now = set("".join(c if c.isalnum() else " " for c in text.lower()).split())
-    before = set("".join(c if c.isalnum() else " " for c in previous.lower()).split())
-    if len(now) < 3 or len(before) < 3:
+def _asks_again(text: str, previous: str | None, similarity: float | None) -> bool:
+    now = _words(text)
+    if len(now) < 3:
         return False
-    if len(now & before) >= SAME_REQUEST * len(now | before):
+    if similarity is not None and similarity >= SAME_MEANING:
         return True
-    return similarity is not None and similarity >= SAME_MEANING
+    before = _words(previous or "")
+    return len(before) >= 3 and len(now & before) >= SAME_REQUEST * len(now | before)
+
+
+def _words(text: str) -> set[str]:
+    return set("".join(c if c.isalnum() else " " for c in text.lower()).split())

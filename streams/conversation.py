@@ -48,10 +48,11 @@ class Heard:
     """A `Reading`, as JSON values."""
     until: float = 0.0
     """How long it waits for its interaction: a window from when it occurred or, if later, arrived."""
-    switched: dict[str, Any] | None = None
-    """The reading that holds where the interaction was about another topic; None: the same."""
+    otherwise: dict[str, dict[str, Any]] | None = None
+    """The readings that hold instead where the interaction was about another topic ("switched"), or asked the
+    same ("again"); None: what it was about makes no difference."""
     embedding: bytes | None = None
-    """float16 of the text, where `switched` is given: what tells which of the two holds."""
+    """float16 of the text, where `otherwise` is given: what tells which of them holds."""
 
     @property
     def order(self) -> tuple[float, str]:
@@ -112,7 +113,7 @@ class Conversation:
                     r.names,
                     r.reading,
                     r.until,
-                    r.switched,
+                    r.otherwise,
                     base64.b64encode(r.embedding).decode(),
                 ]
                 for r in self.replies.values()
@@ -146,4 +147,4 @@ class Conversation:
 
 
 def _topic(reply: Heard) -> list[Any]:
-    return [] if reply.embedding is None else [reply.switched, base64.b64encode(reply.embedding).decode()]
+    return [] if reply.embedding is None else [reply.otherwise, base64.b64encode(reply.embedding).decode()]

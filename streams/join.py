@@ -36,6 +36,7 @@ import orjson
 
 from cortex_core.feedback_collector import (
     OTHER_TOPIC,
+    SAME_MEANING,
     Aggregation,
     Feedback,
     FeedbackCollector,
@@ -203,28 +204,32 @@ class Join:
     def read(self, reply: ReplyEvent) -> Heard:
         """Reads a reply once, for good: what it says is a function of the reply alone.
 
-        Whether it switched the topic depends on the interaction as well, which may not be known yet: where
-        it would make a difference both readings are kept, and the embedding that decides between them.
+        Whether it switched the topic, or asks the same again, depends on the interaction as well, which may
+        not be known yet: where that would make a difference the other readings are kept too, and the
+        embedding that decides between them.
         """
-        at, switched, embedding = reply.occurred_at.timestamp(), None, None
+        at, otherwise, embedding = reply.occurred_at.timestamp(), None, None
         if reply.kind == "text":
-            feedback = self.collector.extract(
-                reply.text, topic_switched=False, embedding=_f32(reply.embedding)
-            )
-            if reply.embedding is not None and reply.embedding.ndim == 1:
-                vector = _f32(reply.embedding)
-                elsewhere = self.collector.extract(
-                    reply.text, embedding=vector, previous_embedding=None if vector is None else -vector
-                )
-                if elsewhere != feedback:
-                    switched = self._reading(reply, elsewhere)
-                    embedding = reply.embedding.tobytes()
+            vector = _f32(reply.embedding)
+            feedback = self.collector.extract(reply.text, topic_switched=False, embedding=vector)
+            if vector is not None and reply.embedding is not None and reply.embedding.ndim == 1:
+                turns = {
+                    name: self.collector.extract(reply.text, embedding=vector, previous_embedding=before)
+                    for name, before in (("switched", -vector), ("again", vector))
+                }
+                otherwise = {n: self._reading(reply, f) for n, f in turns.items() if f != feedback} or None
+                embedding = reply.embedding.tobytes() if otherwise else None
         else:
             assert reply.rating is not None, "ReplyEvent requires it"
             feedback = self.collector.from_rating(reply.rating)
         names = reply.interaction_id
         return Heard(
-            reply.reply_id, at, names, self._reading(reply, feedback), switched=switched, embedding=embedding
+            reply.reply_id,
+            at,
+            names,
+            self._reading(reply, feedback),
+            otherwise=otherwise,
+            embedding=embedding,
         )
 
     def _reading(self, reply: ReplyEvent, feedback: Feedback) -> dict[str, Any]:
@@ -255,13 +260,13 @@ class Join:
         readings = []
         for reply in replies:
             reading = reply.reading
-            if reply.switched is not None and reply.embedding is not None:
+            if reply.otherwise is not None and reply.embedding is not None:
                 if message is None:
                     message = np.frombuffer(
                         base64.b64decode(orjson.loads(body)["message"]["f16"]), dtype="<f2"
                     )
-                if _another_topic(np.frombuffer(reply.embedding, dtype="<f2"), message):
-                    reading = reply.switched
+                turn = _turn(np.frombuffer(reply.embedding, dtype="<f2"), message)
+                reading = reply.otherwise.get(turn, reading)
             readings.append(reading)
         return readings
 
@@ -320,12 +325,14 @@ def _f32(vector: Any) -> Any:
     return None if vector is None else vector.astype(np.float32)
 
 
-def _another_topic(a: Any, b: Any) -> bool:
+def _turn(a: Any, b: Any) -> str:
+    """How a message stands to the one before it, by their embeddings: "switched", "again" or ""."""
     if a.shape != b.shape:
-        return False
+        return ""
     a, b = a.astype(np.float32), b.astype(np.float32)
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return norms > 0 and float(a @ b) / norms < OTHER_TOPIC
+    cosine = float(a @ b) / norms if norms > 0 else 0.5
+    return "switched" if cosine < OTHER_TOPIC else "again" if cosine >= SAME_MEANING else ""
 
 
 def _occurred_at(body: bytes) -> str:

@@ -145,6 +145,13 @@ class TestEmbeddings:
         told = collector.extract(text, embedding=a, previous_embedding=b, topic_switched=False)
         assert types(told) == {"engagement"}
 
+    def test_the_same_meaning_asks_again(self) -> None:
+        collector = FeedbackCollector("patterns-1")
+        a, b = np.eye(8, dtype=np.float32)[:2]
+        again = collector.extract("how many feet are in a mile", embedding=a, previous_embedding=a + 0.1 * b)
+        assert types(again) == {"correction"}
+        assert types(collector.extract("ok", embedding=a, previous_embedding=a)) == {"engagement"}
+
     def test_unusable_ones_are_refused(self, collector: FeedbackCollector) -> None:
         with pytest.raises(NonFiniteError):
             collector.extract("ok", embedding=np.full(384, np.nan, np.float32))

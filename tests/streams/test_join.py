@@ -279,11 +279,16 @@ def test_text_is_kept_only_where_asked_for(store_text: bool) -> None:
     assert b"you saved me" not in state or store_text
 
 
-def test_a_switched_topic_is_seen_once_the_interaction_is_known() -> None:
+def test_a_switched_topic_or_the_same_request_again_is_seen_once_the_interaction_is_known() -> None:
     it = interaction("i1", message=np.array([1.0, 0, 0, 0]))
-    same, other = np.array([1.0, 0.1, 0, 0]), np.array([0.0, 1.0, 0, 0])
+    near, other, again = np.array([1.0, 0.5, 0, 0]), np.array([0.0, 1.0, 0, 0]), np.array([2.0, 0.1, 0, 0])
     text = "book me a table for two tonight"
-    for embedding, expected in ((same, "engagement"), (other, "disengagement"), (np.ones(3), "engagement")):
+    for embedding, expected in (
+        (near, "engagement"),
+        (other, "disengagement"),
+        (again, "correction"),
+        (np.ones(3), "engagement"),
+    ):
         pair: list[InteractionEvent | ReplyEvent] = [it, reply("r1", "i1", text=text, embedding=embedding)]
         for events in itertools.permutations(pair):
             world = World()

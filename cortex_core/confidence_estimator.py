@@ -24,10 +24,6 @@ def action_for(confidence: float) -> Action:
     return "proceed" if confidence >= PROCEED_AT else "hedge" if confidence >= HEDGE_AT else "escalate"
 
 
-AS_PREDICTED = np.array([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-"""Weights of a `ContextSummary` and a bias that take the log-odds of strategy and memories at their word."""
-
-
 @dataclass(frozen=True, slots=True)
 class ContextSummary:
     """What the decision itself looked like, before anyone replied: the estimator's second input."""
@@ -39,7 +35,7 @@ class ContextSummary:
     strategy_uncertainty: float = 1.0
     """posterior standard deviation of the chosen strategy, 1 where nothing is known"""
     memory_logit: float = 0.0
-    """what was learned about the retrieved memories adds to these log-odds"""
+    """log-odds that the retrieved memories add, against the usual ones"""
     top_memory_score: float = 0.0
     memory_margin: float = 0.0
     """lowest retrieved score minus the highest one passed over"""
@@ -52,6 +48,10 @@ class ContextSummary:
 
 
 CONTEXT_DIM = 7
+AS_PREDICTED = np.array(
+    [name in {"content_logit", "memory_logit"} for name in (*ContextSummary.__slots__, "bias")], np.float64
+)
+"""(8,) weights of the fields, and the bias, that take the predicted log-odds at their word."""
 
 
 class ConfidenceEstimator(nn.Module):

@@ -33,7 +33,7 @@ class Landmarks(nn.Module):
     count: Tensor
     """() how many of the M are in use"""
 
-    def __init__(self, dim: int, size: int = 384, gamma: float = 1.0, novelty: float = 0.1) -> None:
+    def __init__(self, dim: int, size: int = 384, gamma: float = 1.5, novelty: float = 0.1) -> None:
         super().__init__()
         if dim < 1 or size < 1 or gamma <= 0 or not 0.0 < novelty < 1.0:
             raise ConfigError(

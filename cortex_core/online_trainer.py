@@ -255,7 +255,8 @@ class OnlineTrainer:
         self._progress.interactions += sum(not self._posteriors.knows(e.id) for e in fresh)
         ids = {e.id for e in fresh}
         want = max(self.batch_size - len(fresh), 0) if self._replay else 0
-        replay = [e for e in self.buffer.sample(self.batch_size) if e.id not in ids][:want]
+        drawn = self.buffer.sample(self.batch_size) if want else []
+        replay = [e for e in drawn if e.id not in ids][:want]
         return self._step([*fresh, *replay], len(fresh))
 
     def loss(self, batch: Batch, phi: Floats, psi: Floats) -> Losses:
@@ -264,6 +265,7 @@ class OnlineTrainer:
         content, weight = batch.content(), batch.sureness()
         prior = self.selector.prior(situation).gather(1, batch.strategy[:, None]).squeeze(1)
         mean = prior + chosen_mean(self.selector, phi, batch.strategy.tolist())
+        # Through the gate the encoder would move every score for the sake of a few memories.
         scores = self.gate.score_memories(situation.detach(), batch.memories)
         bilinear = self.gate.log_odds(scores, batch.memory_mask)
         kernel_part = torch.from_numpy(self.gate.kernel_logit(phi, psi))

@@ -104,7 +104,7 @@ class StrategySelector(nn.Module):
         self.text_dim = situation_dim if text_dim is None else text_dim
         self.hidden = nn.Linear(situation_dim, hidden_dim)
         self.out = nn.Linear(hidden_dim, num_strategies)
-        self.landmarks = Landmarks(self.text_dim, landmarks, gamma=1.5)
+        self.landmarks = Landmarks(self.text_dim, landmarks)
         self.register_buffer("mean", torch.zeros(num_strategies, landmarks))
         self._triangle = np.tril_indices(landmarks)
         born = torch.from_numpy(np.eye(landmarks, dtype=np.float16)[self._triangle])

@@ -104,20 +104,7 @@ class Conversation:
         """Fields to set and fields to delete that turn a stored `before` into this."""
         meta = {
             "i": [[i.id, i.at, i.model_id, i.body is not None, i.until] for i in self.interactions.values()],
-            "r": [
-                [r.id, r.at, r.names, r.reading, r.until]
-                if r.embedding is None
-                else [
-                    r.id,
-                    r.at,
-                    r.names,
-                    r.reading,
-                    r.until,
-                    r.otherwise,
-                    base64.b64encode(r.embedding).decode(),
-                ]
-                for r in self.replies.values()
-            ],
+            "r": [[r.id, r.at, r.names, r.reading, r.until, *_turns(r)] for r in self.replies.values()],
         }
         fields = {META: orjson.dumps(meta)}
         now = {i.id for i in self.interactions.values() if i.body is not None}
@@ -146,5 +133,5 @@ class Conversation:
         return cls({i.id: i for i in known}, {r.id: r for r in heard})
 
 
-def _topic(reply: Heard) -> list[Any]:
+def _turns(reply: Heard) -> list[Any]:
     return [] if reply.embedding is None else [reply.otherwise, base64.b64encode(reply.embedding).decode()]

@@ -212,13 +212,14 @@ class Join:
         if reply.kind == "text":
             vector = _f32(reply.embedding)
             feedback = self.collector.extract(reply.text, topic_switched=False, embedding=vector)
-            if vector is not None and reply.embedding is not None and reply.embedding.ndim == 1:
+            # What says something explicit says it whatever came before: most replies are read once.
+            if vector is not None and vector.ndim == 1 and not feedback.explicit:
                 turns = {
                     name: self.collector.extract(reply.text, embedding=vector, previous_embedding=before)
                     for name, before in (("switched", -vector), ("again", vector))
                 }
                 otherwise = {n: self._reading(reply, f) for n, f in turns.items() if f != feedback} or None
-                embedding = reply.embedding.tobytes() if otherwise else None
+                embedding = vector.astype("<f2").tobytes() if otherwise else None
         else:
             assert reply.rating is not None, "ReplyEvent requires it"
             feedback = self.collector.from_rating(reply.rating)

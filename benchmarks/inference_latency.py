@@ -34,10 +34,10 @@ import httpx
 import numpy as np
 
 from cortex_core.text_encoder import load_encoder
-from streams.client import CortexClient
+from streams.client.client import CortexClient
 from streams.events import new_id
+from streams.local.stack import Stack
 from streams.settings import Settings
-from streams.stack import Stack
 
 WORDS = (
     *(

@@ -27,8 +27,8 @@ from aiokafka.errors import KafkaError
 from redis import Redis
 
 from streams.events import Event
+from streams.kafka.topics import Topics
 from streams.settings import Settings
-from streams.topics import Topics
 from tests import services
 from tests.streams.factories import interaction, reply
 from tests.streams.kafka_helpers import send

@@ -36,10 +36,10 @@ from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, new_id, parse, utc_now
+from streams.kafka.topics import MAX_RECORD_BYTES, Topics
+from streams.local.stack import Stack
 from streams.settings import Settings
-from streams.stack import Stack
-from streams.topics import MAX_RECORD_BYTES, Topics
-from streams.weights_log import WeightsFollower
+from streams.weights.follower import WeightsFollower
 
 STAGES = ("experience", "learned", "serving")
 REPLIES = ("thanks, that worked", "no, that's wrong", "perfect, exactly what I needed", "I don't understand")

@@ -24,8 +24,8 @@ from torch import nn
 
 from benchmarks.feedback_data import POLARITY, WRITERS, Reply, written_by
 from benchmarks.feedback_teacher import altered, class_weights, features_of, opinions, tuned, word_vectors
-from cortex_core.feedback_semantic import CLASSES, ENCODER, FEATURES, HEAD
-from cortex_core.feedback_tokens import MOST, Vocabulary, tokens
+from cortex_core.feedback.semantic import CLASSES, ENCODER, FEATURES, HEAD
+from cortex_core.feedback.tokens import MOST, Vocabulary, tokens
 from cortex_core.text_encoder import load_encoder
 
 TAUGHT, HIDDEN, CHANNELS, WORD_DIM = 2, 192, 192, 56

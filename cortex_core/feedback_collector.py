@@ -18,10 +18,10 @@ from typing import Protocol
 import numpy as np
 
 from cortex_core.errors import ConfigError, DimensionError, InputError, NonFiniteError
-from cortex_core.feedback_patterns import POSITIVE_KINDS, read
-from cortex_core.feedback_scope import Hit
-from cortex_core.feedback_semantic import CLASSES, Head, Meaning, load_head, pattern_features
-from cortex_core.feedback_signals import (
+from cortex_core.feedback.patterns import POSITIVE_KINDS, read
+from cortex_core.feedback.scope import Hit
+from cortex_core.feedback.semantic import CLASSES, Head, Meaning, load_head, pattern_features
+from cortex_core.feedback.signals import (
     SIGNAL_REWARDS,
     Aggregation,
     Feedback,

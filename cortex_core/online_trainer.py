@@ -22,16 +22,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cortex_core import checkpoints
-from cortex_core.batches import Batch, collate, encode
 from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator
-from cortex_core.degradation import GoodWeights, put_back, weights_of
 from cortex_core.errors import ConfigError
 from cortex_core.landmarks import Floats
 from cortex_core.memory_gate import MemoryGate
 from cortex_core.metadata import metadata_features
-from cortex_core.online_update import InteractionOutcome, Losses, OnlineUpdate
-from cortex_core.posteriors import Posteriors, chosen_mean
+from cortex_core.online import checkpoints
+from cortex_core.online.batches import Batch, collate, encode
+from cortex_core.online.degradation import GoodWeights, put_back, weights_of
+from cortex_core.online.posteriors import Posteriors, chosen_mean
+from cortex_core.online.update import InteractionOutcome, Losses, OnlineUpdate
 from cortex_core.replay_buffer import ReplayEntry, ReplayStore
 from cortex_core.situation_encoder import SituationEncoder
 from cortex_core.strategy_registry import StrategyRegistry

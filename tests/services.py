@@ -18,8 +18,8 @@ import httpx
 from aiokafka.admin import AIOKafkaAdminClient
 from redis import Redis
 
-from streams.embedded import EmbeddedKafka, EmbeddedRedis, free_port
-from streams.processes import Child
+from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, free_port
+from streams.local.processes import Child
 from streams.settings import Settings, default_cache_dir
 
 T = TypeVar("T")

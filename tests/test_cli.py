@@ -16,11 +16,11 @@ from aiokafka import AIOKafkaProducer
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from streams import status
-from streams.cli import app
-from streams.logs import show_logs
+from streams.cli import status
+from streams.cli.app import app
+from streams.cli.logs import show_logs
+from streams.kafka.topics import Topics, create_topics
 from streams.settings import Settings
-from streams.topics import Topics, create_topics
 from tests.services import spawn_worker, wait_for
 
 COMMANDS = {

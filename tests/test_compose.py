@@ -15,8 +15,8 @@ import yaml
 from compose_spec import PyCompose
 from typer.main import get_command
 
-from streams.cli import app
-from streams.kafka_jars import VERSION, kafka_jars
+from streams.cli.app import app
+from streams.local.kafka_jars import VERSION, kafka_jars
 from streams.settings import Settings, default_cache_dir
 from streams.worker import Worker
 
@@ -126,7 +126,7 @@ def test_kafka_is_the_version_and_the_properties_that_it_knows(compose: dict[str
 
 
 def test_redis_options_are_those_of_the_embedded_one(compose: dict[str, Any]) -> None:
-    from streams.embedded import REDIS_CONF
+    from streams.local.embedded import REDIS_CONF
 
     command = compose["services"]["redis"]["command"]
     given = {name.removeprefix("--"): value for name, value in zip(command[1::2], command[2::2], strict=True)}

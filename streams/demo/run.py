@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from cortex_core.errors import ConfigError, UnavailableError
-from streams.client import CortexClient
+from streams.client.client import CortexClient
 from streams.demo import measures, report
 from streams.demo.measures import Tally
 from streams.demo.traffic import Traffic
@@ -33,10 +33,10 @@ from streams.demo.users import Users
 from streams.demo.view import Picture, View
 from streams.demo.watch import ExperienceReader, WorkerWatch, end_offsets, ids_logged
 from streams.events import new_id
+from streams.kafka.topics import Topics
+from streams.local.stack import Stack
 from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
-from streams.stack import Stack
-from streams.topics import Topics
 
 RATE = 18.0
 """Interactions a second, each asked of the learning model and of the control; two cores hold it."""

@@ -18,7 +18,7 @@ from streams.demo.scenario import MEMORIES
 from streams.demo.users import Request, Users, memory_precision, reward
 
 if TYPE_CHECKING:
-    from streams.client import CortexClient, Decision
+    from streams.client.client import CortexClient, Decision
 
 CONCURRENCY = 16
 """Requests in flight, at most; over it the next ones wait. A machine that cannot hold the rate then serves

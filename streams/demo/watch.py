@@ -17,11 +17,11 @@ import httpx
 import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from streams.api import ModelDetail
 from streams.connections import kafka_client_options
 from streams.demo.measures import ExperienceSeen, VersionSeen
+from streams.inference.api import ModelDetail
+from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
-from streams.topics import MAX_RECORD_BYTES, Topics
 
 POLL_S = 0.5
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from cortex_core.feedback.patterns import read
 from cortex_core.feedback_collector import FeedbackCollector
-from cortex_core.feedback_patterns import read
 
 PRAISED = """
 Actually, that's great | that's not wrong | not bad at all | it isn't bad | couldn't be better

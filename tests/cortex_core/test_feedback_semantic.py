@@ -15,10 +15,10 @@ from benchmarks.feedback import collected, scored
 from benchmarks.feedback_data import CLASSES, POLARITY, WRITERS, load, normal, written_by
 from benchmarks.train_feedback_head import TEMPERATURE, Lessons, Member, composed, export, rows_of, table_of
 from cortex_core.errors import WeightsError
+from cortex_core.feedback.patterns import read
+from cortex_core.feedback.semantic import FEATURES, HEAD, load_head, pattern_features
+from cortex_core.feedback.tokens import MOST, UNKNOWN, Vocabulary, tokens
 from cortex_core.feedback_collector import FeedbackCollector, Semantic
-from cortex_core.feedback_patterns import read
-from cortex_core.feedback_semantic import FEATURES, HEAD, load_head, pattern_features
-from cortex_core.feedback_tokens import MOST, UNKNOWN, Vocabulary, tokens
 from cortex_core.text_encoder import HashingEncoder, TextEncoder, load_encoder
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from cortex_core.degradation import weights_of
 from cortex_core.errors import ConfigError, DimensionError, InputError, WeightsError
 from cortex_core.joint_trainer import JointTrainer, TrainingSample
 from cortex_core.model import CortexModel
+from cortex_core.online.degradation import weights_of
 from cortex_core.online_trainer import OnlineTrainer
 from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry
 from tests.cortex_core.learner_helpers import DIM, SMALL, entry_of, fresh, near, unit

@@ -17,12 +17,12 @@ from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.weights import WeightsManifest
 from streams.connections import kafka_client_options, redis_client
 from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, parse
-from streams.follow import TopicFollower
-from streams.partition import home_partition
+from streams.kafka.follower import TopicFollower
+from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
-from streams.topics import Topics
-from streams.weights_log import MANIFEST, decode_key
+from streams.trainer.partition import home_partition
+from streams.weights.follower import MANIFEST, decode_key
 from tests.services import async_wait_for
 
 DIM = 384

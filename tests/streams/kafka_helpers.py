@@ -9,8 +9,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
 from streams.events import Event, InteractionEvent
+from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 from streams.settings import Settings
-from streams.topics import MAX_RECORD_BYTES, Topics, create_topics
 
 Raw = tuple[str, bytes | None, bytes | None]
 """Topic, key, value."""

@@ -18,12 +18,12 @@ from cortex_core.model import CortexModel
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
 from streams.events import InteractionEvent, ReplyEvent, parse
-from streams.inference import create_app
-from streams.learning import model_config
-from streams.service import NEEDS, Service
+from streams.inference.app import create_app
+from streams.inference.service import NEEDS, Service
+from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 from streams.settings import Settings
-from streams.topics import MAX_RECORD_BYTES, Topics, create_topics
-from streams.weights_log import publish
+from streams.trainer.learner import model_config
+from streams.weights.follower import publish
 from streams.worker import Worker
 
 

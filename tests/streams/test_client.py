@@ -18,10 +18,10 @@ import pytest
 
 from cortex_core.errors import ConfigError, CortexError, InputError, UnavailableError
 from cortex_core.text_encoder import HashingEncoder
-from streams.api import ConflictError, RequestError
-from streams.client import CortexClient, Decision, Memory
-from streams.embedded import free_port
+from streams.client.client import CortexClient, Decision, Memory
 from streams.events import new_id
+from streams.inference.api import ConflictError, RequestError
+from streams.local.embedded import free_port
 from streams.settings import Settings
 from tests.services import async_wait_for, spawn_worker
 from tests.streams.serving import interactions, listening, publish_versions, replies, version

@@ -4,10 +4,10 @@ import base64
 
 import pytest
 
-from streams.dead_letters import list_dead_letters, retry_dead_letters
-from streams.join_records import dead_letter
+from streams.joiner.records import dead_letter
+from streams.kafka.dead_letters import list_dead_letters, retry_dead_letters
+from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
-from streams.topics import MAX_RECORD_BYTES, Topics
 from tests.streams.kafka_helpers import read_all, send
 
 pytestmark = pytest.mark.integration

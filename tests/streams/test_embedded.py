@@ -19,10 +19,10 @@ from redis import Redis
 
 from cortex_core.errors import ConfigError, UnavailableError
 from streams import embedded, kafka_jars
-from streams.embedded import EmbeddedKafka, EmbeddedRedis, free_port, is_free, remembered_port
-from streams.processes import Child
+from streams.kafka.topics import create_topics, describe_topics
+from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, free_port, is_free, remembered_port
+from streams.local.processes import Child
 from streams.settings import Settings, default_cache_dir
-from streams.topics import create_topics, describe_topics
 from tests.services import wait_for
 
 
@@ -150,7 +150,7 @@ async def test_a_server_that_never_answers_is_ended_and_said(tmp_path: Path) -> 
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from streams.embedded import EmbeddedRedis
+from streams.local.embedded import EmbeddedRedis
 async def main():
     redis = EmbeddedRedis(Path(sys.argv[1]))
     await redis.start()

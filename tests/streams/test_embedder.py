@@ -13,7 +13,7 @@ import pytest
 from cortex_core.errors import InputError
 from cortex_core.replay_buffer import FloatArray
 from cortex_core.text_encoder import HashingEncoder
-from streams.embedder import BATCH, Embedder
+from streams.inference.embedder import BATCH, Embedder
 from tests.services import async_wait_for
 
 

@@ -18,10 +18,10 @@ from structlog.testing import capture_logs
 from cortex_core.errors import ConfigError, UnavailableError
 from cortex_core.model import CortexModel
 from cortex_core.text_encoder import HashingEncoder
-from streams.api import DecideRequest, Memory, unit
-from streams.learning import model_config
-from streams.service import Service
+from streams.inference.api import DecideRequest, Memory, unit
+from streams.inference.service import Service
 from streams.settings import Settings
+from streams.trainer.learner import model_config
 from tests.services import async_wait_for
 from tests.streams.serving import (
     JSON,

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from cortex_core.model import CortexModel
-from streams.embedded import EmbeddedKafka, free_port
-from streams.learning import model_config
+from streams.local.embedded import EmbeddedKafka, free_port
 from streams.settings import Settings, default_cache_dir
+from streams.trainer.learner import model_config
 from tests.services import async_wait_for, spawn_worker
 from tests.streams.serving import (
     body,

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortex_core.feedback_collector import FeedbackCollector
-from streams.conversation import LATE_S, Conversation
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
-from streams.join import Changes, Join, Orphan, Put, Retract
+from streams.joiner.conversation import LATE_S, Conversation
+from streams.joiner.join import Changes, Join, Orphan, Put, Retract
 from tests.streams.factories import T0, at, interaction, reply
 
 WINDOW = 1800.0

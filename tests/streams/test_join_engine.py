@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cortex_core.feedback_collector import FeedbackCollector
-from streams.conversation import LATE_S, Conversation
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
-from streams.join import Changes, Join
-from streams.join_engine import Engine, MemoryStates, RedisStates, Save, States, Task
+from streams.joiner.conversation import LATE_S, Conversation
+from streams.joiner.effects import Engine, MemoryStates, RedisStates, Save, States, Task
+from streams.joiner.join import Changes, Join
 from streams.replay_store import ReplayKeys, ReplayWriter
 from tests.streams.factories import T0, interaction, reply
 

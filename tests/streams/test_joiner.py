@@ -17,9 +17,9 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 
 from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, ReplyEvent, parse, utc_now
+from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
-from streams.topics import Topics
 from tests.services import WorkerProcess, async_wait_for, spawn_worker
 from tests.streams.factories import interaction, reply
 from tests.streams.kafka_helpers import lag, read_all, send

@@ -17,11 +17,11 @@ from cortex_core.errors import InputError, WeightsError
 from cortex_core.model import CortexModel
 from cortex_core.replay_buffer import ReplayBuffer
 from cortex_core.weights import WeightsSnapshot
-from streams import learning
 from streams.connections import redis_client
-from streams.learning import ModelLearner, Resume, model_config
-from streams.partition import home_partition
 from streams.settings import Settings
+from streams.trainer import learner as learning
+from streams.trainer.learner import ModelLearner, Resume, model_config
+from streams.trainer.partition import home_partition
 from tests.streams.experiences import experience
 
 TP = "cortex.experiences-0"

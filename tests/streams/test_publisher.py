@@ -12,9 +12,9 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from cortex_core.errors import InputError, UnavailableError
 from streams.connections import kafka_client_options
-from streams.publisher import MAX_VALUE, Publisher
+from streams.kafka.publisher import MAX_VALUE, Publisher
+from streams.kafka.topics import Topics
 from streams.settings import Settings
-from streams.topics import Topics
 from tests.services import async_wait_for
 from tests.streams.serving import records
 

@@ -11,10 +11,10 @@ from cortex_core import feedback_collector
 from cortex_core.errors import UnavailableError
 from cortex_core.feedback_collector import FeedbackSignal, Reading, SignalType
 from streams.events import Event, InteractionEvent, utc_now
-from streams.rebuild import console_progress, rebuild
+from streams.joiner.rebuild import console_progress, rebuild
+from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer, ReplayWrite
 from streams.settings import Settings
-from streams.topics import Topics
 from tests.services import async_wait_for, spawn_worker
 from tests.streams.factories import interaction, reply
 from tests.streams.kafka_helpers import lag, read_all, send

@@ -19,9 +19,9 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from redis import Redis
 
 from cortex_core.errors import ConfigError
+from streams.kafka.topics import Topics
+from streams.local.stack import Stack
 from streams.settings import Settings
-from streams.stack import Stack
-from streams.topics import Topics
 from tests.services import async_wait_for, wait_for
 from tests.streams.test_embedded import gone
 

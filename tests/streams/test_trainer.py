@@ -20,9 +20,9 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from pydantic import SecretStr
 
 from streams.connections import kafka_client_options
-from streams.embedded import EmbeddedKafka, EmbeddedRedis, EmbeddedServer
+from streams.kafka.topics import Topics
+from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, EmbeddedServer
 from streams.settings import Settings
-from streams.topics import Topics
 from tests.services import async_wait_for, spawn_worker
 from tests.streams.experiences import (
     WeightsWatch,

@@ -12,15 +12,15 @@ import torch
 from aiokafka import AIOKafkaProducer
 
 from cortex_core.errors import WeightsError
+from cortex_core.online.update import OnlineUpdate
 from cortex_core.online_trainer import OnlineTrainer
-from cortex_core.online_update import OnlineUpdate
 from cortex_core.replay_buffer import ReplayEntry
 from streams.connections import kafka_client_options
-from streams.control import send_control
 from streams.events import ControlEvent, new_id, utc_now
+from streams.kafka.topics import Topics
 from streams.settings import Settings
-from streams.topics import Topics
-from streams.weights_log import WeightsFollower
+from streams.weights.control import send_control
+from streams.weights.follower import WeightsFollower
 from tests.services import async_wait_for
 from tests.streams.experiences import (
     WeightsWatch,

@@ -15,9 +15,9 @@ from cortex_core.errors import WeightsError
 from cortex_core.model import CortexModel, ModelConfig
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
+from streams.kafka.topics import Topics, create_topics
 from streams.settings import Settings
-from streams.topics import Topics, create_topics
-from streams.weights_log import (
+from streams.weights.follower import (
     WeightsFollower,
     publish,
 )
@@ -236,7 +236,7 @@ async def test_a_client_that_stands_still_is_replaced(settings: Settings, monkey
     """A broker restart can leave aiokafka's fetcher silent for good; reading must go on all the same."""
     from aiokafka import AIOKafkaConsumer
 
-    from streams import follow
+    from streams.kafka import follower as follow
 
     monkeypatch.setattr(follow, "PROBE_S", 0.05)
     deaf: list[AIOKafkaConsumer] = []

@@ -12,7 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from cortex_core.errors import WeightsError
-from streams.weights_log import (
+from streams.weights.follower import (
     MANIFEST,
     SPARE_SLOTS,
     Assembler,

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 from prometheus_client import CollectorRegistry
 
+from streams.kafka.topics import create_topics
 from streams.settings import Settings
-from streams.topics import create_topics
-from streams.trainer import NEEDS
-from streams.training import Trainer
+from streams.trainer.app import NEEDS
+from streams.trainer.consumer import Trainer
 from streams.worker import Worker
 from tests.services import async_wait_for
 from tests.streams.experiences import WeightsWatch, committed

@@ -10,7 +10,7 @@ import torch
 
 from cortex_core.model import CortexModel, ModelConfig
 from cortex_core.weights import WeightsSnapshot
-from streams.weights_log import (
+from streams.weights.follower import (
     encode,
 )
 

@@ -1,0 +1,247 @@
+"""The commands of operators: topics, status, logs, rebuild, dead letters, control."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cortex_core.errors import ConfigError
+from streams.cli.options import UNUSED, AsJson, Data, Kafka, Prefix, Redis, group, load, run
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+app = group()
+topics_app = group(help="Create the topics, or show how they are.")
+letters_app = group(help="Show what could not be read, or send it in again.")
+app.add_typer(topics_app, name="topics")
+app.add_typer(letters_app, name="dead-letters")
+
+
+@topics_app.command("create")
+def topics_create(kafka: Kafka = None, data: Data = None, topic_prefix: Prefix = None) -> None:
+    """Create the topics that are missing; says which."""
+    settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
+    from streams.kafka.topics import create_topics
+
+    created = run(create_topics(settings), settings)
+    typer.echo("\n".join(f"created {name}" for name in created) or "all topics exist")
+
+
+@topics_app.command("show")
+def topics_show(
+    kafka: Kafka = None, data: Data = None, topic_prefix: Prefix = None, as_json: AsJson = False
+) -> None:
+    """Show each topic's partitions, and where its settings differ from what they must be."""
+    settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
+    from streams.kafka.topics import describe_topics
+
+    rows = run(describe_topics(settings), settings)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    from streams.cli.status import table
+
+    table(
+        "Topics",
+        ["topic", "partitions", "settings"],
+        [
+            [
+                str(row["topic"]),
+                str(row["partitions"]) if row["exists"] else "-",
+                ("as they must be" if not row["differs"] else f"differ: {row['differs']}")
+                if row["exists"]
+                else "does not exist: `cortex topics create`",
+            ]
+            for row in rows
+        ],
+    )
+
+
+@app.command()
+def rebuild(
+    since: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="TIME",
+            help="`beginning`, or a time such as 2026-01-31T00:00:00Z (UTC unless said).",
+        ),
+    ],
+    model: Annotated[str | None, typer.Option("--model", metavar="ID", help="This model alone.")] = None,
+    extractor: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Read the replies anew with another extractor.")
+    ] = None,
+    kafka: Kafka = None,
+    redis: Redis = None,
+    data: Data = None,
+    topic_prefix: Prefix = None,
+) -> None:
+    """Replay the topics into fresh replay buffers, and swap them in; the live joiners go on meanwhile."""
+    start = None if since == "beginning" else moment(since)
+    settings = load(kafka=kafka, redis=redis, data=data, topic_prefix=topic_prefix).resolved()
+    from streams.joiner import rebuild as rebuilding
+
+    with rebuilding.console_progress() as progress:
+        work = rebuilding.rebuild(
+            settings, since=start, model_id=model, extractor=extractor, progress=progress
+        )
+        report = run(work, settings)
+    typer.echo(
+        f"read {report.interactions} interactions and {report.replies} replies in {report.seconds:.1f} s; "
+        f"{report.unreadable} records could not be read"
+    )
+    for name, entries in report.models.items():
+        typer.echo(f"{name}: {entries} entries")
+    for name in report.untouched:
+        typer.echo(f"{name}: stays as it was, the topics hold nothing of it")
+    if report.conversations_restored:
+        typer.echo(f"{report.conversations_restored} open conversations put back")
+    if report.rescored is not None:
+        typer.echo(
+            f"rewards: {report.rescored.changed} of {report.rescored.compared} differ, by "
+            f"{report.rescored.mean_change:+.3f} on average; {report.rescored.sign_flips} changed their sign"
+        )
+
+
+def moment(text: str) -> datetime:
+    """A time of day or a date in ISO 8601; UTC where it names no zone."""
+    from datetime import UTC, datetime
+
+    try:
+        parsed = datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(
+            f"--from is {text!r}, wanted `beginning` or a time such as 2026-01-31T00:00:00Z"
+        ) from None
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+@letters_app.command("list")
+def letters_list(
+    limit: Annotated[int, typer.Option("--lines", "-n", min=1, help="The newest so many.")] = 20,
+    kafka: Kafka = None,
+    data: Data = None,
+    topic_prefix: Prefix = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what could not be read, and why."""
+    settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
+    from streams.cli.status import table
+    from streams.kafka.dead_letters import list_dead_letters
+
+    letters = run(list_dead_letters(settings, limit), settings)
+    if as_json:
+        typer.echo(json.dumps([letter.model_dump(mode="json") for letter in letters], indent=1))
+        return
+    table(
+        "Dead letters",
+        ["id", "at", "from", "reason"],
+        [
+            [
+                letter.dead_letter_id,
+                letter.occurred_at.isoformat(timespec="seconds"),
+                f"{letter.topic}-{letter.partition} @{letter.offset}",
+                letter.reason,
+            ]
+            for letter in letters
+        ],
+    )
+
+
+@letters_app.command("retry")
+def letters_retry(
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID …", help="As `list` shows them.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    kafka: Kafka = None,
+    data: Data = None,
+    topic_prefix: Prefix = None,
+) -> None:
+    """Send them to the topics that they came from again. What was joined meanwhile changes nothing."""
+    if bool(ids) == everything:
+        raise ConfigError("name the dead letters to retry, or give --all")
+    settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
+    from streams.kafka.dead_letters import retry_dead_letters
+
+    done = run(retry_dead_letters(settings, ids or None), settings)
+    typer.echo(f"sent {len(done.sent)} again")
+    for letter_id in done.lost:
+        typer.echo(f"{letter_id}: its bytes are no longer kept", err=True)
+    for letter_id in done.unknown:
+        typer.echo(f"{letter_id}: there is no such dead letter", err=True)
+    if done.lost or done.unknown:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    kafka: Kafka = None,
+    redis: Redis = None,
+    data: Data = None,
+    topic_prefix: Prefix = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show workers and their readiness, lag of the consumer groups, replay sizes and weights versions."""
+    settings = load(kafka=kafka, redis=redis, data=data, topic_prefix=topic_prefix).resolved()
+    from streams.cli.status import collect, show
+
+    report = run(collect(settings), settings)
+    typer.echo(json.dumps(report, indent=1)) if as_json else show(report)
+
+
+@app.command()
+def logs(
+    name: Annotated[
+        str | None,
+        typer.Argument(help="kafka, redis, joiner-1, … or a beginning of it. Default: all."),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines of each log to begin with.")] = 20,
+    data: Data = None,
+) -> None:
+    """Show the logs of the stack's servers and workers."""
+    settings = load(data=data)
+    from streams.cli.logs import show_logs
+
+    show_logs(settings.data / "logs", name, lines=lines, follow=follow)
+
+
+class Action(StrEnum):
+    """What can be asked of a model."""
+
+    rollback = "rollback"
+    pin = "pin"
+    unpin = "unpin"
+    pause = "pause"
+    resume = "resume"
+
+
+@app.command()
+def control(
+    action: Annotated[
+        Action,
+        typer.Argument(
+            help="rollback: publish an older version as a new one. pin: serve one version and stop learning, "
+            "until unpin. pause: stop learning, until resume."
+        ),
+    ],
+    model_id: Annotated[str, typer.Argument(metavar="MODEL")] = "default",
+    to_version: Annotated[
+        int | None,
+        typer.Option("--version", min=1, help="For rollback (default: the one before) and pin (the newest)."),
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Kept with the event.")] = "",
+    kafka: Kafka = None,
+    data: Data = None,
+    topic_prefix: Prefix = None,
+) -> None:
+    """Roll a model back, hold it at a version, or stop its learning for a while."""
+    settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
+    from streams.weights.control import send_control
+
+    event = run(send_control(settings, action.value, model_id, to_version, reason), settings)
+    which = f" to version {event.version}" if event.version else ""
+    typer.echo(f"asked for {event.action} of {event.model_id}{which}")

@@ -1,0 +1,203 @@
+"""How a client reaches a service: over HTTP with fail-over, or in this process.
+
+Both repeat until acknowledged. A repetition carries the same ids, so that it can only complete what an
+earlier attempt began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import httpx
+from pydantic import ValidationError
+
+from cortex_core.errors import ConfigError, CortexError, UnavailableError
+from streams.inference.api import (
+    ConflictError,
+    DecideRequest,
+    DecideResponse,
+    ErrorResponse,
+    ReplyRequest,
+    ReplyResponse,
+    RequestError,
+)
+from streams.settings import Settings
+
+if TYPE_CHECKING:
+    from streams.inference.service import Service
+
+T = TypeVar("T")
+AGAIN = frozenset({429, 502, 503, 504})
+"""Answers after which the same request may be sent again, elsewhere or later."""
+DOWN_S = 2.0
+"""How long a service that failed is asked last."""
+
+
+class Transport(Protocol):
+    """Role: takes requests to a service and answers with what was acknowledged."""
+
+    async def start(self) -> None: ...
+    async def decide(self, request: DecideRequest) -> DecideResponse: ...
+    async def reply(self, request: ReplyRequest) -> ReplyResponse: ...
+    async def close(self) -> None: ...
+
+
+async def _repeated(timeout_s: float, attempt: Callable[[float], Awaitable[T]]) -> T:
+    """Calls `attempt(seconds left)` until it succeeds, waiting longer each time (full jitter).
+
+    Raises:
+        UnavailableError: the last one, once the time is up.
+    """
+    deadline = time.monotonic() + timeout_s
+    for n in itertools.count():
+        try:
+            return await attempt(max(0.1, deadline - time.monotonic()))
+        except UnavailableError as error:
+            delay = random.uniform(0.5, 1.0) * min(2.0, 0.1 * 2**n)
+            if time.monotonic() + delay > deadline:
+                raise UnavailableError(f"{error} (given up after {timeout_s:g} s)") from error
+            await asyncio.sleep(delay)
+    raise AssertionError("count never ends")
+
+
+class Http:
+    """Asks inference services; fails over between them within one call."""
+
+    def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
+        self._urls = list(urls)
+        self._timeout_s = timeout_s
+        self._down: dict[str, float] = {}
+        self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None, keepalive_expiry=30.0))
+
+    async def start(self) -> None:
+        """Nothing to do: services are found out about when asked."""
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def decide(self, request: DecideRequest) -> DecideResponse:
+        # Where both are given the service reads the embedding alone.
+        slim = [
+            m.model_copy(update={"text": None}) if m.embedding is not None else m for m in request.memories
+        ]
+        body = request.model_copy(update={"memories": slim}).model_dump_json(exclude_none=True)
+        return DecideResponse.model_validate_json(
+            await self._post("/v1/decide", body, request.conversation_id)
+        )
+
+    async def reply(self, request: ReplyRequest) -> ReplyResponse:
+        body = request.model_dump_json(exclude_none=True)
+        return ReplyResponse.model_validate_json(
+            await self._post("/v1/replies", body, request.conversation_id)
+        )
+
+    async def _post(self, path: str, body: str, conversation_id: str) -> bytes:
+        async def round_of_all(left_s: float) -> bytes:
+            failures = []
+            # While others are left to ask, one that hangs gets a share of the time.
+            share_s = left_s if len(self._urls) == 1 else left_s / 2
+            for url in self._in_order(conversation_id):
+                try:
+                    answer = await self._http.post(
+                        url + path,
+                        content=body,
+                        headers={"Content-Type": "application/json"},
+                        timeout=httpx.Timeout(share_s, connect=min(2.0, share_s)),
+                    )
+                except httpx.TransportError as error:
+                    failures.append(f"{url} does not answer ({type(error).__name__}: {error})")
+                else:
+                    if answer.status_code < 400:
+                        self._down.pop(url, None)
+                        return answer.content
+                    why = _reason(answer)
+                    if answer.status_code not in AGAIN:
+                        raise why
+                    failures.append(f"{url}: {why}")
+                self._down[url] = time.monotonic() + DOWN_S
+            raise UnavailableError("; ".join(failures))
+
+        return await _repeated(self._timeout_s, round_of_all)
+
+    def _in_order(self, conversation_id: str) -> list[str]:
+        """Those that answered first; among them, a conversation prefers the same one (rendezvous hashing)."""
+        now = time.monotonic()
+
+        def rank(url: str) -> tuple[bool, bytes]:
+            digest = hashlib.blake2b(f"{url}\0{conversation_id}".encode(), digest_size=8).digest()
+            return self._down.get(url, 0.0) > now, digest
+
+        return sorted(self._urls, key=rank)
+
+
+def _reason(answer: httpx.Response) -> Exception:
+    try:
+        detail = ErrorResponse.model_validate_json(answer.content).error
+        message, fields = detail.message, detail.fields
+    except ValidationError:  # a proxy's answer
+        message, fields = f"HTTP {answer.status_code} {answer.text[:200]}", {}
+    if answer.status_code == ConflictError.status:
+        return ConflictError(message, fields)
+    if answer.status_code in AGAIN:
+        return UnavailableError(message)
+    if answer.status_code >= 500:
+        return CortexError(f"{answer.url} failed: {message}")
+    return RequestError(message, fields)
+
+
+class InProcess:
+    """Decides in this process; events and weights go over Kafka."""
+
+    def __init__(self, settings: Settings, timeout_s: float, start_timeout_s: float) -> None:
+        self._settings = settings
+        self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._service: Service | None = None
+
+    async def start(self) -> None:
+        """Raises `UnavailableError` where Kafka does not answer in time."""
+        from streams.inference.service import Service  # noqa: PLC0415 - loads torch
+
+        service = self._service = Service(self._settings)
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                await service.start()
+        except BaseException as error:
+            missing = "; ".join(f"{need}: {why}" for need, why in service.missing.items())
+            await self.close()
+            if isinstance(error, TimeoutError):
+                raise UnavailableError(f"not ready within {self._start_timeout_s:g} s: {missing}") from error
+            raise
+
+    async def close(self) -> None:
+        service, self._service = self._service, None
+        if service is not None:
+            await service.stop()
+
+    async def decide(self, request: DecideRequest) -> DecideResponse:
+        return await self._repeat(lambda service: service.decide(request))
+
+    async def reply(self, request: ReplyRequest) -> ReplyResponse:
+        return await self._repeat(lambda service: service.reply(request))
+
+    async def _repeat(self, call: Callable[[Service], Awaitable[T]]) -> T:
+        service = self._service
+        if service is None:
+            raise ConfigError(
+                "an in-process client must be started: `async with CortexClient.local(…) as cortex:`"
+            )
+
+        async def attempt(left_s: float) -> T:
+            try:
+                async with asyncio.timeout(left_s):
+                    return await call(service)
+            except TimeoutError as error:
+                raise UnavailableError(f"no answer within {self._timeout_s:g} s") from error
+
+        return await _repeated(self._timeout_s, attempt)

@@ -1,0 +1,342 @@
+"""The join of interactions and replies, as plain state: no Kafka, no Redis, no clock.
+
+    join = Join(window_s=1800.0, aggregation="last", collector=FeedbackCollector())
+    conversation = Conversation()
+    changes = Changes()
+    join.on_interaction(conversation, interaction, arrived, changes)
+    join.on_reply(conversation, join.read(reply), arrived, changes)
+    join.on_timer(conversation, now, changes)
+    changes.effects          # what to write and publish, in order
+    changes.counts           # what happened, for the metrics
+
+What an experience becomes is a function of the set of events: each reply belongs to the interaction it
+names, else to its conversation's latest interaction before it, and an interaction's experience is made of
+its replies in the order of (`occurred_at`, `reply_id`). Every call compares who had which reply before and
+after, and says what must be written; a reply that had gone to the wrong interaction is moved.
+
+That holds where an interaction and its replies arrive within `window_s` of each other, however long ago they
+occurred. What comes later still is joined to what the state or replay holds by then, or counted.
+
+`now` is seconds on the axis of event time: everything that was sent before it has been read. It and
+`arrived`, when an event was sent, come from outside. They decide how long things are kept and when silence
+closes an interaction, never what an experience becomes. A `now` that goes back changes nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import orjson
+
+from cortex_core.feedback_collector import (
+    OTHER_TOPIC,
+    SAME_MEANING,
+    Aggregation,
+    Feedback,
+    FeedbackCollector,
+    aggregate_rewards,
+)
+from streams.events import SCHEMA_VERSION, ExperienceEvent, InteractionEvent, ReplyEvent
+from streams.joiner.conversation import LATE_S, Conversation, Heard, Known
+
+MAX_KEPT = 256
+"""Interactions, and replies that wait, kept for one conversation: beyond it the earliest are let go. Also
+the replies that one interaction takes: what comes after them is counted as excess."""
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """The interaction's experience is now made of these replies: write and publish it."""
+
+    interaction: Known
+    """Its body is None where replay has it."""
+    replies: tuple[Heard, ...]
+    """In order; empty: nobody answered."""
+    force: bool = False
+    """It takes the place even of a higher revision, for a reply has left it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retract:
+    """Its one reply belongs to another, and its window is open: out of replay until it closes."""
+
+    interaction: Known
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """The wait is over and the state has no interaction for this reply; replay may have it still."""
+
+    reply: Heard
+
+
+Effect = Put | Retract | Orphan
+
+
+@dataclass(slots=True)
+class Changes:
+    """What calls on one or more conversations add up to."""
+
+    effects: list[Effect] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    """interactions, replies, duplicates, joined, amended, late, moved, waiting, excess, no_reply"""
+
+
+class Join:
+    """The rules. Holds no state of its own; one object may serve every conversation."""
+
+    def __init__(
+        self,
+        *,
+        window_s: float,
+        aggregation: Aggregation,
+        collector: FeedbackCollector,
+        store_text: bool = False,
+        max_kept: int = MAX_KEPT,
+    ) -> None:
+        self.window_s = window_s
+        self.aggregation: Aggregation = aggregation
+        self.collector = collector
+        self.store_text = store_text
+        self.max_kept = max_kept
+
+    # -- events --------------------------------------------------------------------------------------------
+
+    def on_interaction(
+        self, conversation: Conversation, event: InteractionEvent, arrived: float, changes: Changes
+    ) -> None:
+        """Adds an interaction; takes the replies that are its own, also from one that had them wrongly."""
+        changes.counts["interactions"] += 1
+        if event.interaction_id in conversation.interactions:
+            changes.counts["duplicates"] += 1
+            return
+        if event.text is not None and not self.store_text:
+            event = event.model_copy(update={"text": None})
+        at = event.occurred_at.timestamp()
+        until = max(at, arrived) + self.window_s
+        known = Known(event.interaction_id, at, event.model_id, event.to_bytes(), until)
+        had = {r.id: conversation.target(r) for r in conversation.replies.values()}
+        conversation.interactions[known.id] = known
+        mine = conversation.replies_of(known)
+        for loser in {i.id: i for r in mine if (i := had[r.id]) is not None}.values():
+            changes.counts["moved"] += 1
+            left = conversation.replies_of(loser)
+            is_open = loser.body is not None
+            changes.effects.append(Retract(loser) if is_open and not left else Put(loser, left, force=True))
+        if mine:
+            changes.counts["joined"] += len([r for r in mine if had[r.id] is None])
+            changes.effects.append(Put(known, mine))
+        while len(conversation.interactions) > self.max_kept:
+            self._forget(
+                conversation, min(conversation.interactions.values(), key=lambda i: i.order), changes
+            )
+
+    def on_reply(self, conversation: Conversation, reply: Heard, arrived: float, changes: Changes) -> None:
+        """Adds a reply: completes or amends its interaction's experience, or lets it wait."""
+        changes.counts["replies"] += 1
+        if reply.id in conversation.replies:
+            changes.counts["duplicates"] += 1
+            return
+        target = conversation.target(reply)
+        if target is not None and len(conversation.replies_of(target)) >= self.max_kept:
+            changes.counts["excess"] += 1
+            return
+        conversation.replies[reply.id] = replace(reply, until=max(reply.at, arrived) + self.window_s)
+        if target is None:
+            changes.counts["waiting"] += 1
+            waiting = conversation.waiting()
+            for earliest in waiting[: max(0, len(waiting) - self.max_kept)]:
+                self._orphan(conversation, earliest, changes)
+            return
+        replies = conversation.replies_of(target)
+        changes.counts["joined"] += 1
+        changes.counts["amended"] += len(replies) > 1
+        changes.counts["late"] += reply.at > target.at + self.window_s
+        changes.effects.append(Put(target, replies))
+
+    def on_timer(self, conversation: Conversation, now: float, changes: Changes) -> None:
+        """Closes what nobody answered in time, ends waits, and forgets what no event can change any more."""
+        for interaction in list(conversation.interactions.values()):
+            if interaction.body is not None and interaction.at + self.window_s <= now:
+                self._close(conversation, interaction, changes)
+        for reply in conversation.waiting():
+            if reply.until <= now:
+                self._orphan(conversation, reply, changes)
+        for interaction in list(conversation.interactions.values()):
+            if interaction.until + LATE_S <= now:
+                self._forget(conversation, interaction, changes)
+
+    def everything(self, conversation: Conversation, changes: Changes) -> None:
+        """Says again what every interaction has become: after another worker may have written otherwise."""
+        for interaction in conversation.interactions.values():
+            replies = conversation.replies_of(interaction)
+            if replies or interaction.body is None:
+                changes.effects.append(Put(interaction, replies, force=True))
+            else:
+                changes.effects.append(Retract(interaction))
+
+    def _close(self, conversation: Conversation, interaction: Known, changes: Changes) -> None:
+        if not conversation.replies_of(interaction):
+            changes.counts["no_reply"] += 1
+            changes.effects.append(Put(interaction, ()))
+        conversation.interactions[interaction.id] = replace(interaction, body=None)
+
+    def _orphan(self, conversation: Conversation, reply: Heard, changes: Changes) -> None:
+        del conversation.replies[reply.id]
+        changes.effects.append(Orphan(reply))
+
+    def _forget(self, conversation: Conversation, interaction: Known, changes: Changes) -> None:
+        if interaction.body is not None:
+            self._close(conversation, interaction, changes)
+            interaction = conversation.interactions[interaction.id]
+        for reply in conversation.replies_of(interaction):
+            del conversation.replies[reply.id]
+        del conversation.interactions[interaction.id]
+
+    # -- readings and experiences --------------------------------------------------------------------------
+
+    def read(self, reply: ReplyEvent) -> Heard:
+        """Reads a reply once, for good: what it says is a function of the reply alone.
+
+        Whether it switched the topic, or asks the same again, depends on the interaction as well, which may
+        not be known yet: where that would make a difference the other readings are kept too, and the
+        embedding that decides between them.
+        """
+        at, otherwise, embedding = reply.occurred_at.timestamp(), None, None
+        if reply.kind == "text":
+            vector = _f32(reply.embedding)
+            feedback = self.collector.extract(reply.text, topic_switched=False, embedding=vector)
+            # What says something explicit says it whatever came before: most replies are read once.
+            if vector is not None and vector.ndim == 1 and not feedback.explicit:
+                turns = {
+                    name: self.collector.extract(reply.text, embedding=vector, previous_embedding=before)
+                    for name, before in (("switched", -vector), ("again", vector))
+                }
+                otherwise = {n: self._reading(reply, f) for n, f in turns.items() if f != feedback} or None
+                embedding = vector.astype("<f2").tobytes() if otherwise else None
+        else:
+            assert reply.rating is not None, "ReplyEvent requires it"
+            feedback = self.collector.from_rating(reply.rating)
+        names = reply.interaction_id
+        return Heard(
+            reply.reply_id,
+            at,
+            names,
+            self._reading(reply, feedback),
+            otherwise=otherwise,
+            embedding=embedding,
+        )
+
+    def _reading(self, reply: ReplyEvent, feedback: Feedback) -> dict[str, Any]:
+        return {
+            "reply_id": reply.reply_id,
+            "occurred_at": _iso(reply.occurred_at),
+            "reward": feedback.reward,
+            "confidence": feedback.confidence,
+            "signals": [
+                {
+                    "type": str(s.type),
+                    "strength": s.strength,
+                    "reward": s.reward,
+                    "evidence": s.evidence if self.store_text else "",
+                }
+                for s in feedback.signals
+            ],
+            "extractor": feedback.extractor,
+        }
+
+    def experience(self, body: bytes, replies: Iterable[Heard]) -> bytes:
+        """JSON of the `ExperienceEvent` that an interaction and its replies, in order, make."""
+        return self.compose(body, self.settle(body, replies))
+
+    def settle(self, body: bytes, replies: Iterable[Heard]) -> list[dict[str, Any]]:
+        """Each reply's reading, now that it is known what the interaction was about."""
+        message = None
+        readings = []
+        for reply in replies:
+            reading = reply.reading
+            if reply.otherwise is not None and reply.embedding is not None:
+                if message is None:
+                    message = np.frombuffer(
+                        base64.b64decode(orjson.loads(body)["message"]["f16"]), dtype="<f2"
+                    )
+                turn = _turn(np.frombuffer(reply.embedding, dtype="<f2"), message)
+                reading = reply.otherwise.get(turn, reading)
+            readings.append(reading)
+        return readings
+
+    def compose(self, body: bytes, readings: list[dict[str, Any]]) -> bytes:
+        """JSON of the `ExperienceEvent` that an interaction and settled readings, in order, make."""
+        rewards = [r["reward"] for r in readings]
+        chosen = readings
+        if self.aggregation in ("first", "last", "min", "max") and readings:
+            index = {
+                "first": 0,
+                "last": -1,
+                "min": rewards.index(min(rewards)),
+                "max": rewards.index(max(rewards)),
+            }[self.aggregation]
+            chosen = [readings[index]]
+        occurred_at = _occurred_at(body)
+        head = {
+            "schema_version": SCHEMA_VERSION,
+            "occurred_at": occurred_at,
+            "revision": len(readings),
+            "outcome": "reply" if readings else "no_reply",
+            "reward": aggregate_rewards(rewards, self.aggregation) if readings else 0.0,
+            # Silence says nothing: it is kept, and weighs nothing.
+            "reward_confidence": sum(r["confidence"] for r in chosen) / len(chosen) if chosen else 0.0,
+            "signals": [s for r in chosen for s in r["signals"]],
+            "readings": readings,
+            "reply_ids": [r["reply_id"] for r in readings],
+            "replied_at": readings[-1]["occurred_at"] if readings else None,
+            "extractor": "+".join(sorted({r["extractor"] for r in readings})),
+            "aggregation": self.aggregation,
+        }
+        # The interaction's own bytes go in as they are: it was checked when it came.
+        return orjson.dumps(head)[:-1] + b',"interaction":' + body + b"}"
+
+    def merged(self, stored: ExperienceEvent, replies: Iterable[Heard]) -> tuple[bytes, int] | None:
+        """A stored experience with more replies, and its revision; None when it has them all already."""
+        new = {r.id: r for r in replies if r.id not in stored.reply_ids}
+        if not new:
+            return None
+        body = stored.interaction.to_bytes()
+        settled = {r.reply_id: r.model_dump(mode="json") for r in stored.readings}
+        order = {r.reply_id: (r.occurred_at.timestamp(), r.reply_id) for r in stored.readings}
+        for reply in new.values():
+            settled[reply.id] = self.settle(body, [reply])[0]
+            order[reply.id] = reply.order
+        readings = [settled[reply_id] for reply_id in sorted(settled, key=order.__getitem__)]
+        return self.compose(body, readings), len(readings)
+
+
+def _iso(moment: datetime) -> str:
+    # As pydantic writes it, so that a reading is the same bytes whether fresh or read back from replay.
+    return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _f32(vector: Any) -> Any:
+    return None if vector is None else vector.astype(np.float32)
+
+
+def _turn(a: Any, b: Any) -> str:
+    """How a message stands to the one before it, by their embeddings: "switched", "again" or ""."""
+    if a.shape != b.shape:
+        return ""
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    cosine = float(a @ b) / norms if norms > 0 else 0.5
+    return "switched" if cosine < OTHER_TOPIC else "again" if cosine >= SAME_MEANING else ""
+
+
+def _occurred_at(body: bytes) -> str:
+    # `to_bytes` writes the fields in their order: the version, then the time.
+    start = body.index(b'"occurred_at":"') + 15
+    return body[start : body.index(b'"', start)].decode()

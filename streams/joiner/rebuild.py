@@ -1,0 +1,397 @@
+"""From the topics to replay, anew: the same join on what Kafka still holds, built beside and swapped in.
+
+    report = await rebuild(settings, since=None)
+
+It belongs to no consumer group and commits nothing. Readers see the old buffer until the new one takes its
+place in one step. What live joiners write meanwhile is not lost: while a rebuild is under way every write
+notes its id beside the buffer, and the swap carries those entries over. A model of which the topics hold
+nothing keeps the buffer it has.
+
+Where Redis lost the joiners' own state as well, the conversations that are still open are put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import structlog
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from cortex_core.errors import InputError, UnavailableError
+from streams.connections import async_redis_client, kafka_client_options, redis_client
+from streams.events import new_id
+from streams.joiner.effects import Engine, MemoryStates, RedisStates, Save, Stored, Task
+from streams.joiner.records import EventTime, make_join, read_record
+from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
+from streams.replay_store import (
+    RedisReplayBuffer,
+    ReplayKeys,
+    ReplayWrite,
+    ReplayWriter,
+    Wrote,
+    decode,
+    model_ids,
+)
+
+if TYPE_CHECKING:
+    import redis
+    import redis.asyncio
+
+    from streams.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Told how many records of how many have been read."""
+
+GENERATION = "rebuild"
+LOCK_S = 60
+"""A rebuild that died gives way to another after so long."""
+STALL_S = 30.0
+
+
+@dataclass(slots=True)
+class Rescored:
+    """How rewards differ from those of the buffer before, entry by entry."""
+
+    compared: int = 0
+    changed: int = 0
+    mean_change: float = 0.0
+    """Of the rewards that changed; new minus old."""
+    sign_flips: int = 0
+
+
+@dataclass(slots=True)
+class RebuildReport:
+    """What a rebuild did."""
+
+    interactions: int = 0
+    replies: int = 0
+    unreadable: int = 0
+    """Records that are no events; the joiner has them in the dead letters."""
+    models: dict[str, int] = field(default_factory=dict)
+    """Entries in the new buffer of each model."""
+    untouched: list[str] = field(default_factory=list)
+    """Models whose buffer stayed, for the topics hold nothing of them."""
+    conversations_restored: int = 0
+    seconds: float = 0.0
+    rescored: Rescored | None = None
+    """Given with another extractor."""
+
+
+# KEYS: live entries, order, changed; new entries, order. ARGV: capacity, "1" where a noted entry of the same
+# revision takes the place of the new one.
+SWAP = """
+for _, id in ipairs(redis.call('SMEMBERS', KEYS[3])) do
+  local value = redis.call('HGET', KEYS[1], id)
+  local new = redis.call('HGET', KEYS[4], id)
+  if value then
+    local revision = tonumber(string.match(value, '^%d+'))
+    local known = new and tonumber(string.match(new, '^%d+'))
+    if not known or revision > known or ARGV[2] == '1' then
+      redis.call('HSET', KEYS[4], id, value)
+      redis.call('ZADD', KEYS[5], redis.call('ZSCORE', KEYS[2], id), id)
+    end
+  elseif id ~= '' then
+    redis.call('HDEL', KEYS[4], id)
+    redis.call('ZREM', KEYS[5], id)
+  end
+end
+local over = redis.call('ZCARD', KEYS[5]) - tonumber(ARGV[1])
+if over > 0 then
+  local gone = redis.call('ZPOPMIN', KEYS[5], over)
+  for i = 1, #gone, 2 do redis.call('HDEL', KEYS[4], gone[i]) end
+end
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+if redis.call('EXISTS', KEYS[4]) == 1 then
+  redis.call('RENAME', KEYS[4], KEYS[1])
+  redis.call('RENAME', KEYS[5], KEYS[2])
+end
+return redis.call('ZCARD', KEYS[2])
+"""
+
+
+class _Writer(ReplayWriter):
+    """Writes into the new buffers; of one model alone, where one was asked for."""
+
+    def __init__(self, client: redis.asyncio.Redis, settings: Settings, model_id: str | None) -> None:
+        super().__init__(
+            client,
+            prefix=settings.topic_prefix,
+            capacity=settings.replay_capacity,
+            generation=GENERATION,
+        )
+        self._only = model_id
+
+    async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[Wrote]:
+        mine = [w for w in writes if self._only in (None, w[0])]
+        answers = iter(await super().write(mine))
+        return [next(answers) if self._only in (None, w[0]) else Wrote.SAME for w in writes]
+
+    @property
+    def models(self) -> set[str]:
+        return set(self._known)
+
+
+async def rebuild(
+    settings: Settings,
+    *,
+    since: datetime | None = None,
+    model_id: str | None = None,
+    extractor: str | None = None,
+    progress: Progress | None = None,
+) -> RebuildReport:
+    """Replays the topics into fresh replay buffers and swaps them in.
+
+    Args:
+        since: interactions that occurred from here on; None: everything that the topics hold.
+        model_id: this model alone; None: every model.
+        extractor: reads the replies anew with another extractor; the report says what that changed.
+
+    Raises:
+        UnavailableError: another rebuild is running, or Kafka stopped answering.
+        redis.RedisError, KafkaError, OSError: a server does not answer.
+    """
+    settings = settings.resolved()
+    started = time.monotonic()
+    report = RebuildReport(rescored=Rescored() if extractor else None)
+    await create_topics(settings)
+    client, aio = redis_client(settings), async_redis_client(settings)
+    try:
+        async with _locked(settings, aio) as touch:
+            existing = model_ids(client, settings.topic_prefix)
+            asked = [model_id] if model_id else existing
+            _discard(settings, client)
+            for name in asked:
+                _note_changes(ReplayKeys(settings.topic_prefix, name), client)
+            try:
+                writer = _Writer(aio, settings, model_id)
+                join = make_join(settings, extractor)
+                states = MemoryStates()
+                engine = Engine(join, states, writer, publish=None)
+                await _replay(settings, engine, since=since, report=report, progress=progress, touch=touch)
+                for name in sorted(writer.models | ({model_id} if model_id else set())):
+                    if report.rescored is not None:
+                        _compare(settings, client, name, report.rescored)
+                    report.models[name] = _swap(settings, client, name, force=extractor is None)
+                report.untouched = sorted(set(asked) - set(report.models))
+                if extractor is None:
+                    report.conversations_restored = await _restore(settings, states, aio)
+            finally:
+                for name in asked:
+                    client.delete(ReplayKeys(settings.topic_prefix, name).changed)
+                _discard(settings, client)
+    finally:
+        client.close()
+        await aio.aclose()
+    if report.rescored is not None and report.rescored.changed:
+        report.rescored.mean_change /= report.rescored.changed
+    report.seconds = time.monotonic() - started
+    return report
+
+
+@contextlib.asynccontextmanager
+async def _locked(settings: Settings, client: redis.asyncio.Redis) -> AsyncIterator[Callable[[], Any]]:
+    key, token = f"{settings.topic_prefix}:rebuilding", new_id()
+    if not await client.set(key, token, nx=True, ex=LOCK_S):
+        raise UnavailableError(
+            f"another rebuild of {settings.topic_prefix!r} is running, or died less than {LOCK_S} s ago: "
+            "wait for it"
+        )
+
+    async def touch() -> None:
+        await client.expire(key, LOCK_S)
+
+    try:
+        yield touch
+    finally:
+        if await client.get(key) == token.encode():
+            await client.delete(key)
+
+
+def _note_changes(keys: ReplayKeys, client: redis.Redis) -> None:
+    """From here on every live write to this buffer notes its id."""
+    client.delete(keys.changed)
+    client.sadd(keys.changed, "")  # an empty set would not exist
+    client.expire(keys.changed, 86_400)
+
+
+def _discard(settings: Settings, client: redis.Redis) -> None:
+    """What a rebuild that died left behind."""
+    found = list(client.scan_iter(f"{settings.topic_prefix}:replay:*:{GENERATION}:*", count=1000))
+    if found:
+        client.delete(*found)
+
+
+async def _replay(
+    settings: Settings,
+    engine: Engine,
+    *,
+    since: datetime | None,
+    report: RebuildReport,
+    progress: Progress | None,
+    touch: Callable[[], Any],
+) -> None:
+    topics = Topics.of(settings)
+    names = (topics.interactions, topics.replies)
+    consumer = AIOKafkaConsumer(
+        *names,
+        **kafka_client_options(settings),
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        max_partition_fetch_bytes=MAX_RECORD_BYTES,
+    )
+    await consumer.start()
+    try:
+        partitions = sorted(consumer.assignment())
+        # Ends come after the noting of live changes began: what lies beyond them is noted.
+        ends = await consumer.end_offsets(partitions)
+        starts = await consumer.beginning_offsets(partitions)
+        if since is not None:
+            # A record is stamped when it is sent, its event a little before: begin a window early.
+            from_ms = max(0, int(1000 * (since.timestamp() - settings.join_window_s)))
+            found = await consumer.offsets_for_times(dict.fromkeys(partitions, from_ms))
+            starts = {tp: ends[tp] if found[tp] is None else found[tp].offset for tp in partitions}
+        for tp in partitions:
+            consumer.seek(tp, starts[tp])
+        position = dict(starts)
+        total = sum(ends[tp] - starts[tp] for tp in partitions)
+        event_time = EventTime(names)
+        now = time.time()
+        heard_at = time.monotonic()
+        while any(position[tp] < ends[tp] for tp in partitions):
+            records = await _getmany(consumer, settings)
+            if time.monotonic() - heard_at > STALL_S:
+                raise UnavailableError(
+                    f"Kafka at {settings.kafka_address} sent nothing for {STALL_S:g} s, with "
+                    f"{total - _left(position, ends)} of {total} records read"
+                )
+            tasks: list[Task] = []
+            for tp in sorted(records, key=lambda tp: tp.topic != topics.interactions):
+                for record in records[tp]:
+                    if record.offset < ends[tp]:
+                        event_time.saw(tp, record.timestamp)
+                        tasks += _tasks(engine, topics, record, since, report)
+                position[tp] = max(position[tp], await consumer.position(tp))
+                heard_at = time.monotonic()
+            await engine.apply(tasks)
+            for partition in {tp.partition for tp in partitions}:
+                moment = event_time.of(partition, lambda tp: (position[tp] >= ends[tp], now))
+                await engine.timer(partition, moment)
+            await touch()
+            if progress:
+                progress(total - _left(position, ends), total)
+        for partition in {tp.partition for tp in partitions}:
+            await engine.timer(partition, now)
+    finally:
+        await consumer.stop()
+
+
+async def _getmany(consumer: AIOKafkaConsumer, settings: Settings) -> dict[TopicPartition, list[Any]]:
+    try:
+        records: dict[TopicPartition, list[Any]] = await consumer.getmany(
+            timeout_ms=500, max_records=settings.join_batch
+        )
+    except KafkaError as error:
+        raise UnavailableError(
+            f"Kafka at {settings.kafka_address} does not answer ({type(error).__name__}: {error})"
+        ) from error
+    return records
+
+
+def _left(position: dict[TopicPartition, int], ends: dict[TopicPartition, int]) -> int:
+    return sum(max(0, end - position[tp]) for tp, end in ends.items())
+
+
+def _tasks(
+    engine: Engine, topics: Topics, record: Any, since: datetime | None, report: RebuildReport
+) -> list[Task]:
+    try:
+        read = read_record(engine.join, topics, record)
+    except InputError:
+        report.unreadable += 1
+        return []
+    except Exception as error:  # the joiner has it in the dead letters, with the same reason
+        log.warning("a record cannot be read", topic=record.topic, offset=record.offset, error=str(error))
+        report.unreadable += 1
+        return []
+    if record.topic == topics.replies:
+        report.replies += 1
+    elif since is not None and read.occurred_at < since:
+        return []
+    else:
+        report.interactions += 1
+    return [Task(read.conversation_id, record.partition, read.step)]
+
+
+def _swap(settings: Settings, client: redis.Redis, model_id: str, *, force: bool) -> int:
+    live = ReplayKeys(settings.topic_prefix, model_id)
+    new = ReplayKeys(settings.topic_prefix, model_id, GENERATION)
+    if not client.exists(live.changed):
+        # It came up during the rebuild: all of its live entries count as noted.
+        ids: Any = client.zrange(live.order, 0, -1)
+        client.sadd(live.changed, "", *ids)
+    keys = (live.entries, live.order, live.changed, new.entries, new.order)
+    size: Any = client.eval(SWAP, len(keys), *keys, str(settings.replay_capacity), "1" if force else "0")
+    client.sadd(live.models, model_id)
+    return int(size)
+
+
+def _compare(settings: Settings, client: redis.Redis, model_id: str, out: Rescored) -> None:
+    """Adds up how the new buffer's rewards differ from the live one's; the mean is still a sum."""
+
+    def buffer(generation: str) -> RedisReplayBuffer:
+        return RedisReplayBuffer(client, model_id, prefix=settings.topic_prefix, generation=generation)
+
+    old, new = buffer(""), buffer(GENERATION)
+    ids = new.ids()
+    for (_, before), (_, after) in zip(old.raw_values(ids), new.raw_values(ids), strict=True):
+        if before is None or after is None:
+            continue
+        was, now = (float(orjson.loads(decode(value)[1])["reward"]) for value in (before, after))
+        out.compared += 1
+        if not math.isclose(was, now, abs_tol=1e-9):
+            out.changed += 1
+            out.mean_change += now - was
+            out.sign_flips += was * now < 0
+
+
+async def _restore(settings: Settings, states: MemoryStates, client: redis.asyncio.Redis) -> int:
+    """Puts back open conversations that Redis has lost; those it has are newer and stay."""
+    live = RedisStates(client, settings.topic_prefix, settings.join_window_s)
+    saves = [
+        Save(conversation_id, partition, Stored(0, type(conversation)()), conversation, due)
+        for conversation_id, partition in states.partitions().items()
+        if (conversation := states.conversations.get(conversation_id)) is not None
+        and (due := conversation.due(settings.join_window_s)) is not None
+    ]
+    restored = 0
+    for start in range(0, len(saves), 200):
+        chunk = saves[start : start + 200]
+        missing = [s for s in chunk if not await client.exists(live.key(s.conversation_id))]
+        restored += len(missing) - len(await live.save(missing))
+    return restored
+
+
+@contextlib.contextmanager
+def console_progress() -> Iterator[Progress]:
+    """A progress bar on the terminal: `with console_progress() as progress: … rebuild(progress=progress)`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import Progress as Bar  # noqa: PLC0415
+
+    columns = ("rebuilding", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns) as bar:
+        task = bar.add_task("rebuilding", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield progress

@@ -1,0 +1,128 @@
+"""What could not be read: shown, and sent in again as it came."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from cortex_core.errors import InputError, UnavailableError
+from streams.connections import kafka_client_options
+from streams.events import DeadLetter, parse
+from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
+
+if TYPE_CHECKING:
+    from streams.settings import Settings
+
+SILENCE_S = 15.0
+"""Without a record for so long, Kafka counts as away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """What a retry did."""
+
+    sent: list[str]
+    """Ids of the letters whose bytes were sent to the topic that they came from, with the key they had."""
+    unknown: list[str]
+    """Ids that are no dead letter's."""
+    lost: list[str]
+    """Letters that were too large to copy, whose bytes the topic no longer keeps."""
+
+
+async def list_dead_letters(settings: Settings, limit: int | None = 100) -> list[DeadLetter]:
+    """The newest `limit` dead letters (None: all), oldest first, each once."""
+    settings = settings.resolved()
+    await create_topics(settings)
+    letters: dict[str, DeadLetter] = {}
+    async with _reader(settings) as reader:
+        tp = TopicPartition(Topics.of(settings).dead_letters, 0)
+        reader.assign([tp])
+        end = (await reader.end_offsets([tp]))[tp]
+        start = (await reader.beginning_offsets([tp]))[tp]
+        # A joiner that crashed may have written some of them twice: read a few more than asked for.
+        reader.seek(tp, start if limit is None else max(start, end - 2 * limit - 1000))
+        while await reader.position(tp) < end:
+            for record in await _some(reader, settings):
+                try:
+                    letter = parse(DeadLetter, record.value)
+                except InputError:  # written by something newer
+                    continue
+                letters.setdefault(letter.dead_letter_id, letter)
+    found = list(letters.values())
+    return found if limit is None else found[len(found) - min(limit, len(found)) :]
+
+
+async def retry_dead_letters(settings: Settings, ids: Collection[str] | None = None) -> Retried:
+    """Sends the raw bytes of dead letters to their topics again; None: of all.
+
+    The letters stay: what still cannot be read becomes another one, and an event that was joined meanwhile
+    is a duplicate, which changes nothing.
+    """
+    settings = settings.resolved()
+    letters = {letter.dead_letter_id: letter for letter in await list_dead_letters(settings, None)}
+    wanted = list(letters) if ids is None else [i for i in dict.fromkeys(ids) if i in letters]
+    lost: list[str] = []
+    sent: list[str] = []
+    producer = AIOKafkaProducer(
+        **kafka_client_options(settings),
+        acks="all",
+        enable_idempotence=True,
+        max_request_size=MAX_RECORD_BYTES,
+    )
+    await producer.start()
+    try:
+        for letter_id in wanted:
+            letter = letters[letter_id]
+            key = None if letter.key is None else base64.b64decode(letter.key)
+            value: bytes | None = base64.b64decode(letter.raw)
+            if letter.raw_at_source:
+                value = await _at_source(settings, letter)
+                if value is None:
+                    lost.append(letter_id)
+                    continue
+            await producer.send_and_wait(letter.topic, value, key=key)
+            sent.append(letter_id)
+    finally:
+        await producer.stop()
+    return Retried(sent, [] if ids is None else [i for i in ids if i not in letters], lost)
+
+
+async def _at_source(settings: Settings, letter: DeadLetter) -> bytes | None:
+    async with _reader(settings) as reader:
+        tp = TopicPartition(letter.topic, letter.partition)
+        reader.assign([tp])
+        start = (await reader.beginning_offsets([tp]))[tp]
+        if letter.offset < start:
+            return None
+        reader.seek(tp, letter.offset)
+        for record in await _some(reader, settings):
+            if record.offset == letter.offset:
+                return bytes(record.value)
+        return None
+
+
+@contextlib.asynccontextmanager
+async def _reader(settings: Settings) -> AsyncIterator[Any]:
+    """A consumer without a group."""
+    consumer = AIOKafkaConsumer(
+        **kafka_client_options(settings),
+        enable_auto_commit=False,
+        max_partition_fetch_bytes=MAX_RECORD_BYTES,
+    )
+    await consumer.start()
+    try:
+        yield consumer
+    finally:
+        await consumer.stop()
+
+
+async def _some(reader: Any, settings: Settings) -> list[Any]:
+    records = await reader.getmany(timeout_ms=int(1000 * SILENCE_S), max_records=500)
+    if not records:
+        raise UnavailableError(f"Kafka at {settings.kafka_address} sent nothing for {SILENCE_S:g} s")
+    return [record for its_records in records.values() for record in its_records]

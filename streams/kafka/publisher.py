@@ -1,0 +1,219 @@
+"""Events to Kafka, each acknowledged by all in-sync replicas, and a producer that is replaced when it breaks.
+
+    publisher = Publisher(settings, on_state)
+    await publisher.start()                          # waits until Kafka answers
+    delivery = publisher.begin(topic, key, value)    # handed over; goes on whatever the caller does
+    await publisher.wait(delivery)                   # acknowledged, or UnavailableError
+    await publisher.stop()
+
+What a failure means, and what is done:
+
+* No acknowledgement within `publish_timeout_s`: the event may or may not get there; its delivery goes on.
+  Until the brokers answer again, `away` says why and callers should not begin anything.
+* Any other failure: the producer is replaced. An idempotent producer numbers its batches, and one that was
+  given up leaves a gap after which the broker refuses all later ones (OutOfOrderSequenceNumber).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import structlog
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from prometheus_client import Counter, Histogram
+
+from cortex_core.errors import InputError, UnavailableError
+from streams.connections import backoff, kafka_client_options, until_reachable
+from streams.kafka.topics import MAX_RECORD_BYTES, create_topics
+from streams.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+MAX_VALUE = MAX_RECORD_BYTES - 10_000
+"""Bytes; the rest is left for the key and the batch's own overhead."""
+PROBE_TIMEOUT_S = 5.0
+
+ACK_S = Histogram(
+    "cortex_publish_seconds", "From handing an event to Kafka to its acknowledgement", ["topic"]
+)
+REPLACED = Counter("cortex_producer_replaced_total", "Producers that broke and were replaced")
+
+
+class Publisher:
+    """One idempotent producer at a time. All methods run on one event loop."""
+
+    def __init__(self, settings: Settings, on_state: Callable[[str | None], None] | None = None) -> None:
+        """
+        Args:
+            on_state: told why Kafka does not answer, or None when it does.
+        """
+        self.settings = settings
+        self.away: str | None = "not connected yet"
+        """Why nothing can be published at the moment; None when it can."""
+        self._on_state = on_state or (lambda _why: None)
+        self._producer: AIOKafkaProducer | None = None
+        self._deliveries: set[asyncio.Task[None]] = set()
+        self._broken = False
+        self._late = 0
+        self._trouble = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Creates missing topics and connects; waits for a broker that is away.
+
+        Raises:
+            ConfigError: topics exist that do not fit.
+        """
+        self._producer = await self._connect()
+        self._say(None)
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def stop(self, timeout_s: float = 2.0) -> None:
+        """Gives deliveries under way a last chance, then closes; safe to call twice."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        self.away = "this service is stopping"
+        await self._close(timeout_s)
+
+    def begin(self, topic: str, key: bytes, value: bytes) -> asyncio.Task[None]:
+        """Hands an event over. The task ends when it is acknowledged, or raises `UnavailableError`.
+
+        Raises:
+            UnavailableError: Kafka is away; nothing was handed over.
+            InputError: larger than a record may be.
+        """
+        if self.away is not None or self._producer is None:
+            raise UnavailableError(self.away or "not connected yet")
+        if len(value) > MAX_VALUE:
+            raise InputError(
+                f"the event has {len(value)} bytes, at most {MAX_VALUE}: retrieve fewer memories (top_k)"
+            )
+        task = asyncio.create_task(self._deliver(self._producer, topic, key, value))
+        self._deliveries.add(task)
+        task.add_done_callback(self._delivered)
+        return task
+
+    async def wait(self, delivery: asyncio.Task[None]) -> None:
+        """Returns once it is acknowledged. Giving up waiting does not stop the delivery.
+
+        Raises:
+            UnavailableError: not within `publish_timeout_s`, or the delivery failed.
+        """
+        done, _ = await asyncio.wait({delivery}, timeout=self.settings.publish_timeout_s)
+        if not done:
+            self._suspect(
+                f"Kafka at {self.settings.kafka_address} did not acknowledge within "
+                f"{self.settings.publish_timeout_s:g} s"
+            )
+            raise UnavailableError(
+                f"{self.away}; the event may or may not be there: repeat it with the same id"
+            )
+        if delivery.cancelled():
+            raise UnavailableError("the connection to Kafka was lost meanwhile: repeat with the same id")
+        delivery.result()
+
+    async def _deliver(self, producer: AIOKafkaProducer, topic: str, key: bytes, value: bytes) -> None:
+        try:
+            with ACK_S.labels(topic.rpartition(".")[2]).time():
+                await (await producer.send(topic, value=value, key=key))
+        except (KafkaError, OSError) as error:
+            why = f"Kafka at {self.settings.kafka_address} refused an event ({type(error).__name__}: {error})"
+            if producer is self._producer:
+                self._broken = True
+                self._suspect(why)
+            if isinstance(error, MessageSizeTooLargeError):
+                raise InputError(
+                    f"{why}: retrieve fewer memories (top_k), or raise max.message.bytes"
+                ) from error
+            raise UnavailableError(why) from error
+        self._late = 0
+
+    def _delivered(self, task: asyncio.Task[None]) -> None:
+        self._deliveries.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited for it may be gone
+
+    def _suspect(self, why: str) -> None:
+        self._late += 1
+        if self._late > 1 and self.away is None:
+            # The brokers answer, yet nothing has been acknowledged since the last time it was late.
+            self._broken = True
+        self._say(why)
+        self._trouble.set()
+
+    def _say(self, why: str | None) -> None:
+        if why is not None and self.away is None:
+            log.warning("kafka away", why=why)
+        elif why is None and self.away is not None:
+            log.info("kafka answers", address=self.settings.kafka_address)
+        self.away = why
+        self._on_state(why)
+
+    async def _keep(self) -> None:
+        """Brings the producer back whenever something went wrong."""
+        while True:
+            await self._trouble.wait()
+            self._trouble.clear()
+            async for _ in backoff():
+                if self._broken or await self._answers():
+                    break
+            if self._broken:
+                REPLACED.inc()
+                await self._close(1.0)
+                self._producer = await self._connect()
+            self._say(None)
+
+    async def _answers(self) -> bool:
+        assert self._producer is not None
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await self._producer.client.fetch_all_metadata()
+        except (KafkaError, OSError, TimeoutError):
+            return False
+        return True
+
+    async def _connect(self) -> AIOKafkaProducer:
+        async def attempt() -> AIOKafkaProducer:
+            await create_topics(self.settings)
+            producer = AIOKafkaProducer(
+                **kafka_client_options(self.settings),
+                acks="all",
+                enable_idempotence=True,
+                # While one batch is under way the next one fills by itself: lingering would only add delay.
+                linger_ms=0,
+                max_batch_size=1_000_000,
+                max_request_size=MAX_RECORD_BYTES,
+            )
+            try:
+                async with asyncio.timeout(10.0):
+                    await producer.start()
+            except BaseException:
+                await producer.stop()
+                raise
+            return producer
+
+        self._broken, self._late = False, 0
+        return await until_reachable("Kafka", self.settings.kafka_address, attempt, on_failure=self._say)
+
+    async def _close(self, timeout_s: float) -> None:
+        producer, self._producer = self._producer, None
+        if producer is None:
+            return
+        with contextlib.suppress(KafkaError, OSError, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await producer.stop()
+        # Where the broker is away, stopping waits for ever for its acknowledgements, and so does the sender.
+        await producer.client.close()
+        sender = producer._sender.sender_task
+        for _ in range(3):
+            if sender is None or sender.done():
+                break
+            sender.cancel()
+            await asyncio.wait({sender}, timeout=0.3)
+        for task in list(self._deliveries):
+            task.cancel()
+        await asyncio.gather(*self._deliveries, return_exceptions=True)

@@ -1,0 +1,315 @@
+"""Training: experiences off Kafka become new weights versions.
+
+A consumer-group member; each partition it owns is a `PartitionLearner` with a transactional producer of its
+own. This module owns the consumer, the rebalances, retries and readiness; it does not learn.
+
+    while running:
+        open the partitions newly assigned; do what operators asked
+        read a batch; learn it; publish where due
+
+One reply on an idle system is published at once; under load, versions come every `publish_interval_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import redis
+import structlog
+import torch
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import ProducerFenced
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from streams.connections import (
+    REACHABILITY_ERRORS,
+    async_redis_client,
+    kafka_client_options,
+    redis_client,
+    until_reachable,
+)
+from streams.kafka.follower import PROBE_S, EndProbe
+from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
+from streams.trainer.learner import warm_up
+from streams.trainer.metrics import Metrics
+from streams.trainer.partition import LearningError, PartitionLearner, Tools
+from streams.weights.control import Control, ControlFollower
+from streams.weights.follower import WeightsFollower
+from streams.worker import Worker
+
+log = structlog.get_logger(__name__)
+
+BATCH = 64
+"""Experiences per read."""
+IDLE_MS = 200
+"""How long a read waits: operators' wishes and SIGTERM are seen after that, at the latest."""
+STALL_S = 30.0
+"""Without progress on experiences that stand there, the consumer is replaced."""
+TRIES = 3
+"""Failures on one experience alone before it goes to the dead letters."""
+
+
+AWAY: tuple[type[Exception], ...] = (redis.RedisError, *REACHABILITY_ERRORS)
+
+
+class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
+    """One trainer process."""
+
+    def __init__(self, worker: Worker, registry: CollectorRegistry = REGISTRY) -> None:
+        self.worker = worker
+        self.settings = settings = worker.settings
+        self.topic = Topics.of(settings).experiences
+        self.metrics = Metrics(registry)
+        self._owned: dict[TopicPartition, PartitionLearner] = {}
+        self._assigned: set[TopicPartition] = set()
+        self._joined = False
+        self._retry_at: dict[TopicPartition, float] = {}
+        self._tries: dict[TopicPartition, int] = {}
+        self._careful_until: dict[TopicPartition, int] = {}
+        self._failed_at: dict[tuple[TopicPartition, int], int] = {}
+        self._poison: dict[TopicPartition, dict[int, str]] = {}
+        self._asked: set[str] = set()
+        self._lock = asyncio.Lock()
+        self._stalled = False
+        self._probe = EndProbe(settings)
+        self._thread = ThreadPoolExecutor(1, "learning", torch.set_num_threads, (settings.torch_threads,))
+        self._cache = redis_client(settings)
+        self._follower = WeightsFollower(
+            settings,
+            on_state=self._kafka_state,
+            keep_resume=True,
+            is_own=lambda manifest: manifest.sha256 in self._tools.own,
+        )
+        self._controls = ControlFollower(settings, self._on_control)
+        self._tools = Tools(
+            settings, self._follower, self._controls, self._cache, self.metrics, self._in_thread
+        )
+
+    async def run(self) -> None:
+        """Connects, works until the worker is told to stop, then publishes what is pending and leaves."""
+        settings = self.settings
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._thread.shutdown, wait=False, cancel_futures=True)
+            stack.push_async_callback(self._probe.close)
+            redis_watch = asyncio.create_task(self._watch_redis())
+            stack.callback(redis_watch.cancel)
+            if not await self._or_stop(self._connect(stack)):
+                return
+            while not self.worker.stopping.is_set():
+                try:
+                    await self._consume()
+                except REACHABILITY_ERRORS as error:
+                    why = (
+                        f"Kafka at {settings.kafka_address} does not answer ({type(error).__name__}: {error})"
+                    )
+                    self._kafka_state(why)
+                    log.warning("consumer begins anew", why=why)
+                    await self._or_stop(asyncio.sleep(1.0))
+
+    async def on_partitions_revoked(self, revoked: list[TopicPartition]) -> None:
+        """Publishes what is pending and lets go, before the group gives the partitions to others."""
+        async with self._lock:
+            self._assigned, self._joined = set(), False
+            self.worker.not_ready("partitions", "the group is being assigned anew")
+            await self._give_up_all()
+
+    async def on_partitions_assigned(self, assigned: list[TopicPartition]) -> None:
+        """Notes them; the loop opens them, as that can take a while."""
+        self._assigned, self._joined = set(assigned), True
+        self._retry_at.clear()
+        log.info("partitions assigned", partitions=sorted(tp.partition for tp in assigned))
+
+    async def _connect(self, stack: contextlib.AsyncExitStack) -> None:
+        settings, worker = self.settings, self.worker
+        await until_reachable(
+            "Kafka", settings.kafka_address, lambda: create_topics(settings), self._kafka_state
+        )
+        await stack.enter_async_context(self._follower)
+        await stack.enter_async_context(self._controls)
+        await self._in_thread(warm_up, settings)
+        await self._follower.caught_up.wait()
+        await self._controls.caught_up.wait()
+        worker.ready("weights")
+
+    async def _consume(self) -> None:
+        """One consumer's life."""
+        consumer = AIOKafkaConsumer(
+            **kafka_client_options(self.settings),
+            group_id=self.settings.trainer_group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            session_timeout_ms=int(1000 * self.settings.session_timeout_s),
+            heartbeat_interval_ms=int(1000 * self.settings.session_timeout_s / 5),
+            max_partition_fetch_bytes=MAX_RECORD_BYTES,
+        )
+        watch = asyncio.create_task(self._watch_kafka())
+        try:
+            await consumer.start()
+            consumer.subscribe([self.topic], listener=self)
+            self._stalled = False
+            while not self.worker.stopping.is_set() and not self._stalled:
+                async with self._lock:
+                    await self._open_assigned(consumer)
+                    await self._obey()
+                batches = await consumer.getmany(timeout_ms=self._wait_ms(), max_records=BATCH)
+                async with self._lock:
+                    for tp, records in batches.items():
+                        if tp in self._owned:
+                            await self._surviving(tp, PartitionLearner.take, records)
+                    await self._publish_due()
+        finally:
+            watch.cancel()
+            async with self._lock:
+                self._assigned, self._joined = set(), False
+                await self._give_up_all()
+            with contextlib.suppress(*REACHABILITY_ERRORS):
+                async with asyncio.timeout(3.0):
+                    await consumer.stop()
+
+    async def _open_assigned(self, consumer: AIOKafkaConsumer) -> None:
+        now = time.monotonic()
+        due = [tp for tp in self._assigned - self._owned.keys() if now >= self._retry_at.get(tp, 0.0)]
+        for tp in due:
+            self._owned[tp] = PartitionLearner(
+                self._tools,
+                consumer,
+                tp,
+                careful_until=self._careful_until.get(tp, 0),
+                poison=self._poison.get(tp),
+            )
+        await asyncio.gather(*(self._surviving(tp, PartitionLearner.open) for tp in due))
+        if self._joined and self._owned.keys() == self._assigned:
+            self.worker.ready("partitions")
+
+    async def _obey(self) -> None:
+        asked, self._asked = self._asked, set()
+        for model_id in sorted(asked):
+            for tp, partition in list(self._owned.items()):
+                if partition.is_home_of(model_id):
+                    await self._surviving(tp, PartitionLearner.obey, model_id)
+
+    async def _publish_due(self) -> None:
+        due = [tp for tp, p in self._owned.items() if p.unpublished and p.due_in() <= 0]
+        await asyncio.gather(*(self._surviving(tp, PartitionLearner.publish) for tp in due))
+
+    def _wait_ms(self) -> int:
+        waits = [p.due_in() for p in self._owned.values() if p.unpublished]
+        waits += [at - time.monotonic() for at in self._retry_at.values()]
+        return max(1, min([IDLE_MS, *(int(1000 * w) + 1 for w in waits if w > 0)]))
+
+    async def _surviving(self, tp: TopicPartition, work: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """Does something with a partition; what fails costs that partition a new opening, and no more."""
+        partition = self._owned[tp]
+        retry_s = min(5.0, 0.2 * 2 ** self._tries.get(tp, 0))
+        try:
+            await work(partition, *args)
+            if partition.last_publish:
+                self._tries.pop(tp, None)
+            return
+        except ProducerFenced:  # a KafkaError, so it comes first
+            self.metrics.fenced.inc()
+            log.warning("fenced: another trainer owns this partition", partition=tp.partition)
+            retry_s = 2 * self.settings.session_timeout_s  # by then the group has said whose it is
+        except LearningError as error:
+            self._quarantine(tp, partition, error)
+        except AWAY as error:
+            log.warning(
+                "partition opened anew", partition=tp.partition, error=f"{type(error).__name__}: {error}"
+            )
+        except Exception as error:
+            log.exception("partition opened anew", partition=tp.partition, error=str(error))
+        self.metrics.failures.inc()
+        self._tries[tp] = self._tries.get(tp, 0) + 1
+        self._retry_at[tp] = time.monotonic() + retry_s
+        self.worker.not_ready("partitions", f"partition {tp.partition} is opened anew in {retry_s:.1f} s")
+        del self._owned[tp]
+        await partition.close()
+
+    def _quarantine(self, tp: TopicPartition, partition: PartitionLearner, error: LearningError) -> None:
+        """Finds the one experience that makes learning fail, tries it again, then sets it aside."""
+        log.error("learning failed", partition=tp.partition, error=str(error))
+        alone = error.offset < partition.careful_until
+        self._careful_until[tp] = max(error.offset + 1, self._careful_until.get(tp, 0))
+        if alone:
+            failures = self._failed_at[tp, error.offset] = self._failed_at.get((tp, error.offset), 0) + 1
+            if failures >= TRIES:
+                self._poison.setdefault(tp, {})[error.offset] = str(error)
+
+    async def _give_up_all(self) -> None:
+        for tp, partition in list(self._owned.items()):
+            await self._surviving(tp, PartitionLearner.publish)
+            await partition.close()
+        self._owned.clear()
+        self.metrics.lag.clear()
+
+    async def _watch_kafka(self) -> None:
+        """Lag, and whether reading stands still although there is more."""
+        seen: dict[TopicPartition, tuple[int, float]] = {}
+        while True:
+            await asyncio.sleep(PROBE_S)
+            owned = dict(self._owned)
+            try:
+                ends = await self._probe.ends(list(owned)) if owned else {}
+            except REACHABILITY_ERRORS as error:
+                log.debug("ends unknown", error=f"{type(error).__name__}: {error}")
+                continue
+            now = time.monotonic()
+            seen = {tp: at for tp, at in seen.items() if tp in owned}
+            for tp, partition in owned.items():
+                lag = max(0, ends[tp] - partition.position)
+                self.metrics.lag.labels(str(tp.partition)).set(lag)
+                position, since = seen.get(tp, (-1, now))
+                if lag == 0 or position != partition.position:
+                    seen[tp] = partition.position, now
+                elif now - since > STALL_S:
+                    log.error("reading stands still", partition=tp.partition, at=position, lag=lag)
+                    self._stalled = True
+
+    async def _watch_redis(self) -> None:
+        client = async_redis_client(self.settings)
+        address = self.settings.redis_shown
+        try:
+            while True:
+                try:
+                    await client.ping()
+                    self.worker.ready("redis")
+                except (redis.RedisError, OSError) as error:
+                    self.worker.not_ready(
+                        "redis", f"Redis at {address} does not answer ({type(error).__name__}: {error})"
+                    )
+                    log.warning("unreachable", what="Redis", address=address, error=str(error))
+                await asyncio.sleep(PROBE_S)
+        finally:
+            await client.aclose()
+
+    def _kafka_state(self, why: str | None) -> None:
+        if why is None:
+            self.worker.ready("kafka")
+        else:
+            self.worker.not_ready("kafka", why)
+
+    async def _on_control(self, model_id: str, _control: Control) -> None:
+        self._asked.add(model_id)
+
+    async def _in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+    async def _or_stop(self, work: Any) -> bool:
+        """Waits for `work`, or for the wish to stop; whether `work` was done."""
+        task = asyncio.ensure_future(work)
+        stopping = asyncio.create_task(self.worker.stopping.wait())
+        try:
+            await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+            return bool(task.done())
+        finally:
+            for each in (task, stopping):
+                each.cancel()
+            await asyncio.gather(task, stopping, return_exceptions=True)

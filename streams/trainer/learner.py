@@ -1,0 +1,323 @@
+"""One model in a trainer's hands: weights, optimizer, what was learned already, and the next version.
+
+Everything here is synchronous and belongs to the trainer's one learning thread; nothing here knows Kafka.
+
+What a restart needs, and where it is kept:
+
+- weights, counters, `consumed`: the manifest and payload of the newest version in the weights log;
+- which experiences were learned, and up to which control event: `Resume`, a header of that manifest's
+  record. All of this became visible in one transaction, so it cannot disagree with the weights;
+- Adam's moments: a cache in Redis, beside the version they belong to. Where it is missing, or of another
+  version, the optimizer starts anew ("warm restart"): nothing is learned twice or lost, the first steps
+  are merely taken with fresh moments. The log says which of the two happened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import structlog
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from cortex_core.errors import WeightsError
+from cortex_core.model import CortexModel, ModelConfig
+from cortex_core.online.update import OnlineUpdate
+from cortex_core.online_trainer import OnlineTrainer
+from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry, ReplayStore
+from cortex_core.strategy_registry import StrategyRegistry
+from cortex_core.weights import WeightsSnapshot
+from streams.events import ExperienceEvent
+from streams.settings import Settings
+
+if TYPE_CHECKING:
+    import redis
+
+log = structlog.get_logger(__name__)
+
+LEDGER_CAPACITY = 20_000
+"""Experiences whose repetition is recognised, the latest ones; ten bytes each in every version's record."""
+
+Outcome = Literal["learned", "amended", "repeated", "no_reply"]
+
+
+@dataclass(slots=True)
+class Resume:
+    """What the next owner of a model must know beyond its weights."""
+
+    control_offset: int = -1
+    """Offset of the last control event that was carried out; -1 for none."""
+    revisions: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    """Experience (by a 64-bit hash of its id) → highest revision learned; the latest last."""
+
+    def revision(self, experience_id: str) -> int:
+        """The highest revision learned of this experience; 0 where none was."""
+        return self.revisions.get(_hash(experience_id), 0)
+
+    def note(self, experience_id: str, revision: int) -> None:
+        """This revision is learned."""
+        key = _hash(experience_id)
+        self.revisions.pop(key, None)
+        self.revisions[key] = min(revision, 65_535)
+        while len(self.revisions) > LEDGER_CAPACITY:
+            self.revisions.popitem(last=False)
+
+    def to_bytes(self) -> bytes:
+        """A line of JSON, then all hashes, then all revisions."""
+        n = len(self.revisions)
+        head = json.dumps({"control_offset": self.control_offset, "experiences": n}).encode()
+        keys = np.fromiter(self.revisions.keys(), dtype="<u8", count=n)
+        revisions = np.fromiter(self.revisions.values(), dtype="<u2", count=n)
+        return head + b"\n" + keys.tobytes() + revisions.tobytes()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Resume:
+        """The inverse of `to_bytes`; empty bytes are a model's birth.
+
+        Raises:
+            WeightsError: it cannot be read.
+        """
+        if not raw:
+            return cls()
+        head, _, body = raw.partition(b"\n")
+        try:
+            meta = json.loads(head)
+            n, control_offset = int(meta["experiences"]), int(meta["control_offset"])
+            keys = np.frombuffer(body, dtype="<u8", count=n).tolist()
+            revisions = np.frombuffer(body, dtype="<u2", count=n, offset=8 * n).tolist()
+        except (ValueError, KeyError, TypeError) as error:
+            raise WeightsError(f"a version's resume header cannot be read: {error}") from error
+        return cls(control_offset, OrderedDict(zip(keys, revisions, strict=True)))
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def model_config(settings: Settings) -> ModelConfig:
+    """The architecture of a model that has no version yet."""
+    return ModelConfig(
+        text_dim=settings.text_dim, strategies=StrategyRegistry.from_set(settings.strategies).ids
+    )
+
+
+def warm_up(settings: Settings) -> None:
+    """One throw-away step: at the first, torch loads modules for seconds, and no reply should wait for it."""
+    model = CortexModel.create(model_config(settings))
+    trainer = OnlineTrainer.for_model(model, buffer=ReplayBuffer(1))
+    situation = np.zeros(model.config.situation_dim, dtype=np.float32)
+    trainer.observe(ReplayEntry(situation, [], [], model.config.strategies[0], 0.5, 1.0, id="warm-up"))
+    trainer.flush()
+    WeightsSnapshot.of(model, model_id="warm-up", version=1).to_model()
+
+
+class ModelLearner:
+    """Learns one model from its experiences, in the order of their offsets.
+
+    learner = ModelLearner.open(settings, "support-bot", newest, resume, buffer=..., cache=...)
+    learner.learn(event, offset)
+    snapshot, resume = learner.next_version({"cortex.experiences-0": offset + 1})
+    ...published...
+    learner.published(snapshot)
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model_id: str,
+        model: CortexModel,
+        *,
+        resume: Resume,
+        buffer: ReplayStore,
+        base: WeightsSnapshot | None,
+    ) -> None:
+        self.settings = settings
+        self.model_id = model_id
+        self.version = base.manifest.version if base else 0
+        """The last version published."""
+        self.interactions = base.manifest.interactions if base else 0
+        """Distinct experiences learned since birth."""
+        self.consumed = dict(base.manifest.consumed) if base else {}
+        self.first_unpublished: int | None = None
+        """Offset of the first experience that no version has learned from; None where all is published."""
+        self.reason: Literal["train", "rollback", "seed"] = "train"
+        self._oldest_reply_at: datetime | None = None
+        self.resume = resume
+        self._buffer = buffer
+        self._model = model
+        self._trainer = (
+            self._train(base.manifest.updates, base.manifest.ema_loss) if base else self._train(0, None)
+        )
+
+    @classmethod
+    def open(
+        cls,
+        settings: Settings,
+        model_id: str,
+        newest: WeightsSnapshot | None,
+        resume: bytes,
+        *,
+        buffer: ReplayStore,
+        cache: redis.Redis,
+    ) -> ModelLearner:
+        """Continues from the newest version, or from birth where there is none.
+
+        Raises:
+            WeightsError: the version cannot be used.
+            redis.RedisError: the store does not answer.
+        """
+        model = newest.to_model() if newest else CortexModel.create(model_config(settings), model_id)
+        try:
+            known = Resume.from_bytes(resume)
+        except WeightsError as error:
+            log.error("repeated experiences cannot be told", model_id=model_id, error=str(error))
+            known = Resume()
+        learner = cls(settings, model_id, model, resume=known, buffer=buffer, base=newest)
+        if newest is not None:
+            exact = learner._load_optimizer(cache)
+            log.info("model continues", model_id=model_id, version=learner.version, warm_restart=not exact)
+        return learner
+
+    @property
+    def ema_loss(self) -> float | None:
+        """Exponential moving average of the training loss; None before the first step."""
+        return self._trainer.ema_loss
+
+    @property
+    def updates(self) -> int:
+        """Gradient steps since birth."""
+        return self._trainer.total_updates
+
+    def learn(self, event: ExperienceEvent, offset: int) -> tuple[Outcome, OnlineUpdate | None]:
+        """Takes one experience; trains when enough are pending.
+
+        Silence (`no_reply`) teaches nothing: it is no reward of 0, and is only counted. The same revision a
+        second time, or an older one, changes nothing. A higher one amends the reward and is no second sample.
+
+        Raises:
+            InputError: its arrays or its strategy do not fit this model; nothing has changed.
+            redis.RedisError: the store does not answer; this object is to be thrown away.
+        """
+        known = self.resume.revision(event.interaction.interaction_id)
+        if known and event.revision <= known:
+            return "repeated", None
+        if event.revision == 0:
+            return "no_reply", None
+        update = self._trainer.observe(event.to_entry())
+        self.resume.note(event.interaction.interaction_id, event.revision)
+        self.interactions += not known
+        if self.first_unpublished is None:
+            self.first_unpublished = offset
+        if event.replied_at is not None:
+            self._oldest_reply_at = min(self._oldest_reply_at or event.replied_at, event.replied_at)
+        self._note(update)
+        return ("amended" if known else "learned"), update
+
+    def flush(self) -> OnlineUpdate | None:
+        """One step on what is pending, so that no reply waits for others to come."""
+        update = self._trainer.flush()
+        self._note(update)
+        return update
+
+    def next_version(self, consumed: dict[str, int]) -> tuple[WeightsSnapshot, bytes]:
+        """What to publish next, with its `Resume`. Trains on what is pending first.
+
+        Raises:
+            WeightsError: a weight is not finite; it must not leave.
+        """
+        self.flush()
+        snapshot = WeightsSnapshot.of(
+            self._model,
+            model_id=self.model_id,
+            version=self.version + 1,
+            parent=self.version or None,
+            updates=self.updates,
+            interactions=self.interactions,
+            ema_loss=self.ema_loss,
+            consumed={**self.consumed, **consumed},
+            oldest_reply_at=self._oldest_reply_at,
+            reason=self.reason,
+        )
+        return snapshot, self.resume.to_bytes()
+
+    def published(self, snapshot: WeightsSnapshot) -> None:
+        """This version is out."""
+        self.version = snapshot.manifest.version
+        self.consumed = dict(snapshot.manifest.consumed)
+        self.first_unpublished = self._oldest_reply_at = None
+        self.reason = "train"
+
+    def roll_back(self, to: WeightsSnapshot, control_offset: int) -> None:
+        """Takes an older version's weights; the optimizer starts anew. What was learned stays counted."""
+        updates = self.updates
+        self._model = to.to_model()
+        self._trainer = self._train(updates, to.manifest.ema_loss)
+        self.resume.control_offset = control_offset
+        self.reason = "rollback"
+
+    def save_optimizer(self, cache: redis.Redis, version: int) -> None:
+        """Keeps Adam's moments beside the version they belong to, and those of the version before it.
+
+        Whether or not that version gets published, the newest in the log then has its moments here.
+        """
+        state = self._trainer.state_dict()
+        tensors = {k: v.contiguous() for k, v in state["tensors"].items() if not k.startswith("model.")}
+        blob = save(tensors, metadata={"meta": json.dumps(state["meta"])}) if tensors else b""
+        key = self._cache_key
+        pipe = cache.pipeline(transaction=True)
+        pipe.hset(key, str(version), blob)
+        pipe.hkeys(key)
+        stale = [k for k in pipe.execute()[-1] if not version - 1 <= int(k) <= version]
+        if stale:
+            cache.hdel(key, *stale)
+
+    @property
+    def _cache_key(self) -> str:
+        return f"{self.settings.topic_prefix}:trainer:{{{self.model_id}}}:optimizer"
+
+    def _load_optimizer(self, cache: redis.Redis) -> bool:
+        blob: Any = cache.hget(self._cache_key, str(self.version))
+        if not blob:
+            return False
+        try:
+            tensors = load(blob)
+            header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+            meta = json.loads(header["__metadata__"]["meta"])
+            weights = self._trainer.state_dict()["tensors"]
+            own = {k: v for k, v in weights.items() if k.startswith("model.")}
+            self._trainer.load_state_dict({"tensors": {**tensors, **own}, "meta": meta})
+        except (SafetensorError, WeightsError, ValueError, KeyError, TypeError) as error:
+            log.warning("cached optimizer unusable", model_id=self.model_id, error=str(error))
+            return False
+        return True
+
+    def _train(self, updates: int, ema_loss: float | None) -> OnlineTrainer:
+        trainer = OnlineTrainer.for_model(
+            self._model,
+            buffer=self._buffer,
+            lr=self.settings.lr,
+            update_every=self.settings.update_every,
+            batch_size=self.settings.batch_size,
+        )
+        state = trainer.state_dict()
+        state["meta"] |= {"updates": updates, "interactions": self.interactions, "ema_loss": ema_loss}
+        trainer.load_state_dict(state)
+        return trainer
+
+    def _note(self, update: OnlineUpdate | None) -> None:
+        if update is not None and update.rolled_back:
+            self.reason = "rollback"
+            log.warning(
+                "learning had degraded and went back to its last good weights",
+                model_id=self.model_id,
+                version=self.version,
+                ema_loss=update.ema_loss,
+            )
+        if update is not None and update.skipped:
+            log.error("a step was not finite and was not taken", model_id=self.model_id, loss=update.loss)

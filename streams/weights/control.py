@@ -1,0 +1,181 @@
+"""What operators ask of a model: roll back, pin, pause; how it is sent, and how workers follow it.
+
+| action | inference workers | trainers |
+|---|---|---|
+| rollback | follow the new version | publish the old weights as a new version, learn on from there |
+| pin | serve that version, whatever comes | hold: neither learn nor publish |
+| unpin | serve the newest again | go on with the first experience held back |
+| pause | nothing | hold |
+| resume | nothing | go on with the first experience held back |
+
+The topic is compacted by key, so that a reader gets the state of each model from its beginning. The key is
+the model_id and what the action is about: were it the model_id alone, a later pause would erase a pin.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import structlog
+from aiokafka import AIOKafkaProducer
+
+from cortex_core.errors import InputError, WeightsError
+from streams.connections import kafka_client_options
+from streams.events import ControlEvent, new_id, parse, utc_now
+from streams.kafka.follower import StateFollower
+from streams.kafka.topics import Topics, create_topics
+from streams.settings import Settings
+from streams.weights.follower import WeightsFollower
+
+log = structlog.get_logger(__name__)
+
+Action = Literal["rollback", "pin", "unpin", "pause", "resume"]
+_ABOUT = {"rollback": "rollback", "pin": "pin", "unpin": "pin", "pause": "pause", "resume": "pause"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """The latest rollback asked for. A trainer has done it when its weights say so, by this offset."""
+
+    version: int
+    offset: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What operators want of one model at present."""
+
+    pinned: int | None = None
+    """Version that inference workers are to serve; None: the newest."""
+    paused: bool = False
+    rollback: Rollback | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether the trainer must not learn."""
+        return self.paused or self.pinned is not None
+
+    def after(self, event: ControlEvent, offset: int) -> Control:
+        """The state after one more event, which stands at `offset` of the control topic.
+
+        Raises:
+            InputError: the action needs a version and has none.
+        """
+        if event.action in ("rollback", "pin") and (event.version is None or event.version < 1):
+            raise InputError(
+                f"{event.action} of {event.model_id} has version {event.version}, wanted a kept version ≥ 1"
+            )
+        match event.action:
+            case "rollback":
+                assert event.version is not None
+                return replace(self, rollback=Rollback(event.version, offset, event.reason))
+            case "pin":
+                return replace(self, pinned=event.version)
+            case "unpin":
+                return replace(self, pinned=None)
+            case "pause":
+                return replace(self, paused=True)
+            case "resume":
+                return replace(self, paused=False)
+
+
+NO_CONTROL = Control()
+
+OnControl = Callable[[str, Control], Awaitable[None]]
+
+
+class ControlFollower(StateFollower):
+    """Knows what operators want of every model, and tells when it changes.
+
+    What cannot be read is counted in `refused` and logged; the state stays.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        on_control: OnControl | None = None,
+        *,
+        on_state: Callable[[str | None], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            on_control: awaited with the model_id and its new state after each event, from the first one on.
+            on_state: told why Kafka does not answer, or None when it does.
+        """
+        super().__init__(settings, Topics.of(settings).control, on_state)
+        self.refused = 0
+        self._on_control = on_control
+        self._of: dict[str, Control] = {}
+
+    def of(self, model_id: str) -> Control:
+        """What is wanted of this model."""
+        return self._of.get(model_id, NO_CONTROL)
+
+    def models(self) -> list[str]:
+        """Ids of the models that something was ever asked of."""
+        return sorted(self._of)
+
+    async def _handle(self, records: list[Any]) -> None:
+        for record in records:
+            if record.value is None:
+                continue
+            try:
+                event = parse(ControlEvent, record.value)
+                state = self.of(event.model_id).after(event, record.offset)
+            except InputError as error:
+                self.refused += 1
+                log.warning("control event refused", offset=record.offset, error=str(error))
+                continue
+            self._of[event.model_id] = state
+            if self._on_control is not None:
+                try:
+                    await self._on_control(event.model_id, state)
+                except Exception as error:
+                    log.exception("on_control failed", model_id=event.model_id, error=str(error))
+
+
+async def send_control(
+    settings: Settings, action: Action, model_id: str, version: int | None = None, reason: str = ""
+) -> ControlEvent:
+    """Asks something of a model; returns once Kafka has the event.
+
+    Args:
+        version: for rollback and pin, one of the kept versions. Left out, a rollback goes to the version
+            before the newest, and a pin to the newest.
+
+    Raises:
+        WeightsError: there is no such version (any more); the message lists those that are kept.
+        KafkaError, OSError: the broker does not answer.
+    """
+    await create_topics(settings)
+    if action in ("rollback", "pin"):
+        async with WeightsFollower(settings) as follower:
+            await follower.caught_up.wait()
+            kept = [m.version for m in follower.history(model_id)]
+        if version is None and len(kept) > (action == "rollback"):
+            version = kept[-2] if action == "rollback" else kept[-1]
+        if version not in kept:
+            raise WeightsError(
+                f"{action} of {model_id}: version {version} is not kept; kept are "
+                f"{', '.join(map(str, kept)) or 'none'}"
+            )
+    event = ControlEvent(
+        control_id=new_id(),
+        occurred_at=utc_now(),
+        model_id=model_id,
+        action=action,
+        version=version,
+        reason=reason,
+    )
+    key = json.dumps([model_id, _ABOUT[action]], ensure_ascii=False).encode()
+    producer = AIOKafkaProducer(**kafka_client_options(settings), enable_idempotence=True)
+    try:
+        await producer.start()
+        await producer.send_and_wait(Topics.of(settings).control, event.to_bytes(), key=key, partition=0)
+    finally:
+        await producer.stop()
+    return event

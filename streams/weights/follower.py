@@ -1,0 +1,368 @@
+"""The weights log: versions of models on a compacted topic, published whole or not at all.
+
+Records of one version, in this order, all on partition 0 (so that readers see one order for all models):
+
+    key                        value       headers
+    ["<model_id>", slot, 0]    chunk 0     version
+    ["<model_id>", slot, 1]    chunk 1     version
+    …
+    ["<model_id>", slot, "manifest"]       WeightsManifest as JSON; version, resume
+
+`slot` = version modulo (`weights_kept` + 2): a ring. Compaction keeps the newest record of each key, so the
+last `weights_kept` versions stay readable however long the topic has run; the two spare slots give an
+operator's pin time to reach the trainer before the version pinned is overwritten.
+
+The manifest comes last and carries the sha256 of all chunks: a version counts when every chunk of that very
+version was read before its manifest and the whole verifies. `resume` is the trainer's own, see
+`learning.py`. Nothing here decides what is learned or served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from aiokafka import AIOKafkaProducer, TopicPartition
+from pydantic import ValidationError
+
+from cortex_core.errors import CortexError, WeightsError
+from cortex_core.weights import WeightsManifest, WeightsSnapshot
+from streams.events import describe
+from streams.kafka.follower import StateFollower, reading
+from streams.kafka.topics import Topics
+from streams.settings import Settings
+
+if TYPE_CHECKING:
+    from cortex_core.model import CortexModel
+
+log = structlog.get_logger(__name__)
+
+MANIFEST = "manifest"
+SPARE_SLOTS = 2
+MAX_PAYLOAD = 256_000_000
+"""Bytes of a snapshot that a follower will put together; a model of this project has about three million."""
+
+Key = tuple[str, int, int | str]
+OnVersion = Callable[[WeightsSnapshot, "CortexModel"], Awaitable[None]]
+
+
+def encode_key(model_id: str, slot: int, part: int | str) -> bytes:
+    """A record's key; JSON, so that no model_id can be mistaken for another."""
+    return json.dumps([model_id, slot, part], ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def decode_key(raw: bytes | None) -> Key:
+    """The inverse of `encode_key`.
+
+    Raises:
+        WeightsError: the key is none of this log.
+    """
+    try:
+        model_id, slot, part = json.loads(raw or b"")
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"the key {raw!r} is no [model_id, slot, part]") from error
+    ok = isinstance(model_id, str) and type(slot) is int and (part == MANIFEST or type(part) is int)
+    if not ok:
+        raise WeightsError(f"the key {raw!r} is no [model_id, slot, part]")
+    return model_id, slot, part
+
+
+def encode(
+    snapshot: WeightsSnapshot, weights_kept: int, resume: bytes = b""
+) -> list[tuple[bytes, bytes, list[tuple[str, bytes]]]]:
+    """A version as (key, value, headers) of its records, in the order in which they must be sent."""
+    manifest = snapshot.manifest
+    slot = manifest.version % (weights_kept + SPARE_SLOTS)
+    version = ("version", str(manifest.version).encode())
+    records: list[tuple[bytes, bytes, list[tuple[str, bytes]]]] = [
+        (encode_key(manifest.model_id, slot, i), chunk, [version]) for i, chunk in enumerate(snapshot.split())
+    ]
+    headers = [version, *([("resume", resume)] if resume else [])]
+    records.append(
+        (encode_key(manifest.model_id, slot, MANIFEST), manifest.model_dump_json().encode(), headers)
+    )
+    return records
+
+
+async def publish(
+    producer: AIOKafkaProducer, settings: Settings, snapshot: WeightsSnapshot, resume: bytes = b""
+) -> None:
+    """Sends a version inside the caller's open transaction; it exists once that commits.
+
+    Raises:
+        KafkaError: the transaction must be aborted.
+    """
+    topic = Topics.of(settings).weights
+    sent = [
+        await producer.send(topic, value=value, key=key, partition=0, headers=headers)
+        for key, value, headers in encode(snapshot, settings.weights_kept, resume)
+    ]
+    await asyncio.gather(*sent)
+
+
+@dataclass(slots=True)
+class _Parts:
+    """Chunks of one version, waiting for their manifest."""
+
+    version: int
+    first_offset: int
+    chunks: dict[int, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A version that was read whole, and where its records stand."""
+
+    manifest: WeightsManifest
+    slot: int
+    first_offset: int
+    last_offset: int
+
+
+class IncompleteError(WeightsError):
+    """Chunks of a version are missing: it was never published whole, or has been overwritten since."""
+
+
+class Assembler:
+    """Puts versions together from records, in order. Pure: no Kafka, no torch, no clock."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, int], _Parts] = {}
+
+    def add(self, record: Any) -> tuple[WeightsSnapshot, int, int] | None:
+        """A version that this record completes, with its slot and the offset of its first record.
+
+        What the snapshot holds is verified by sha256, and by nothing else.
+
+        Raises:
+            WeightsError: a key, header or manifest that cannot be read, or a version that is incomplete or
+                damaged. It costs that version alone.
+        """
+        model_id, slot, part = decode_key(record.key)
+        if record.value is None:
+            self._parts.pop((model_id, slot), None)
+            return None
+        version = _version(record)
+        if isinstance(part, int):
+            parts = self._parts.get((model_id, slot))
+            if parts is None or parts.version != version:
+                parts = self._parts[model_id, slot] = _Parts(version, record.offset)
+            parts.chunks[part] = record.value
+            return None
+        parts = self._parts.pop((model_id, slot), None)
+        try:
+            manifest = WeightsManifest.model_validate_json(record.value)
+        except ValidationError as error:
+            raise WeightsError(f"weights {model_id} v{version}: no manifest: {describe(error)}") from error
+        if (manifest.model_id, manifest.version) != (model_id, version):
+            raise WeightsError(
+                f"a manifest of {manifest.model_id} v{manifest.version} stands under the key of "
+                f"{model_id} v{version}"
+            )
+        if manifest.bytes > MAX_PAYLOAD:
+            raise WeightsError(
+                f"weights {model_id} v{version} claim {manifest.bytes} bytes, most is {MAX_PAYLOAD}"
+            )
+        chunks = parts.chunks if parts is not None and parts.version == version else {}
+        if set(chunks) != set(range(manifest.chunks)):
+            raise IncompleteError(
+                f"weights {model_id} v{version} are incomplete: {len(chunks)} of {manifest.chunks} chunks"
+            )
+        assert parts is not None
+        snapshot = WeightsSnapshot.join(manifest, [chunks[i] for i in range(manifest.chunks)])
+        return snapshot, slot, parts.first_offset
+
+
+def _version(record: Any) -> int:
+    header = dict(record.headers).get("version", b"")
+    if not header.isdigit():
+        raise WeightsError(
+            f"the record at offset {record.offset} has version header {header!r}, wanted a number"
+        )
+    return int(header)
+
+
+class WeightsFollower(StateFollower):
+    """Knows the newest complete, valid version of every model, and tells when a newer one comes.
+
+    Versions of a model only ever grow; an older or equal one is ignored. A version that is incomplete,
+    damaged, forged, not finite or of an architecture that this process cannot run is refused, counted in
+    `refused` by reason and logged, and what is served stays. Decoding runs in a thread.
+
+        async def swap(snapshot, model): ...
+        follower = WeightsFollower(settings, swap)
+        await follower.start()
+        await follower.caught_up.wait()
+
+    Payloads are not kept here: `on_version` gets each, and `fetch` reads a kept one again.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        on_version: OnVersion | None = None,
+        *,
+        on_state: Callable[[str | None], None] | None = None,
+        keep_resume: bool = False,
+        is_own: Callable[[WeightsManifest], bool] | None = None,
+    ) -> None:
+        """
+        Args:
+            on_version: awaited for each new version, with the model built from it, in evaluation mode; until
+                reading has caught up, for none, then once for each model's newest. What it raises is logged.
+            on_state: told why Kafka does not answer, or None when it does; for `/readyz`.
+            keep_resume: whether `resume` is to be kept; for trainers.
+            is_own: whether this process published a version: no model is built to check it, none handed over.
+        """
+        super().__init__(settings, Topics.of(settings).weights, on_state)
+        self.refused: Counter[str] = Counter()
+        """Versions refused, by reason: incomplete, damaged, unusable."""
+        self._on_version = on_version
+        self._keep_resume = keep_resume
+        self._is_own = is_own or (lambda _: False)
+        self._kept: dict[str, list[_Kept]] = {}
+        self._resume: dict[str, bytes] = {}
+        self._waiting: dict[str, tuple[WeightsSnapshot, CortexModel]] = {}
+        self._telling = asyncio.Lock()
+        self._assembler = Assembler()
+
+    def models(self) -> list[str]:
+        """Ids of the models that have a version."""
+        return sorted(self._kept)
+
+    def newest(self, model_id: str) -> WeightsManifest | None:
+        """The manifest of the model's newest valid version; None where there is none yet."""
+        kept = self._kept.get(model_id)
+        return kept[-1].manifest if kept else None
+
+    def history(self, model_id: str) -> list[WeightsManifest]:
+        """The last `weights_kept` versions, oldest first: what a rollback or a pin may name."""
+        return [k.manifest for k in self._kept.get(model_id, [])]
+
+    def resume(self, model_id: str) -> bytes:
+        """What the trainer of the newest version left with it; empty where nothing is known."""
+        return self._resume.get(model_id, b"")
+
+    async def fetch(self, model_id: str, version: int) -> WeightsSnapshot:
+        """Reads a kept version again.
+
+        Raises:
+            WeightsError: it is not kept (any more).
+            KafkaError, OSError, TimeoutError: the broker does not answer.
+        """
+        kept = next((k for k in self._kept.get(model_id, []) if k.manifest.version == version), None)
+        if kept is None:
+            have = ", ".join(str(m.version) for m in self.history(model_id)) or "none"
+            raise WeightsError(f"weights {model_id} v{version} are not kept; kept are: {have}")
+        partition = TopicPartition(Topics.of(self.settings).weights, 0)
+        assembler, wanted = Assembler(), {encode_key(model_id, kept.slot, MANIFEST)}
+        wanted |= {encode_key(model_id, kept.slot, i) for i in range(kept.manifest.chunks)}
+        async with (
+            asyncio.timeout(30.0),
+            reading(self.settings, partition, kept.first_offset) as consumer,
+        ):
+            while await consumer.position(partition) <= kept.last_offset:
+                for record in (await consumer.getmany(partition, timeout_ms=200)).get(partition, []):
+                    whole = assembler.add(record) if record.key in wanted else None
+                    if whole is not None and whole[0].manifest == kept.manifest:
+                        return whole[0]
+        raise WeightsError(f"weights {model_id} v{version} were overwritten meanwhile; take a newer version")
+
+    async def _start(self) -> None:
+        await super()._start()
+        waiting, self._waiting = self._waiting, {}
+        for snapshot, model in waiting.values():
+            await self._tell(snapshot, model)
+        log.info("weights log read", models=len(self._kept), refused=dict(self.refused))
+
+    async def _handle(self, records: list[Any]) -> None:
+        for record in records:
+            try:
+                whole = self._assembler.add(record)
+            except WeightsError as error:
+                self._refuse("incomplete" if isinstance(error, IncompleteError) else "damaged", error)
+                continue
+            if whole is None:
+                if record.value is None:
+                    self._forget(record)
+                continue
+            snapshot, slot, first_offset = whole
+            await self._admit(record, snapshot, slot, first_offset)
+
+    async def _admit(self, record: Any, snapshot: WeightsSnapshot, slot: int, first_offset: int) -> None:
+        manifest = snapshot.manifest
+        newest = self.newest(manifest.model_id)
+        if newest is not None and manifest.version <= newest.version:
+            log.info("older version ignored", model_id=manifest.model_id, version=manifest.version)
+            return
+        model: CortexModel | None = None
+        if not self._is_own(manifest):
+            try:
+                model = await asyncio.to_thread(self._build, snapshot)
+            except WeightsError as error:
+                self._refuse("unusable", error)
+                return
+        kept = [k for k in self._kept.get(manifest.model_id, []) if k.slot != slot]
+        kept.append(_Kept(manifest, slot, first_offset, record.offset))
+        self._kept[manifest.model_id] = kept[-self.settings.weights_kept :]
+        if self._keep_resume:
+            self._resume[manifest.model_id] = dict(record.headers).get("resume", b"")
+        if model is None:
+            self._waiting.pop(manifest.model_id, None)
+        elif self.caught_up.is_set():
+            await self._tell(snapshot, model)
+        else:
+            self._waiting[manifest.model_id] = snapshot, model
+
+    def _build(self, snapshot: WeightsSnapshot) -> CortexModel:
+        text_dim = snapshot.manifest.architecture.get("text_dim")
+        if text_dim != self.settings.text_dim:
+            raise WeightsError(
+                f"weights {snapshot.manifest.model_id} v{snapshot.manifest.version} are for embeddings of "
+                f"{text_dim} numbers, this worker's have {self.settings.text_dim} (CORTEX_TEXT_DIM)"
+            )
+        try:
+            return snapshot.to_model()
+        except CortexError:
+            raise
+        except Exception as error:  # an architecture out of bounds fails anywhere inside torch
+            raise WeightsError(
+                f"weights {snapshot.manifest.model_id} v{snapshot.manifest.version}: no model can be built "
+                f"from their architecture ({type(error).__name__}: {error})"
+            ) from error
+
+    def _forget(self, record: Any) -> None:
+        """A tombstone: that version can no longer be read. What is served stays served."""
+        model_id, slot, _ = decode_key(record.key)
+        kept = self._kept.get(model_id, [])
+        rest = [k for k in kept if k.slot != slot or k is kept[-1]]
+        if kept:
+            self._kept[model_id] = rest
+
+    def _refuse(self, reason: str, error: WeightsError) -> None:
+        self.refused[reason] += 1
+        # While a compacted topic is read from its start, holes in overwritten versions are its normal state.
+        say = log.warning if self.caught_up.is_set() or reason != "incomplete" else log.debug
+        say("weights refused", reason=reason, error=str(error))
+
+    async def _tell(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
+        if self._on_version is None:
+            return
+        manifest = snapshot.manifest
+        async with self._telling:  # one at a time, so that nobody swaps an older version in last
+            if self.newest(manifest.model_id) != manifest:
+                return
+            try:
+                await self._on_version(snapshot, model)
+            except Exception as error:
+                log.exception(
+                    "on_version failed",
+                    model_id=manifest.model_id,
+                    version=manifest.version,
+                    error=str(error),
+                )

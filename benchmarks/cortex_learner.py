@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.tasks import Answer, Request, Task
+from cortex_core.arrays import FloatArray
 from cortex_core.feedback_collector import Feedback
 from cortex_core.metadata import metadata_features
-from cortex_core.replay_buffer import FloatArray, ReplayBuffer, ReplayEntry
+from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry
 from cortex_core.strategy_registry import StrategyRegistry
 
 PASSED_OVER = 5

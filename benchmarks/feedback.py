@@ -24,8 +24,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_score
 
 from benchmarks.feedback_data import CLASSES, POLARITY, Reply, load
+from cortex_core.arrays import FloatArray
 from cortex_core.feedback_collector import Feedback, FeedbackCollector
-from cortex_core.replay_buffer import FloatArray
 from cortex_core.text_encoder import load_encoder
 
 Ints = npt.NDArray[np.int64]

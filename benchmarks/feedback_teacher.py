@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from benchmarks.feedback_data import CLASSES, Reply
+from cortex_core.arrays import FloatArray
 from cortex_core.feedback.patterns import read
 from cortex_core.feedback.semantic import FEATURES, pattern_features
 from cortex_core.feedback.tokens import tokens
-from cortex_core.replay_buffer import FloatArray
 from cortex_core.text_encoder import load_encoder
 
 EPOCHS, BATCH, RATE, LENGTH = 2, 64, 1.5e-4, 48

@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from benchmarks.baselines import KernelUCB, Uniform, contentment
 from benchmarks.tasks import Answer, Request, Task
+from cortex_core.arrays import FloatArray
 from cortex_core.feedback_collector import Feedback
-from cortex_core.replay_buffer import FloatArray
 
 Floats = npt.NDArray[np.float64]
 

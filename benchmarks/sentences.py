@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from cortex_core.replay_buffer import FloatArray
+from cortex_core.arrays import FloatArray
 from cortex_core.text_encoder import load_encoder
 
 Ints = npt.NDArray[np.int64]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from benchmarks.replies import BANKS, ReplyBank
 from benchmarks.sentences import Ints, Sentences, embed, some_kinds
+from cortex_core.arrays import FloatArray
 from cortex_core.evaluation import precision_at_k
 from cortex_core.feedback_collector import (
     DEFAULT_EXTRACTOR,
@@ -23,7 +24,6 @@ from cortex_core.feedback_collector import (
     FeedbackSignal,
     SignalType,
 )
-from cortex_core.replay_buffer import FloatArray
 
 World = Literal["strategy", "memory", "combined"]
 

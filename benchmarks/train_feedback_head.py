@@ -1,4 +1,4 @@
-"""Makes `cortex_core/data/feedback_head.safetensors`: the semantic head of the feedback reader.
+"""Makes `cortex_core/feedback/data/head.safetensors`: the semantic head of the feedback reader.
 
     python -m benchmarks.train_feedback_head [--out FILE] [--hold-out WRITER] [--work DIR]
 

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from cortex_core.arrays import FloatArray, as_float32
 from cortex_core.errors import ConfigError, DimensionError, InputError, NonFiniteError
 from cortex_core.feedback.patterns import POSITIVE_KINDS, read
 from cortex_core.feedback.scope import Hit
@@ -29,7 +30,6 @@ from cortex_core.feedback.signals import (
     SignalType,
     aggregate_rewards,
 )
-from cortex_core.replay_buffer import FloatArray, as_float32
 
 __all__ = [
     "DEFAULT_EXTRACTOR",

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cortex_core.arrays import FloatArray, as_float32
 from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator
 from cortex_core.errors import ConfigError, InputError
 from cortex_core.memory_gate import MemoryGate, Slate
 from cortex_core.metadata import metadata_features
 from cortex_core.model import CortexModel, summarize
-from cortex_core.replay_buffer import FloatArray, as_float32
 from cortex_core.situation_encoder import SituationEncoder
 from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.strategy_selector import Belief, StrategySelector

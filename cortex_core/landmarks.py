@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from cortex_core.arrays import FloatArray
 from cortex_core.errors import ConfigError
-from cortex_core.replay_buffer import FloatArray
 
 Floats = npt.NDArray[np.float32]
 

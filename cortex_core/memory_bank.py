@@ -22,8 +22,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cortex_core.arrays import FloatArray, as_float32
 from cortex_core.errors import ConfigError, DimensionError, InputError
-from cortex_core.replay_buffer import FloatArray, as_float32
 
 DAY_S = 86_400.0
 _BLOCK = 1024

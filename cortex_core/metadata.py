@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from cortex_core.arrays import FloatArray
 from cortex_core.errors import InputError, NonFiniteError
-from cortex_core.replay_buffer import FloatArray
 
 METADATA_KEYS: tuple[str, ...] = (
     "hour_sin",

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cortex_core.arrays import FloatArray, as_float32
 from cortex_core.confidence_estimator import Action, ConfidenceEstimator, ContextSummary, action_for
 from cortex_core.errors import ConfigError, DimensionError
 from cortex_core.memory_gate import MemoryGate, Slate
 from cortex_core.metadata import METADATA_KEYS
-from cortex_core.replay_buffer import FloatArray, as_float32
 from cortex_core.situation_encoder import SituationEncoder
 from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.strategy_selector import Belief, StrategySelector

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cortex_core.arrays import FloatArray
 from cortex_core.errors import ConfigError, DimensionError
 from cortex_core.landmarks import Floats, Landmarks
-from cortex_core.replay_buffer import FloatArray
 from cortex_core.strategy_registry import StrategyProfile, StrategyRegistry
 
 __all__ = ["Belief", "Selection", "StrategyProfile", "StrategyRegistry", "StrategySelector"]

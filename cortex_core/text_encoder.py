@@ -17,8 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from cortex_core.arrays import FloatArray
 from cortex_core.errors import ConfigError, InputError
-from cortex_core.replay_buffer import FloatArray
 
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 

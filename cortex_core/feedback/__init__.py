@@ -1,0 +1,1 @@
+"""Reading a reply, piece by piece. `cortex_core.feedback_collector` is the way in."""

@@ -4,7 +4,7 @@
     # one hit: a complaint, "isn't right"; the thanks is politeness before "but"
 
 Standard library only. It reads words, not meaning: a complaint without any word of the lists is left to
-`feedback_semantic`.
+`semantic`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KINDS = {
     "x": "soft correction",
     "q": "doubt",
 }
-"""Kinds of phrase, as the sections of `data/feedback_english.txt` are named."""
+"""Kinds of phrase, as the sections of `data/english.txt` are named."""
 
 POSITIVE_KINDS = frozenset("PSTZ")
 
@@ -52,7 +52,7 @@ _FOREIGN = "~"
 
 
 def _wordings(phrase: str) -> list[tuple[str, ...]]:
-    """Every wording of one phrase in the notation of `data/feedback_english.txt`."""
+    """Every wording of one phrase in the notation of `data/english.txt`."""
     done: list[tuple[str, ...]] = [()]
     i = 0
     while i < len(phrase):
@@ -102,10 +102,10 @@ def _index() -> dict[str, Any]:
     root: dict[str, Any] = {}
     foreign = {
         _FOREIGN + kind: text
-        for kind, text in sections("feedback_languages.txt").items()
+        for kind, text in sections("languages.txt").items()
         if not kind.startswith(_SPACELESS)
     }
-    for kind, text in (sections("feedback_english.txt") | foreign).items():
+    for kind, text in (sections("english.txt") | foreign).items():
         for wording in phrases(text):
             node = root
             for word in wording:
@@ -118,7 +118,7 @@ def _index() -> dict[str, Any]:
 def _spaceless() -> tuple[re.Pattern[str], dict[str, str]]:
     kinds = {
         word: kind.removeprefix(_SPACELESS)
-        for kind, text in sections("feedback_languages.txt").items()
+        for kind, text in sections("languages.txt").items()
         if kind.startswith(_SPACELESS)
         for word in text.split()
     }

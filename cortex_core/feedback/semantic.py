@@ -19,14 +19,14 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
+from cortex_core.arrays import FloatArray
 from cortex_core.errors import WeightsError
 from cortex_core.feedback.scope import Cues, Hit
 from cortex_core.feedback.tokens import PADDING, Vocabulary, tokens
-from cortex_core.replay_buffer import FloatArray
 
 CLASSES = ("positive", "negative", "correction", "confusion", "neutral")
 """What the head tells apart; "neutral" says nothing of the answer."""
-HEAD = Path(__file__).parent / "data" / "feedback_head.safetensors"
+HEAD = Path(__file__).parent / "data" / "head.safetensors"
 ENCODER = "all-MiniLM-L6-v2"
 """The sentence encoder whose embeddings the head knows."""
 

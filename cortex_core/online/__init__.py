@@ -1,0 +1,1 @@
+"""The parts of one online step. `online_trainer` is the door."""

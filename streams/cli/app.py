@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from streams.cli import operate as cli_operate
+from streams.cli import operate
 from streams.cli.options import (
     Data,
     Host,
@@ -160,8 +160,4 @@ def version() -> None:
     typer.echo(f"cortex-streams {version_of('cortex-streams')}")
 
 
-app.add_typer(cli_operate.app)
-
-
-if __name__ == "__main__":
-    app()
+app.add_typer(operate.app)

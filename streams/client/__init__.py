@@ -1,0 +1,5 @@
+"""What an agent imports: `from streams.client import CortexClient`."""
+
+from streams.client.client import CortexClient
+
+__all__ = ["CortexClient"]

@@ -25,8 +25,8 @@ from pydantic import (
     model_validator,
 )
 
+from cortex_core.arrays import FloatArray
 from cortex_core.errors import InputError
-from cortex_core.replay_buffer import FloatArray
 from streams.events import Embedding, Id, Signed, Unit
 
 MAX_TOP_K = 100

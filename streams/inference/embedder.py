@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from prometheus_client import Counter, Histogram
 
-from cortex_core.replay_buffer import FloatArray
+from cortex_core.arrays import FloatArray
 from cortex_core.text_encoder import CachedEncoder, TextEncoder
 
 BATCH = 32

@@ -15,9 +15,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Callable
 
 import structlog
 from aiokafka.errors import KafkaError
@@ -26,9 +24,8 @@ from cortex_core.errors import UnavailableError, WeightsError
 from cortex_core.model import CortexModel
 from cortex_core.text_encoder import load_encoder
 from cortex_core.weights import WeightsSnapshot
-from streams.events import Float16Array, ReplyEvent, new_id, utc_now
+from streams.events import ReplyEvent, new_id, utc_now
 from streams.inference.api import (
-    ConflictError,
     DecideRequest,
     DecideResponse,
     ModelDetail,
@@ -37,96 +34,19 @@ from streams.inference.api import (
     ReplyResponse,
     RequestError,
 )
-from streams.inference.decider import Decider, Models
+from streams.inference.decider import Decider
+from streams.inference.models import Models
+from streams.inference.once import RECENT, IdempotentPublisher, Record
 from streams.kafka.publisher import Publisher
 from streams.kafka.topics import Topics
 from streams.settings import Settings
-from streams.trainer.learner import model_config
+from streams.weights.architecture import model_config
 from streams.weights.follower import WeightsFollower
 
 log = structlog.get_logger(__name__)
-R = TypeVar("R", DecideResponse, ReplyResponse)
 
 NEEDS = ("encoder", "kafka", "weights")
 """What must be there before requests are answered."""
-RECENT = 10_000
-"""Interactions and replies, each, that a repetition is recognised among; about 5 KB each."""
-
-
-@dataclass(slots=True)
-class _Record(Generic[R]):
-    """An answer, and the event that must be acknowledged before it is given."""
-
-    response: R
-    topic: str
-    key: bytes
-    value: bytes
-    message: Float16Array | None = None
-    """(D,) of the user's message; of interactions"""
-
-
-@dataclass(slots=True)
-class _Entry(Generic[R]):
-    """One id: what was asked under it, and how far it got."""
-
-    fingerprint: bytes
-    conversation_id: str
-    made: asyncio.Future[_Record[R]]
-    delivery: asyncio.Task[None] | None = None
-    acknowledged: bool = False
-
-
-class _Once(Generic[R]):
-    """Makes and delivers each id's event once, however often and however concurrently it is asked for.
-
-    A repetition waits for what is under way, sends the very same event again where that failed, and is
-    answered from memory once it was acknowledged. Bounded: the oldest id is forgotten.
-    """
-
-    def __init__(self, what: str, publisher: Publisher, capacity: int = RECENT) -> None:
-        self._what = what
-        self._publisher = publisher
-        self._capacity = capacity
-        self._entries: OrderedDict[str, _Entry[R]] = OrderedDict()
-
-    def known(self, id_: str) -> _Entry[R] | None:
-        """The entry of an id that is remembered."""
-        return self._entries.get(id_)
-
-    async def answer(
-        self, id_: str, conversation_id: str, fingerprint: bytes, make: Callable[[], Awaitable[_Record[R]]]
-    ) -> R:
-        """What `make` answers, once its event is acknowledged.
-
-        Raises:
-            ConflictError: the id stands for another request.
-            UnavailableError: Kafka did not acknowledge in time; repeat with the same id.
-        """
-        entry = self._entries.get(id_)
-        if entry is None:
-            entry = self._entries[id_] = _Entry(fingerprint, conversation_id, asyncio.ensure_future(make()))
-            entry.made.add_done_callback(lambda made: self._forget_failed(id_, made))
-            while len(self._entries) > self._capacity:
-                self._entries.popitem(last=False)
-        elif entry.fingerprint != fingerprint:
-            raise ConflictError(
-                f"{self._what} {id_!r} was used for another request; take a new id, or send the same request"
-            )
-        record = await asyncio.shield(entry.made)
-        if not entry.acknowledged:
-            if entry.delivery is None or _failed(entry.delivery):
-                entry.delivery = self._publisher.begin(record.topic, record.key, record.value)
-            await self._publisher.wait(entry.delivery)
-            entry.acknowledged, entry.delivery, record.value = True, None, b""
-        return record.response
-
-    def _forget_failed(self, id_: str, made: asyncio.Future[_Record[R]]) -> None:
-        if made.cancelled() or made.exception() is not None:
-            self._entries.pop(id_, None)
-
-
-def _failed(task: asyncio.Task[None]) -> bool:
-    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 class Service:
@@ -146,8 +66,10 @@ class Service:
         self._follower = WeightsFollower(settings, self._swap, on_state=self._follower_state)
         self._models = Models(model_config(settings), settings.models_in_memory, self._fetch)
         self._decider: Decider | None = None
-        self._interactions: _Once[DecideResponse] = _Once("interaction_id", self._publisher)
-        self._replies: _Once[ReplyResponse] = _Once("reply_id", self._publisher)
+        self._interactions: IdempotentPublisher[DecideResponse] = IdempotentPublisher(
+            "interaction_id", self._publisher
+        )
+        self._replies: IdempotentPublisher[ReplyResponse] = IdempotentPublisher("reply_id", self._publisher)
         self._latest: OrderedDict[str, str] = OrderedDict()
 
     async def start(self) -> None:
@@ -185,7 +107,7 @@ class Service:
         decider = self._ready()
         interaction_id = request.interaction_id or new_id()
 
-        async def make() -> _Record[DecideResponse]:
+        async def make() -> Record[DecideResponse]:
             try:
                 decided = await decider.decide(request, interaction_id)
             except (KafkaError, OSError, TimeoutError, WeightsError) as error:
@@ -193,7 +115,7 @@ class Service:
                     f"the model cannot be read ({type(error).__name__}: {error})"
                 ) from error
             key = request.conversation_id.encode()
-            return _Record(decided.response, self._topics.interactions, key, decided.event, decided.message)
+            return Record(decided.response, self._topics.interactions, key, decided.event, decided.message)
 
         response = await self._interactions.answer(
             interaction_id, request.conversation_id, _fingerprint(request), make
@@ -226,7 +148,7 @@ class Service:
             )
         reply_id = request.reply_id or new_id()
 
-        async def make() -> _Record[ReplyResponse]:
+        async def make() -> Record[ReplyResponse]:
             event = ReplyEvent(
                 occurred_at=utc_now(),
                 reply_id=reply_id,
@@ -240,7 +162,7 @@ class Service:
                 if interaction and interaction.made.done()
                 else None,
             )
-            return _Record(
+            return Record(
                 ReplyResponse(reply_id=reply_id, occurred_at=event.occurred_at),
                 self._topics.replies,
                 request.conversation_id.encode(),

@@ -38,9 +38,11 @@ from streams.connections import (
     until_reachable,
 )
 from streams.events import DeadLetter
-from streams.joiner.effects import Engine, RedisStates, Task
+from streams.joiner.effects import Engine, Task
 from streams.joiner.metrics import BATCH_S, DEAD_LETTERS, EVENTS, LAG, OUTCOMES, RETRIES
-from streams.joiner.records import EventTime, dead_letter, make_join, read_record
+from streams.joiner.records import EventTime, make_join, read_record
+from streams.joiner.states import RedisStates
+from streams.kafka.dead_letters import dead_letter
 from streams.kafka.publisher import Publisher
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.replay_store import ReplayWriter

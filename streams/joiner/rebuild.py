@@ -28,8 +28,9 @@ from aiokafka.errors import KafkaError
 from cortex_core.errors import InputError, UnavailableError
 from streams.connections import async_redis_client, kafka_client_options, redis_client
 from streams.events import new_id
-from streams.joiner.effects import Engine, MemoryStates, RedisStates, Save, Stored, Task
+from streams.joiner.effects import Engine, Task
 from streams.joiner.records import EventTime, make_join, read_record
+from streams.joiner.states import MemoryStates, RedisStates, Save, Stored
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 from streams.replay_store import (
     RedisReplayBuffer,

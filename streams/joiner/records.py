@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from aiokafka import TopicPartition
 
 from cortex_core.errors import InputError
 from cortex_core.feedback_collector import FeedbackCollector
-from streams.events import DeadLetter, InteractionEvent, ReplyEvent, parse
+from streams.events import InteractionEvent, ReplyEvent, parse
 from streams.joiner.conversation import Conversation
 from streams.joiner.effects import Step
 from streams.joiner.join import Changes, Join
-from streams.kafka.publisher import MAX_VALUE
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
 
@@ -58,24 +56,6 @@ def read_record(join: Join, topics: Topics, record: Any) -> Read:
         join.on_reply(conversation, heard, arrived, changes)
 
     return Read(said.conversation_id, said.occurred_at, reply)
-
-
-def dead_letter(record: Any, reason: str) -> DeadLetter:
-    """The dead letter of a record; the same record makes the same letter."""
-    raw = base64.b64encode(record.value or b"").decode()
-    fits = len(raw) < MAX_VALUE - 20_000
-    return DeadLetter(
-        occurred_at=datetime.fromtimestamp(record.timestamp / 1000, UTC),
-        dead_letter_id=f"{record.topic}-{record.partition}-{record.offset}",
-        reason=reason[:8000],
-        topic=record.topic,
-        partition=record.partition,
-        offset=record.offset,
-        key=None if record.key is None else base64.b64encode(record.key).decode(),
-        raw=raw if fits else "",
-        raw_at_source=not fits,
-        worker="joiner",
-    )
 
 
 def make_join(settings: Settings, extractor: str | None = None) -> Join:

@@ -1,0 +1,1 @@
+"""What every worker needs of Kafka: topics, publishing, following, dead letters. Knows no worker."""

@@ -6,6 +6,7 @@ import base64
 import contextlib
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -13,6 +14,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from cortex_core.errors import InputError, UnavailableError
 from streams.connections import kafka_client_options
 from streams.events import DeadLetter, parse
+from streams.kafka.publisher import MAX_VALUE
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 
 if TYPE_CHECKING:
@@ -126,3 +128,21 @@ async def _some(reader: Any, settings: Settings) -> list[Any]:
     if not records:
         raise UnavailableError(f"Kafka at {settings.kafka_address} sent nothing for {SILENCE_S:g} s")
     return [record for its_records in records.values() for record in its_records]
+
+
+def dead_letter(record: Any, reason: str) -> DeadLetter:
+    """The dead letter of a record; the same record makes the same letter."""
+    raw = base64.b64encode(record.value or b"").decode()
+    fits = len(raw) < MAX_VALUE - 20_000
+    return DeadLetter(
+        occurred_at=datetime.fromtimestamp(record.timestamp / 1000, UTC),
+        dead_letter_id=f"{record.topic}-{record.partition}-{record.offset}",
+        reason=reason[:8000],
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        key=None if record.key is None else base64.b64encode(record.key).decode(),
+        raw=raw if fits else "",
+        raw_at_source=not fits,
+        worker="joiner",
+    )

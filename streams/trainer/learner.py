@@ -27,14 +27,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from cortex_core.errors import WeightsError
-from cortex_core.model import CortexModel, ModelConfig
+from cortex_core.model import CortexModel
 from cortex_core.online.update import OnlineUpdate
 from cortex_core.online_trainer import OnlineTrainer
 from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry, ReplayStore
-from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.weights import WeightsSnapshot
 from streams.events import ExperienceEvent
 from streams.settings import Settings
+from streams.weights.architecture import model_config
 
 if TYPE_CHECKING:
     import redis
@@ -98,13 +98,6 @@ class Resume:
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def model_config(settings: Settings) -> ModelConfig:
-    """The architecture of a model that has no version yet."""
-    return ModelConfig(
-        text_dim=settings.text_dim, strategies=StrategyRegistry.from_set(settings.strategies).ids
-    )
 
 
 def warm_up(settings: Settings) -> None:

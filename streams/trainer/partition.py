@@ -32,12 +32,12 @@ from cortex_core.errors import CortexError, InputError, WeightsError
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
 from streams.events import DeadLetter, ExperienceEvent, parse
-from streams.joiner.records import dead_letter
+from streams.kafka.dead_letters import dead_letter
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.replay_store import RedisReplayBuffer
 from streams.trainer.learner import ModelLearner
 from streams.trainer.metrics import Metrics
-from streams.weights.follower import publish
+from streams.weights.records import publish
 
 if TYPE_CHECKING:
     from streams.settings import Settings

@@ -1,0 +1,1 @@
+"""Weights versions and operator commands: the two compacted topics, written and followed."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from cortex_core.arrays import FloatArray
 from cortex_core.model import CortexModel, Decision, ModelConfig
 from cortex_core.online_trainer import OnlineTrainer
-from cortex_core.replay_buffer import FloatArray, ReplayBuffer, ReplayEntry
+from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry
 
 DIM = 32
 SMALL = ModelConfig(

@@ -22,7 +22,7 @@ from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
 from streams.trainer.partition import home_partition
-from streams.weights.follower import MANIFEST, decode_key
+from streams.weights.records import MANIFEST, decode_key
 from tests.services import async_wait_for
 
 DIM = 384

@@ -22,8 +22,8 @@ from streams.inference.app import create_app
 from streams.inference.service import NEEDS, Service
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 from streams.settings import Settings
-from streams.trainer.learner import model_config
-from streams.weights.follower import publish
+from streams.weights.architecture import model_config
+from streams.weights.records import publish
 from streams.worker import Worker
 
 

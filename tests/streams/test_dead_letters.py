@@ -4,8 +4,7 @@ import base64
 
 import pytest
 
-from streams.joiner.records import dead_letter
-from streams.kafka.dead_letters import list_dead_letters, retry_dead_letters
+from streams.kafka.dead_letters import dead_letter, list_dead_letters, retry_dead_letters
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
 from tests.streams.kafka_helpers import read_all, send

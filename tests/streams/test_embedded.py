@@ -18,8 +18,8 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from redis import Redis
 
 from cortex_core.errors import ConfigError, UnavailableError
-from streams import embedded, kafka_jars
 from streams.kafka.topics import create_topics, describe_topics
+from streams.local import embedded, kafka_jars
 from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, free_port, is_free, remembered_port
 from streams.local.processes import Child
 from streams.settings import Settings, default_cache_dir

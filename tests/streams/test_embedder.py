@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
+from cortex_core.arrays import FloatArray
 from cortex_core.errors import InputError
-from cortex_core.replay_buffer import FloatArray
 from cortex_core.text_encoder import HashingEncoder
 from streams.inference.embedder import BATCH, Embedder
 from tests.services import async_wait_for

@@ -12,7 +12,7 @@ import pytest
 from cortex_core.model import CortexModel
 from streams.local.embedded import EmbeddedKafka, free_port
 from streams.settings import Settings, default_cache_dir
-from streams.trainer.learner import model_config
+from streams.weights.architecture import model_config
 from tests.services import async_wait_for, spawn_worker
 from tests.streams.serving import (
     body,

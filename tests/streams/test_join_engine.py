@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from cortex_core.feedback_collector import FeedbackCollector
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
 from streams.joiner.conversation import LATE_S, Conversation
-from streams.joiner.effects import Engine, MemoryStates, RedisStates, Save, States, Task
+from streams.joiner.effects import Engine, Task
 from streams.joiner.join import Changes, Join
+from streams.joiner.states import MemoryStates, RedisStates, Save, States
 from streams.replay_store import ReplayKeys, ReplayWriter
 from tests.streams.factories import T0, interaction, reply
 

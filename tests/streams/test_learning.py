@@ -19,9 +19,10 @@ from cortex_core.replay_buffer import ReplayBuffer
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import redis_client
 from streams.settings import Settings
-from streams.trainer import learner as learning
-from streams.trainer.learner import ModelLearner, Resume, model_config
+from streams.trainer import learner
+from streams.trainer.learner import ModelLearner, Resume
 from streams.trainer.partition import home_partition
+from streams.weights.architecture import model_config
 from tests.streams.experiences import experience
 
 TP = "cortex.experiences-0"
@@ -46,7 +47,7 @@ def test_a_resume_that_is_none_is_refused(raw: bytes) -> None:
 
 
 def test_the_ledger_keeps_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "LEDGER_CAPACITY", 3)
+    monkeypatch.setattr(learner, "LEDGER_CAPACITY", 3)
     resume = Resume()
     for name in ("a", "b", "c"):
         resume.note(name, 1)

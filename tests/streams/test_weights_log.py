@@ -12,14 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from cortex_core.errors import WeightsError
-from streams.weights.follower import (
-    MANIFEST,
-    SPARE_SLOTS,
-    Assembler,
-    IncompleteError,
-    decode_key,
-    encode_key,
-)
+from streams.weights.records import MANIFEST, SPARE_SLOTS, Assembler, IncompleteError, decode_key, encode_key
 from tests.streams.weights_records import Record, records_of, snapshot
 
 

@@ -10,9 +10,7 @@ import torch
 
 from cortex_core.model import CortexModel, ModelConfig
 from cortex_core.weights import WeightsSnapshot
-from streams.weights.follower import (
-    encode,
-)
+from streams.weights.records import encode
 
 CONFIG = ModelConfig(text_dim=384)
 

@@ -1,0 +1,14 @@
+"""Which architecture a model has by the settings: what trainer and inference worker must agree on."""
+
+from __future__ import annotations
+
+from cortex_core.model import ModelConfig
+from cortex_core.strategy_registry import StrategyRegistry
+from streams.settings import Settings
+
+
+def model_config(settings: Settings) -> ModelConfig:
+    """The architecture of a model that has no version yet."""
+    return ModelConfig(
+        text_dim=settings.text_dim, strategies=StrategyRegistry.from_set(settings.strategies).ids
+    )

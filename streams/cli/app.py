@@ -141,7 +141,7 @@ def worker_command(name: str, default_port: int, what: str) -> None:
         # share a machine wait for each other's: a decision then costs three times as much.
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ.setdefault(variable, str(settings.torch_threads))
-        importlib.import_module(f"streams.{name}").main(settings)
+        importlib.import_module(f"streams.{name}.app").main(settings)
 
     app.command(name, help=f"{what} HTTP port {default_port} unless set.")(command)
 

@@ -26,12 +26,11 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from redis import Redis
 
+from streams import testing
 from streams.events import Event
 from streams.kafka.topics import Topics
 from streams.settings import Settings
-from tests import services
-from tests.streams.factories import interaction, reply
-from tests.streams.kafka_helpers import send
+from streams.testing import interaction, reply, send
 
 LONG_REPLY = (
     "Thanks, that worked! I ran it again on the second machine as you said and the service came up at once, "
@@ -72,7 +71,7 @@ async def joined_per_s(settings: Settings) -> tuple[float, float]:
             return 0
         return sum(max(0, offset.offset) for offset in offsets.values())
 
-    joiner = services.spawn_worker("joiner", settings)
+    joiner = testing.spawn_worker("joiner", settings)
     process = psutil.Process(joiner.pid)
     try:
         while not (first := await done()):
@@ -141,5 +140,5 @@ if __name__ == "__main__":
     parser.add_argument("--events", type=int, default=20_000)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        with services.kafka_server(root / "kafka") as kafka, services.redis_server(root / "redis") as url:
+        with testing.kafka_server(root / "kafka") as kafka, testing.redis_server(root / "redis") as url:
             asyncio.run(main(parser.parse_args().events, kafka, url, root))

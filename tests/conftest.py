@@ -13,21 +13,21 @@ from pathlib import Path
 
 import pytest
 
+from streams import testing
 from streams.settings import Settings
-from tests import services
 
 
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """host:port of a real Kafka, shared by the whole run."""
-    with services.kafka_server(tmp_path_factory.mktemp("kafka")) as address:
+    with testing.kafka_server(tmp_path_factory.mktemp("kafka")) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a real Redis, shared by the whole run."""
-    with services.redis_server(tmp_path_factory.mktemp("redis")) as url:
+    with testing.redis_server(tmp_path_factory.mktemp("redis")) as url:
         yield url
 
 
@@ -48,8 +48,8 @@ def settings(kafka: str, redis_url: str, tmp_path: Path) -> Iterator[Settings]:
         shutdown_timeout_s=5,
     )
     yield own
-    services.end_spawned()
-    services.forget(own)
+    testing.end_spawned()
+    testing.forget(own)
 
 
 @pytest.fixture(autouse=True)
@@ -59,4 +59,4 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         monkeypatch.delenv(name)
     monkeypatch.setitem(Settings.model_config, "env_file", None)
     yield
-    services.end_spawned()
+    testing.end_spawned()

@@ -21,7 +21,7 @@ from streams.cli.app import app
 from streams.cli.logs import show_logs
 from streams.kafka.topics import Topics, create_topics
 from streams.settings import Settings
-from tests.services import spawn_worker, wait_for
+from streams.testing import spawn_worker, wait_for
 
 COMMANDS = {
     "up", "demo", "joiner", "trainer", "inference", "rebuild", "topics", "status", "logs", "dead-letters",

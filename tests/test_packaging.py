@@ -60,6 +60,16 @@ def test_the_learner_loads_no_worker_and_no_client() -> None:
     assert not loaded.intersection(("streams", "faust", "mode", "aiokafka", "redis", "fastapi"))
 
 
+def test_what_ships_for_tests_needs_no_test_framework() -> None:
+    loaded = modules_after("import streams.testing")
+    assert not loaded.intersection(("pytest", "tests", "testcontainers", *HEAVY))
+
+
+def test_benchmarks_import_no_test() -> None:
+    sources = {file.name: file.read_text() for file in (ROOT / "benchmarks").glob("*.py")}
+    assert not [name for name, text in sources.items() if re.search(r"^(from|import) tests\b", text, re.M)]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Names in a wheel built from this tree, by the build backend alone: no network."""

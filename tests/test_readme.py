@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from streams.settings import default_cache_dir
-from tests.services import wait_for
+from streams.testing import wait_for
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

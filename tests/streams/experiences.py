@@ -21,9 +21,9 @@ from streams.kafka.follower import TopicFollower
 from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
+from streams.testing import async_wait_for
 from streams.trainer.partition import home_partition
 from streams.weights.records import MANIFEST, decode_key
-from tests.services import async_wait_for
 
 DIM = 384
 START = datetime(2026, 1, 1, tzinfo=UTC)

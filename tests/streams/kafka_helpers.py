@@ -1,46 +1,14 @@
-"""Sending and reading events in tests."""
+"""Reading topics whole, and a group's lag, in tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
-from streams.events import Event, InteractionEvent
-from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
+from streams.kafka.topics import MAX_RECORD_BYTES
 from streams.settings import Settings
-
-Raw = tuple[str, bytes | None, bytes | None]
-"""Topic, key, value."""
-
-
-def addressed(settings: Settings, event: Any) -> Raw:
-    """An interaction or a reply with its topic and key."""
-    topics = Topics.of(settings)
-    topic = topics.interactions if isinstance(event, InteractionEvent) else topics.replies
-    return topic, event.conversation_id.encode(), event.to_bytes()
-
-
-async def send(settings: Settings, messages: Iterable[Event | Raw]) -> None:
-    """Sends, in order for each partition; returns when all are acknowledged. Creates the topics."""
-    await create_topics(settings)
-    producer = AIOKafkaProducer(
-        bootstrap_servers=settings.kafka_address,
-        enable_idempotence=True,
-        max_request_size=MAX_RECORD_BYTES,
-    )
-    await producer.start()
-    try:
-        waiting = []
-        for message in messages:
-            topic, key, value = message if isinstance(message, tuple) else addressed(settings, message)
-            waiting.append(await producer.send(topic, value, key=key))
-        for one in waiting:
-            await one
-    finally:
-        await producer.stop()
 
 
 async def read_all(settings: Settings, topic: str) -> list[Any]:

@@ -23,7 +23,7 @@ from streams.events import new_id
 from streams.inference.api import ConflictError, RequestError
 from streams.local.embedded import free_port
 from streams.settings import Settings
-from tests.services import async_wait_for, spawn_worker
+from streams.testing import async_wait_for, spawn_worker
 from tests.streams.serving import interactions, listening, publish_versions, replies, version
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,8 @@ import pytest
 from streams.kafka.dead_letters import dead_letter, list_dead_letters, retry_dead_letters
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
-from tests.streams.kafka_helpers import read_all, send
+from streams.testing import send
+from tests.streams.kafka_helpers import read_all
 
 pytestmark = pytest.mark.integration
 

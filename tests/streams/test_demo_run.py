@@ -20,7 +20,7 @@ from streams.demo import report
 from streams.demo.run import run_demo
 from streams.demo.users import Users
 from streams.settings import Settings
-from tests.services import wait_for
+from streams.testing import wait_for
 from tests.streams.test_embedded import gone
 
 SECONDS, RATE, SEED = 12.0, 6.0, 3

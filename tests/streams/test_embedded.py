@@ -23,7 +23,7 @@ from streams.local import embedded, kafka_jars
 from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, free_port, is_free, remembered_port
 from streams.local.processes import Child
 from streams.settings import Settings, default_cache_dir
-from tests.services import wait_for
+from streams.testing import wait_for
 
 
 def gone(pid: int) -> bool:

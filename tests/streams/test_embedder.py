@@ -14,7 +14,7 @@ from cortex_core.arrays import FloatArray
 from cortex_core.errors import InputError
 from cortex_core.text_encoder import HashingEncoder
 from streams.inference.embedder import BATCH, Embedder
-from tests.services import async_wait_for
+from streams.testing import async_wait_for
 
 
 class Watched:

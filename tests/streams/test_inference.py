@@ -21,8 +21,8 @@ from cortex_core.text_encoder import HashingEncoder
 from streams.inference.api import DecideRequest, Memory, unit
 from streams.inference.service import Service
 from streams.settings import Settings
+from streams.testing import async_wait_for
 from streams.weights.architecture import model_config
-from tests.services import async_wait_for
 from tests.streams.serving import (
     JSON,
     body,

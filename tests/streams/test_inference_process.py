@@ -12,8 +12,8 @@ import pytest
 from cortex_core.model import CortexModel
 from streams.local.embedded import EmbeddedKafka, free_port
 from streams.settings import Settings, default_cache_dir
+from streams.testing import async_wait_for, spawn_worker
 from streams.weights.architecture import model_config
-from tests.services import async_wait_for, spawn_worker
 from tests.streams.serving import (
     body,
     decided_by,

@@ -13,7 +13,7 @@ from cortex_core.feedback_collector import FeedbackCollector
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
 from streams.joiner.conversation import LATE_S, Conversation
 from streams.joiner.join import Changes, Join, Orphan, Put, Retract
-from tests.streams.factories import T0, at, interaction, reply
+from streams.testing import T0, at, interaction, reply
 
 WINDOW = 1800.0
 START = T0.timestamp()

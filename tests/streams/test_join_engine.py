@@ -20,7 +20,7 @@ from streams.joiner.effects import Engine, Task
 from streams.joiner.join import Changes, Join
 from streams.joiner.states import MemoryStates, RedisStates, Save, States
 from streams.replay_store import ReplayKeys, ReplayWriter
-from tests.streams.factories import T0, interaction, reply
+from streams.testing import T0, interaction, reply
 
 pytestmark = pytest.mark.integration
 WINDOW = 600.0

@@ -20,9 +20,8 @@ from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, ReplyE
 from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
-from tests.services import WorkerProcess, async_wait_for, spawn_worker
-from tests.streams.factories import interaction, reply
-from tests.streams.kafka_helpers import lag, read_all, send
+from streams.testing import WorkerProcess, async_wait_for, interaction, reply, send, spawn_worker
+from tests.streams.kafka_helpers import lag, read_all
 
 pytestmark = pytest.mark.integration
 

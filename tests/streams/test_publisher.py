@@ -15,7 +15,7 @@ from streams.connections import kafka_client_options
 from streams.kafka.publisher import MAX_VALUE, Publisher
 from streams.kafka.topics import Topics
 from streams.settings import Settings
-from tests.services import async_wait_for
+from streams.testing import async_wait_for
 from tests.streams.serving import records
 
 pytestmark = pytest.mark.integration

@@ -15,9 +15,8 @@ from streams.joiner.rebuild import console_progress, rebuild
 from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer, ReplayWrite
 from streams.settings import Settings
-from tests.services import async_wait_for, spawn_worker
-from tests.streams.factories import interaction, reply
-from tests.streams.kafka_helpers import lag, read_all, send
+from streams.testing import async_wait_for, interaction, reply, send, spawn_worker
+from tests.streams.kafka_helpers import lag, read_all
 
 pytestmark = pytest.mark.integration
 NOW = utc_now()

@@ -12,8 +12,8 @@ import redis.asyncio
 from cortex_core.replay_buffer import ReplayBuffer
 from streams.events import ExperienceEvent, Reading
 from streams.replay_store import RedisReplayBuffer, ReplayWrite, ReplayWriter, Wrote, model_ids, to_entry
+from streams.testing import interaction
 from tests.contracts.replay_store_contract import MakeStore, ReplayStoreContract, entry, ids, same
-from tests.streams.factories import interaction
 
 pytestmark = pytest.mark.integration
 

@@ -22,7 +22,7 @@ from cortex_core.errors import ConfigError
 from streams.kafka.topics import Topics
 from streams.local.stack import Stack
 from streams.settings import Settings
-from tests.services import async_wait_for, wait_for
+from streams.testing import async_wait_for, wait_for
 from tests.streams.test_embedded import gone
 
 

@@ -23,7 +23,7 @@ from streams.connections import kafka_client_options
 from streams.kafka.topics import Topics
 from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, EmbeddedServer
 from streams.settings import Settings
-from tests.services import async_wait_for, spawn_worker
+from streams.testing import async_wait_for, spawn_worker
 from tests.streams.experiences import (
     WeightsWatch,
     committed,

@@ -19,9 +19,9 @@ from streams.connections import kafka_client_options
 from streams.events import ControlEvent, new_id, utc_now
 from streams.kafka.topics import Topics
 from streams.settings import Settings
+from streams.testing import async_wait_for
 from streams.weights.control import send_control
 from streams.weights.follower import WeightsFollower
-from tests.services import async_wait_for
 from tests.streams.experiences import (
     WeightsWatch,
     dead_letters,

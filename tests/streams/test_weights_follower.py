@@ -17,9 +17,9 @@ from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
 from streams.kafka.topics import Topics, create_topics
 from streams.settings import Settings
+from streams.testing import async_wait_for
 from streams.weights.follower import WeightsFollower
 from streams.weights.records import publish
-from tests.services import async_wait_for
 from tests.streams.weights_records import CONFIG, Record, records_of, snapshot
 
 pytestmark = pytest.mark.integration

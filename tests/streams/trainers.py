@@ -10,10 +10,10 @@ from prometheus_client import CollectorRegistry
 
 from streams.kafka.topics import create_topics
 from streams.settings import Settings
+from streams.testing import async_wait_for
 from streams.trainer.app import NEEDS
 from streams.trainer.consumer import Trainer
 from streams.worker import Worker
-from tests.services import async_wait_for
 from tests.streams.experiences import WeightsWatch, committed
 
 

@@ -1,15 +1,21 @@
-"""Events for tests: valid, small unless asked otherwise, and different for each id."""
+"""Events that are valid, small unless asked otherwise, and different for each id; and sending them."""
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
+from aiokafka import AIOKafkaProducer
 
-from streams.events import InteractionEvent, ReplyEvent
+from streams.events import Event, InteractionEvent, ReplyEvent
+from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
+from streams.settings import Settings
 
+Raw = tuple[str, bytes | None, bytes | None]
+"""Topic, key, value."""
 T0 = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
@@ -73,3 +79,30 @@ def reply(
         text=text,
         **changes,
     )
+
+
+def addressed(settings: Settings, event: Any) -> Raw:
+    """An interaction or a reply with its topic and key."""
+    topics = Topics.of(settings)
+    topic = topics.interactions if isinstance(event, InteractionEvent) else topics.replies
+    return topic, event.conversation_id.encode(), event.to_bytes()
+
+
+async def send(settings: Settings, messages: Iterable[Event | Raw]) -> None:
+    """Sends, in order for each partition; returns when all are acknowledged. Creates the topics."""
+    await create_topics(settings)
+    producer = AIOKafkaProducer(
+        bootstrap_servers=settings.kafka_address,
+        enable_idempotence=True,
+        max_request_size=MAX_RECORD_BYTES,
+    )
+    await producer.start()
+    try:
+        waiting = []
+        for message in messages:
+            topic, key, value = message if isinstance(message, tuple) else addressed(settings, message)
+            waiting.append(await producer.send(topic, value, key=key))
+        for one in waiting:
+            await one
+    finally:
+        await producer.stop()

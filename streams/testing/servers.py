@@ -1,0 +1,169 @@
+"""A real Kafka and a real Redis: configured, else in containers where Docker listens, else embedded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from aiokafka.admin import AIOKafkaAdminClient
+from redis import Redis
+
+from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, EmbeddedServer, free_port
+from streams.settings import Settings, default_cache_dir
+from streams.testing.waiting import wait_for
+
+KAFKA_IMAGE = "apache/kafka:4.3.1"
+REDIS_IMAGE = "redis:7-alpine"
+KAFKA_VARIABLES = ("CORTEX_TEST_KAFKA", "CORTEX_KAFKA")
+REDIS_VARIABLES = ("CORTEX_TEST_REDIS_URL", "CORTEX_REDIS_URL")
+Source = Literal["environment", "container", "embedded"]
+
+
+@contextlib.contextmanager
+def kafka_server(folder: Path) -> Iterator[str]:
+    """host:port of the Kafka that `source` names; one that is started is stopped at the end.
+
+    Args:
+        folder: for the data and the log of an embedded one.
+
+    Raises:
+        docker.errors.DockerException: the Docker engine answers and cannot run the image.
+        UnavailableError: the embedded server did not start.
+    """
+    match source(KAFKA_VARIABLES):
+        case "environment":
+            yield _configured(KAFKA_VARIABLES)
+        case "container":
+            port = free_port()
+            variables = {
+                "KAFKA_NODE_ID": "1",
+                "KAFKA_PROCESS_ROLES": "broker,controller",
+                "KAFKA_LISTENERS": f"PLAINTEXT://:{port},CONTROLLER://:9093",
+                "KAFKA_ADVERTISED_LISTENERS": f"PLAINTEXT://127.0.0.1:{port}",
+                "KAFKA_CONTROLLER_LISTENER_NAMES": "CONTROLLER",
+                "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+                "KAFKA_CONTROLLER_QUORUM_VOTERS": "1@localhost:9093",
+                "KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR": "1",
+                "KAFKA_TRANSACTION_STATE_LOG_REPLICATION_FACTOR": "1",
+                "KAFKA_TRANSACTION_STATE_LOG_MIN_ISR": "1",
+                "KAFKA_GROUP_INITIAL_REBALANCE_DELAY_MS": "0",
+                "KAFKA_GROUP_MIN_SESSION_TIMEOUT_MS": "1000",
+                "KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false",
+            }
+            with _container(KAFKA_IMAGE, {port: port}, variables):
+                address = f"127.0.0.1:{port}"
+                wait_for(
+                    lambda: asyncio.run(_kafka_answers(address)), 120, f"Kafka at {address}", every_s=0.2
+                )
+                yield address
+        case "embedded":
+            kafka = EmbeddedKafka(folder, default_cache_dir())
+            with _started(kafka):
+                yield kafka.address
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """URL of a Redis; otherwise like `kafka_server`."""
+    match source(REDIS_VARIABLES):
+        case "environment":
+            yield _configured(REDIS_VARIABLES)
+        case "container":
+            port = free_port()
+            url = f"redis://127.0.0.1:{port}/0"
+            with _container(REDIS_IMAGE, {6379: port}, {}):
+                wait_for(lambda: _redis_answers(url), 60, f"Redis at {url}")
+                yield url
+        case "embedded":
+            redis = EmbeddedRedis(folder)
+            with _started(redis):
+                yield redis.url
+
+
+def source(variables: Sequence[str]) -> Source:
+    """Where a server comes from: the first of the variables that is set, else Docker, else packages."""
+    if _configured(variables):
+        return "environment"
+    return "container" if find_spec("testcontainers") and _docker_listens() else "embedded"
+
+
+def _configured(variables: Sequence[str]) -> str:
+    return next(filter(None, map(os.environ.get, variables)), "")
+
+
+def _docker_listens() -> bool:
+    host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+    if not host.startswith("unix://"):
+        return True  # somebody set it, so there must be one
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(host.removeprefix("unix://")) == 0
+
+
+@contextlib.contextmanager
+def _container(image: str, ports: dict[int, int], variables: dict[str, str]) -> Iterator[None]:
+    """Runs the image with each port of the container bound to one of this machine."""
+    from testcontainers.core.container import DockerContainer  # noqa: PLC0415 - of the extra `dev`
+
+    it = DockerContainer(image).with_envs(**variables)
+    for inside, outside in ports.items():
+        it.with_bind_ports(inside, outside)
+    with it:
+        yield
+
+
+@contextlib.contextmanager
+def _started(server: EmbeddedServer) -> Iterator[None]:
+    asyncio.run(server.start())
+    try:
+        yield
+    finally:
+        asyncio.run(server.stop())
+
+
+async def _kafka_answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.close()
+        admin = AIOKafkaAdminClient(bootstrap_servers=address)
+        try:
+            await admin.start()
+            await admin.list_topics()
+        finally:
+            await admin.close()
+    except Exception:
+        return False
+    return True
+
+
+def _redis_answers(url: str) -> bool:
+    try:
+        with Redis.from_url(url) as client:
+            return bool(client.ping())
+    except Exception:
+        return False
+
+
+def forget(settings: Settings) -> None:
+    """Deletes all topics and keys under the settings' prefix, so that a long test run stays small."""
+
+    async def delete_topics() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_address)
+        try:
+            await admin.start()
+            mine = [t for t in await admin.list_topics() if t.startswith(f"{settings.topic_prefix}.")]
+            if mine:
+                await admin.delete_topics(mine)
+        finally:
+            await admin.close()
+
+    asyncio.run(delete_topics())
+    with Redis.from_url(settings.redis_address) as client:
+        for keys in iter(lambda: list(client.scan_iter(f"{settings.topic_prefix}:*", count=1000)), []):
+            client.delete(*keys)

@@ -1,4 +1,4 @@
-"""How every worker reaches Kafka and Redis: options from the settings, and waiting until they answer."""
+"""How every worker reaches Kafka and Redis: options of the clients, and retrying what is transient."""
 
 from __future__ import annotations
 
@@ -8,37 +8,57 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import redis
+import redis.asyncio
+import redis.asyncio.retry
+import redis.retry
 import structlog
+from aiokafka.conn import collect_hosts, create_conn
 from aiokafka.errors import KafkaError
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
-from cortex_core.errors import UnavailableError
+from cortex_core.errors import ConfigError, CortexError, UnavailableError
+from streams.failures import answered, configuration_error, is_redis, is_transient
 
 if TYPE_CHECKING:
-    import redis
-    import redis.asyncio
-
     from streams.settings import Settings
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-REACHABILITY_ERRORS: tuple[type[Exception], ...] = (KafkaError, OSError, UnavailableError)
-"""What a client raises while its server is away. redis-py's errors are added where Redis is imported."""
+PROBE_TIMEOUT_S = 5.0
+
+REACHABILITY_ERRORS: tuple[type[Exception], ...] = (KafkaError, OSError)
+"""What closing a client may raise while its server is unavailable."""
+
+
+# --- clients ------------------------------------------------------------------------------------------------
 
 
 def kafka_client_options(settings: Settings) -> dict[str, Any]:
-    """Keyword arguments that every aiokafka client (admin, producer, consumer) takes."""
+    """Keyword arguments that every aiokafka client (admin, producer, consumer) takes.
+
+    Raises:
+        ConfigError: a certificate or key file cannot be read.
+    """
     options: dict[str, Any] = {
         "bootstrap_servers": settings.kafka_address,
         "security_protocol": settings.kafka_security_protocol,
         "request_timeout_ms": 15_000,
     }
     if settings.kafka_security_protocol.endswith("SSL"):
-        context = ssl.create_default_context(
-            cafile=str(settings.kafka_ssl_cafile) if settings.kafka_ssl_cafile else None
-        )
-        if settings.kafka_ssl_certfile:
-            context.load_cert_chain(str(settings.kafka_ssl_certfile), settings.kafka_ssl_keyfile)
+        try:
+            context = ssl.create_default_context(
+                cafile=str(settings.kafka_ssl_cafile) if settings.kafka_ssl_cafile else None
+            )
+            if settings.kafka_ssl_certfile:
+                context.load_cert_chain(str(settings.kafka_ssl_certfile), settings.kafka_ssl_keyfile)
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigError(
+                "CORTEX_KAFKA_SSL_CAFILE, CORTEX_KAFKA_SSL_CERTFILE or CORTEX_KAFKA_SSL_KEYFILE cannot be "
+                f"read ({type(error).__name__}: {error}): wanted PEM files"
+            ) from error
         options["ssl_context"] = context
     if settings.kafka_security_protocol.startswith("SASL"):
         options["sasl_mechanism"] = settings.kafka_sasl_mechanism
@@ -46,6 +66,43 @@ def kafka_client_options(settings: Settings) -> dict[str, Any]:
         password = settings.kafka_sasl_password
         options["sasl_plain_password"] = password.get_secret_value() if password else None
     return options
+
+
+class _RetryOnce(redis.retry.Retry):
+    """Repeats a command once, at once, on a new connection, where its error is transient.
+
+    Costs a connection whose server answers READONLY, LOADING and the like, which redis-py alone would keep:
+    the next one resolves the address anew, and reaches the primary after a failover. Longer waits are
+    `retry`'s.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(NoBackoff(), 1)
+
+    def call_with_retry(self, do: Any, fail: Any, *_: Any, **options: Any) -> Any:
+        try:
+            return do()
+        except RedisError as error:
+            if not is_transient(error):
+                raise
+            fail(error, 1) if options.get("with_failure_count") else fail(error)
+        return do()
+
+
+class _AsyncRetryOnce(redis.asyncio.retry.Retry):
+    """`_RetryOnce` for event loops."""
+
+    def __init__(self) -> None:
+        super().__init__(NoBackoff(), 1)
+
+    async def call_with_retry(self, do: Any, fail: Any, *_: Any, **options: Any) -> Any:
+        try:
+            return await do()
+        except RedisError as error:
+            if not is_transient(error):
+                raise
+            await (fail(error, 1) if options.get("with_failure_count") else fail(error))
+        return await do()
 
 
 _REDIS_OPTIONS: dict[str, Any] = {
@@ -57,25 +114,93 @@ _REDIS_OPTIONS: dict[str, Any] = {
 
 def redis_client(settings: Settings) -> redis.Redis:
     """A synchronous client that answers in bytes; for threads."""
-    import redis as redis_py  # noqa: PLC0415 - a worker without Redis need not load it
-
-    return redis_py.Redis.from_url(settings.redis_address, **_REDIS_OPTIONS)
+    return redis.Redis.from_url(settings.redis_address, retry=_RetryOnce(), **_REDIS_OPTIONS)
 
 
 def async_redis_client(settings: Settings) -> redis.asyncio.Redis:
     """An asyncio client that answers in bytes; for event loops."""
-    import redis.asyncio as redis_aio  # noqa: PLC0415
+    return redis.asyncio.Redis.from_url(settings.redis_address, retry=_AsyncRetryOnce(), **_REDIS_OPTIONS)
 
-    return redis_aio.Redis.from_url(settings.redis_address, **_REDIS_OPTIONS)
+
+# --- retrying -----------------------------------------------------------------------------------------------
+
+
+async def explain(error: BaseException, settings: Settings) -> CortexError | None:
+    """What an error of a client means to the process (see `streams.failures`).
+
+    Asks Kafka where aiokafka hides the reason: it says of a wrong password only that no broker was reached.
+
+    Returns:
+        `ConfigError`: end, and say what to do. `UnavailableError`: transient, with what was answered; wait.
+        None: neither, for the caller to judge.
+    """
+    if refused := configuration_error(error, settings):
+        return refused
+    if not is_transient(error):
+        return None
+    if isinstance(error, UnavailableError):
+        return error
+    if is_redis(error):
+        return UnavailableError(f"Redis at {settings.redis_shown} does not answer ({answered(error)})")
+    if isinstance(error, KafkaError) and (refused := await _kafka_refusal(settings)):
+        return refused
+    return UnavailableError(f"Kafka at {settings.kafka_address} does not answer ({answered(error)})")
+
+
+async def _kafka_refusal(settings: Settings) -> ConfigError | None:
+    """Why Kafka refuses connections, where the configuration is the reason."""
+    options = kafka_client_options(settings)
+    for host, port, _ in collect_hosts(options.pop("bootstrap_servers")):
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                connection = await create_conn(host, port, **options)
+        except (KafkaError, OSError) as error:
+            if refused := configuration_error(error, settings):
+                return refused
+        else:
+            await connection.close()
+    return None
 
 
 async def backoff(first_s: float = 0.2, most_s: float = 5.0) -> AsyncIterator[int]:
-    """Yields 1, 2, 3 … for ever, sleeping longer before each but the first (full jitter, doubling)."""
+    """Yields 1, 2, 3 … for ever; sleeps before each but the first: exponential backoff with full jitter."""
     attempt, delay = 1, first_s
     while True:
         yield attempt
-        await asyncio.sleep(random.uniform(0.5, 1.0) * delay)
+        await asyncio.sleep(random.uniform(0.0, delay))
         attempt, delay = attempt + 1, min(most_s, 2 * delay)
+
+
+async def retry(
+    work: Callable[[], Awaitable[T]],
+    settings: Settings,
+    on_failure: Callable[[str, str], None] | None = None,
+) -> T:
+    """Calls `work` until it succeeds, with backoff, for as long as its errors are transient.
+
+    To stop waiting, cancel it; or let `work` itself raise something that is not transient.
+
+    Args:
+        on_failure: called after each failure with "kafka" or "redis" and what was answered, for `/readyz`:
+            `worker.not_ready` fits. Whoever calls `retry` says that the server is ready again.
+
+    Raises:
+        ConfigError: the error is one of configuration.
+        Exception: what `work` raises, where it is not transient.
+    """
+    async for attempt in backoff():
+        try:
+            return await work()
+        except Exception as error:
+            meaning = await explain(error, settings)
+            if meaning is None:
+                raise
+            if not isinstance(meaning, UnavailableError):
+                raise meaning from error
+            log.warning("trying again", attempt=attempt, why=str(meaning))
+            if on_failure:
+                on_failure("redis" if is_redis(error) else "kafka", str(meaning))
+    raise AssertionError("backoff never ends")
 
 
 async def until_reachable(
@@ -84,22 +209,14 @@ async def until_reachable(
     attempt: Callable[[], Awaitable[T]],
     on_failure: Callable[[str], None] | None = None,
 ) -> T:
-    """Calls `attempt` until it succeeds, with backoff, saying each time which address does not answer.
-
-    Args:
-        what: "Kafka" or "Redis".
-        address: as shown in messages; without secrets.
-        attempt: opens the connection; raises while the server is away.
-        on_failure: told the message too, for `/readyz`.
-    """
-    import redis as redis_py  # noqa: PLC0415
-
-    away: tuple[type[Exception], ...] = (*REACHABILITY_ERRORS, redis_py.RedisError, TimeoutError)
+    """`retry` for callers without settings at hand; goes with its last caller."""
     async for n in backoff():
         try:
             return await attempt()
-        except away as error:
-            message = f"{what} at {address} does not answer ({type(error).__name__}: {error}); trying again"
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            message = f"{what} at {address} does not answer ({answered(error)}); trying again"
             log.warning("unreachable", what=what, address=address, attempt=n, error=str(error))
             if on_failure:
                 on_failure(message)

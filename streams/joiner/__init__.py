@@ -7,7 +7,9 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # Faust asks the package for its app. Made on demand: `import streams.joiner` reads no settings.
+    # Faust asks the package for `app`, more than once, and wants the app and not the module of that name.
+    # Made on demand: `import streams.joiner` reads no settings.
     if name == "app":
-        return importlib.import_module("streams.joiner.app").app
+        globals()[name] = importlib.import_module("streams.joiner.app").app
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

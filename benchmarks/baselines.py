@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.tasks import Answer, Request, Task
+from cortex_core.arrays import DoubleArray, FloatArray
 from cortex_core.feedback_collector import Feedback
-
-Floats = npt.NDArray[np.float64]
 
 
 def contentment(feedback: Feedback) -> tuple[float, float] | None:
@@ -52,15 +50,15 @@ class _Linear:
         self._rng = np.random.default_rng(seed)
         dim = len(task.requests[0].message) + 1
         arms = task.settings.strategies
-        self._inverse: Floats = np.stack([np.eye(dim) / ridge] * arms)  # (A, d, d)
-        self._sum: Floats = np.zeros((arms, dim))
-        self._theta: Floats = np.zeros((arms, dim))
+        self._inverse: DoubleArray = np.stack([np.eye(dim) / ridge] * arms)  # (A, d, d)
+        self._sum: DoubleArray = np.zeros((arms, dim))
+        self._theta: DoubleArray = np.zeros((arms, dim))
         self._prior = prior
 
-    def _moments(self, x: Floats) -> tuple[Floats, Floats]:
+    def _moments(self, x: DoubleArray) -> tuple[DoubleArray, DoubleArray]:
         """(A,) mean and standard deviation of each arm's contentment, up to the noise's scale."""
-        mean: Floats = self._prior + self._theta @ x
-        spread: Floats = np.sqrt((self._inverse @ x) @ x)
+        mean: DoubleArray = self._prior + self._theta @ x
+        spread: DoubleArray = np.sqrt((self._inverse @ x) @ x)
         return mean, spread
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
@@ -138,7 +136,7 @@ class KernelUCB:
         self._noise, self._beta, self._prior = noise, beta, prior
         self._arms = [_Process(dim, capacity) for _ in range(task.settings.strategies)]
 
-    def moments(self, x: Floats) -> tuple[Floats, Floats]:
+    def moments(self, x: DoubleArray) -> tuple[DoubleArray, DoubleArray]:
         """(A,) posterior mean and variance of each arm's contentment."""
         both = np.array([arm.moments(self._kernel(arm, x)) for arm in self._arms])
         return self._prior + both[:, 0], both[:, 1]
@@ -157,10 +155,10 @@ class KernelUCB:
         arm, x = self._arms[answer.strategy], request.message.astype(np.float64)
         arm.add(x, y - self._prior, self._kernel(arm, x), self._noise / weight)
 
-    def _kernel(self, arm: _Process, x: Floats) -> Floats:
+    def _kernel(self, arm: _Process, x: DoubleArray) -> DoubleArray:
         points = arm.points
         distance = 1.0 + float(x @ x) - 2.0 * (points @ x)  # unit rows
-        kernel: Floats = np.exp(-self._gamma * np.maximum(distance, 0.0))
+        kernel: DoubleArray = np.exp(-self._gamma * np.maximum(distance, 0.0))
         return kernel
 
 
@@ -169,22 +167,22 @@ class _Process:
 
     def __init__(self, dim: int, capacity: int) -> None:
         self._n = 0
-        self._x: Floats = np.zeros((capacity, dim))
-        self._y: Floats = np.zeros(capacity)
-        self._inverse: Floats = np.zeros((capacity, capacity))
-        self._alpha: Floats = np.zeros(0)
+        self._x: DoubleArray = np.zeros((capacity, dim))
+        self._y: DoubleArray = np.zeros(capacity)
+        self._inverse: DoubleArray = np.zeros((capacity, capacity))
+        self._alpha: DoubleArray = np.zeros(0)
 
     @property
-    def points(self) -> Floats:
+    def points(self) -> DoubleArray:
         return self._x[: self._n]
 
-    def moments(self, kernel: Floats) -> tuple[float, float]:
+    def moments(self, kernel: DoubleArray) -> tuple[float, float]:
         if not self._n:
             return 0.0, 1.0
         inverse = self._inverse[: self._n, : self._n]
         return float(kernel @ self._alpha), max(1.0 - float(kernel @ inverse @ kernel), 1e-9)
 
-    def add(self, x: Floats, y: float, kernel: Floats, noise: float) -> None:
+    def add(self, x: DoubleArray, y: float, kernel: DoubleArray, noise: float) -> None:
         if self._n == len(self._y):
             kernel = self._forget_oldest(kernel)
         n = self._n
@@ -198,7 +196,7 @@ class _Process:
         self._n = n + 1
         self._alpha = inverse[: n + 1, : n + 1] @ self._y[: n + 1]
 
-    def _forget_oldest(self, kernel: Floats) -> Floats:
+    def _forget_oldest(self, kernel: DoubleArray) -> DoubleArray:
         n = self._n
         old = self._inverse[:n, :n]
         self._inverse[: n - 1, : n - 1] = old[1:, 1:] - np.outer(old[1:, 0], old[0, 1:]) / old[0, 0]
@@ -260,7 +258,7 @@ class FullLabels:
         self._rng = np.random.default_rng(seed)
         self._task = task
         self._c, self._every = inverse_ridge, every
-        self._x: list[npt.NDArray[np.float32]] = []
+        self._x: list[FloatArray] = []
         self._y: list[int] = []
         self._model: Any = None
 
@@ -287,11 +285,11 @@ class FullLabels:
         self._model = LogisticRegression(C=self._c, max_iter=200).fit(np.stack(self._x), self._y)
 
 
-def _with_bias(request: Request) -> Floats:
+def _with_bias(request: Request) -> DoubleArray:
     return np.append(request.message.astype(np.float64), 0.5)
 
 
-def _argmax(values: Sequence[float] | Floats, rng: np.random.Generator) -> int:
+def _argmax(values: Sequence[float] | DoubleArray, rng: np.random.Generator) -> int:
     """The place of the highest value, ties broken by chance."""
     array = np.asarray(values)
     return int(rng.choice(np.flatnonzero(array >= array.max() - 1e-12)))

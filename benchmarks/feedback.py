@@ -24,12 +24,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, precision_recall_fscore_support, roc_auc_score
 
 from benchmarks.feedback_data import CLASSES, POLARITY, Reply, load
-from cortex_core.arrays import FloatArray
+from cortex_core.arrays import DoubleArray, FloatArray
 from cortex_core.feedback_collector import Feedback, FeedbackCollector
 from cortex_core.text_encoder import load_encoder
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 
 class Readings:
@@ -38,7 +37,7 @@ class Readings:
     def __init__(self, signs: Sequence[int], scores: Sequence[float], classes: Sequence[str] | None) -> None:
         self.signs: Ints = np.asarray(signs, dtype=np.int64)
         """(n,) -1, 0, 1"""
-        self.scores: Floats = np.asarray(scores, dtype=np.float64)
+        self.scores: DoubleArray = np.asarray(scores, dtype=np.float64)
         """(n,) the larger the better the reply takes the answer"""
         self.classes = classes
         """(n,) of `CLASSES`, for readers that tell them apart"""

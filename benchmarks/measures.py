@@ -11,16 +11,15 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
+from cortex_core.arrays import DoubleArray
 from cortex_core.evaluation import (
     auroc,
     brier_score,
     expected_calibration_error,
-    learning_curve,
+    moving_mean,
     steps_to_recover,
     window_mean,
 )
-
-Floats = npt.NDArray[np.float64]
 
 MARKS = (100, 300, 1000, 3000)
 WINDOW = 200
@@ -37,13 +36,13 @@ class Run:
 
     learner: str
     seed: int
-    right: Floats
+    right: DoubleArray
     """1 for the preferred strategy"""
-    precision: Floats
-    content: Floats
-    chance: Floats
+    precision: DoubleArray
+    content: DoubleArray
+    chance: DoubleArray
     """P(content) given the answer, as the users know it"""
-    confidence: Floats
+    confidence: DoubleArray
     """NaN where none was predicted"""
     changed: npt.NDArray[np.bool_]
     """whether the kind of request changes its preference at half time"""
@@ -51,7 +50,7 @@ class Run:
     """of processor time"""
 
 
-def at_marks(values: Floats, name: str) -> dict[str, float]:
+def at_marks(values: DoubleArray, name: str) -> dict[str, float]:
     """The windowed mean at each mark inside the run, and over the final steps."""
     figures = {f"{name}_{mark}": window_mean(values, mark, WINDOW) for mark in MARKS if mark <= len(values)}
     return {**figures, f"{name}_final": window_mean(values, len(values), FINAL)}
@@ -204,7 +203,7 @@ def _calibration(run: Run) -> dict[str, float | None]:
     }
 
 
-def _mean(values: Floats) -> float:
+def _mean(values: DoubleArray) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
@@ -220,8 +219,8 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
-def _curve(values: Sequence[Floats]) -> dict[str, list[float]]:
-    curves = np.stack([learning_curve(v, WINDOW) for v in values])
+def _curve(values: Sequence[DoubleArray]) -> dict[str, list[float]]:
+    curves = np.stack([moving_mean(v, WINDOW) for v in values])
     every = max(1, curves.shape[1] // 150)
     steps = np.arange(every - 1, curves.shape[1], every)
     return {

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.baselines import KernelUCB, Uniform, contentment
 from benchmarks.tasks import Answer, Request, Task
-from cortex_core.arrays import FloatArray
+from cortex_core.arrays import DoubleArray, FloatArray
 from cortex_core.feedback_collector import Feedback
-
-Floats = npt.NDArray[np.float64]
 
 
 class Cosine:
@@ -48,7 +45,7 @@ class Bilinear:
         self._rng = np.random.default_rng(seed)
         self._strategies = task.settings.strategies
         self._memories = _bank(task).astype(np.float64)
-        self._w: Floats = np.eye(self._memories.shape[1])
+        self._w: DoubleArray = np.eye(self._memories.shape[1])
         self._b = 0.0
         self._lr, self._gain, self._temperature = lr, gain, temperature
 

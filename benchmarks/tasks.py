@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from benchmarks.replies import BANKS, ReplyBank
 from benchmarks.sentences import Ints, Sentences, embed, some_kinds
-from cortex_core.arrays import FloatArray
+from cortex_core.arrays import DoubleArray, FloatArray
 from cortex_core.evaluation import precision_at_k
 from cortex_core.feedback_collector import (
     DEFAULT_EXTRACTOR,
@@ -113,7 +113,7 @@ class Task:
     """for each kind"""
     encoder: str = "minilm"
     """what embedded requests and memories"""
-    _chance: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 5)))
+    _chance: DoubleArray = field(default_factory=lambda: np.zeros((0, 5)))
     """(steps, 5) uniform numbers: content, silent, silent in which way, noisy, which words"""
     _reader: Reader | None = None
 

@@ -1,4 +1,4 @@
-"""Arrays as they come in: what every component accepts, and what it makes of it. No torch."""
+"""Array types, and the checks that every component applies to its inputs. No torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import numpy.typing as npt
 from cortex_core.errors import DimensionError, NonFiniteError
 
 FloatArray = npt.NDArray[np.float32]
+"""Embeddings, features and what models compute from them."""
+DoubleArray = npt.NDArray[np.float64]
+"""Rewards and statistics."""
 
 
 def as_float32(value: Any, what: str, ndim: int) -> FloatArray:
@@ -27,3 +30,10 @@ def as_float32(value: Any, what: str, ndim: int) -> FloatArray:
     if not np.isfinite(array).all():
         raise NonFiniteError(what)
     return array
+
+
+def unit(vectors: FloatArray) -> FloatArray:
+    """(…, D) vectors scaled to L2 norm 1; zero vectors stay zero."""
+    norms = np.sqrt((vectors * vectors).sum(-1, keepdims=True))
+    out: FloatArray = vectors / np.maximum(norms, np.float32(1e-12))
+    return out

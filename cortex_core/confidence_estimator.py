@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cortex_core.arrays import FloatArray
 from cortex_core.errors import ConfigError, DimensionError
-from cortex_core.landmarks import Floats
 
 Action = Literal["proceed", "hedge", "escalate"]
 
@@ -103,7 +103,7 @@ class ConfidenceEstimator(nn.Module):
         return out
 
     @torch.no_grad()
-    def fit(self, context: Floats, content: Floats, weight: Floats, *, steps: int = 2) -> None:
+    def fit(self, context: FloatArray, content: FloatArray, weight: FloatArray, *, steps: int = 2) -> None:
         """Newton steps on the linear part: Platt's scaling of decisions whose replies are known (Platt 1999).
 
         The contexts are those logged at decision time, so that the fit is on predictions made before their

@@ -15,9 +15,8 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from cortex_core.arrays import DoubleArray
 from cortex_core.errors import ConfigError, DimensionError, InputError, NonFiniteError
-
-Floats = npt.NDArray[np.float64]
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -162,7 +161,7 @@ def auroc(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float | None:
     return (rank_sum - good * (good + 1) / 2.0) / (good * bad)
 
 
-def window_mean(values: Sequence[float] | Floats, end: int, window: int) -> float:
+def window_mean(values: Sequence[float] | DoubleArray, end: int, window: int) -> float:
     """Mean of the last `window` values before step `end`, of fewer where there are fewer.
 
     Raises:
@@ -173,19 +172,24 @@ def window_mean(values: Sequence[float] | Floats, end: int, window: int) -> floa
     return float(np.mean(values[max(0, end - window) : end]))
 
 
-def learning_curve(values: Sequence[float] | Floats, window: int) -> Floats:
-    """(n,) mean of the last `window` values at each step, of fewer at the beginning."""
+def moving_mean(values: Sequence[float] | DoubleArray, window: int) -> DoubleArray:
+    """(n,) mean of the last `window` values at each step; of fewer at the beginning."""
     if window < 1:
         raise ConfigError(f"window is {window}, wanted 1 or more")
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     ends = np.arange(1, len(sums))
     starts = np.maximum(ends - window, 0)
-    means: Floats = (sums[ends] - sums[starts]) / (ends - starts)
+    means: DoubleArray = (sums[ends] - sums[starts]) / (ends - starts)
     return means
 
 
 def steps_to_recover(
-    values: Sequence[float] | Floats, change: int, *, share: float = 0.9, window: int = 200, before: int = 500
+    values: Sequence[float] | DoubleArray,
+    change: int,
+    *,
+    share: float = 0.9,
+    window: int = 200,
+    before: int = 500,
 ) -> int | None:
     """Steps after `change` until the mean over a window reaches `share` of the mean before it.
 
@@ -207,12 +211,12 @@ def steps_to_recover(
         )
     wanted = share * window_mean(values, change, before)
     after = np.asarray(values[change:], dtype=np.float64)
-    means = learning_curve(after, window)[window - 1 :]
+    means = moving_mean(after, window)[window - 1 :]
     reached = np.flatnonzero(means >= wanted - 1e-12)
     return int(reached[0]) + window if len(reached) else None
 
 
-def _pair(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> tuple[Floats, Floats]:
+def _pair(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> tuple[DoubleArray, DoubleArray]:
     p = np.asarray(confidence, dtype=np.float64)
     y = np.asarray(outcome, dtype=np.float64)
     if p.ndim != 1 or p.shape != y.shape:

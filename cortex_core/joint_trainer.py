@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cortex_core.arrays import FloatArray, as_float32
+from cortex_core.arrays import FloatArray, as_float32, unit
 from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator
 from cortex_core.errors import ConfigError, InputError
 from cortex_core.memory_gate import MemoryGate, Slate
@@ -197,8 +197,9 @@ class JointTrainer:
             met = self.selector.kernel_input(message, situation)
             if met is None:
                 return
+            met = unit(met)
             self.selector.landmarks.admit(met)
-            phi = self.selector.features(met[None])[0]
+            phi = self.selector.landmarks.features(met[None])[0]
             labels = (
                 {strategy: outcome}
                 if outcome < 0.5

@@ -1,44 +1,43 @@
-"""Landmarks: the inducing points of the kernel posteriors, as buffers that travel with the weights.
+"""Landmarks: the inducing points of the kernel posteriors, stored as buffers of the weights.
 
-The kernel on unit embeddings is k(x, z) = (exp(2γ xᵀz) − 1) / (exp(2γ) − 1): an RBF kernel without its
-constant part, so that unrelated texts have nothing in common. Landmarks are messages (or memories) that were
-met and that the earlier ones did not explain: approximate linear dependence, Engel, Mannor & Meir 2004,
-"The Kernel Recursive Least-Squares Algorithm", eq. 2.8. The Cholesky basis is nested: a new landmark appends
-one feature and changes none of those before it, so that posteriors over the features stay valid.
+The kernel on unit vectors is k(x, z) = (exp(2γ xᵀz) − 1) / (exp(2γ) − 1): an RBF kernel without its constant
+part, so that orthogonal embeddings have kernel value 0. Landmarks are messages (or memories) that earlier
+landmarks did not explain: approximate linear dependence, Engel, Mannor & Meir 2004, "The Kernel Recursive
+Least-Squares Algorithm", eq. 2.8. The Cholesky basis is nested: a new landmark appends one feature and
+changes none of the others, so that posteriors over the features stay valid.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cortex_core.arrays import FloatArray
+from cortex_core.arrays import DoubleArray, FloatArray
 from cortex_core.errors import ConfigError
-
-Floats = npt.NDArray[np.float32]
 
 
 class Landmarks(nn.Module):
     """Up to `size` embeddings of dimension `dim`, and the kernel features they span.
 
+    All methods take rows of L2 norm 1 (or zero rows, which have no features): see `arrays.unit`.
+
     Args:
-        gamma: of the kernel; at 1.5 a cosine of 0.5, as of two requests of one kind, is worth 0.18.
-        novelty: in (0, 1); a point is admitted when more than this share of it is unexplained.
+        gamma: kernel parameter γ; at 1.5 a cosine of 0.5, typical of two requests of one kind, gives 0.18.
+        novelty: in (0, 1); a point is added when more than this share of its squared norm is unexplained.
     """
 
     points: Tensor
-    """(M, D) float16: what events carry, so that nothing is lost"""
+    """(M, D) float16, the precision of logged embeddings"""
     count: Tensor
-    """() how many of the M are in use"""
+    """() number of landmarks in use, at most M"""
 
     def __init__(self, dim: int, size: int = 384, gamma: float = 1.5, novelty: float = 0.1) -> None:
         super().__init__()
         if dim < 1 or size < 1 or gamma <= 0 or not 0.0 < novelty < 1.0:
             raise ConfigError(
-                f"Landmarks wants positive dim, size and gamma, novelty in (0, 1); got {dim=}, {size=}, "
-                f"{gamma=}, {novelty=}"
+                "Landmarks expects positive dim, size and gamma, and novelty in (0, 1); "
+                f"got {dim=}, {size=}, {gamma=}, {novelty=}"
             )
         self.size = size
         self.gamma = gamma
@@ -47,11 +46,11 @@ class Landmarks(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self._seen: tuple[int, int, int] | None = None
         self._used = 0
-        self._rows: Floats = np.zeros((size, dim), np.float32)
-        self._inverse: Floats = np.zeros((size, size), np.float32)
+        self._rows: FloatArray = np.zeros((size, dim), np.float32)
+        self._inverse: FloatArray = np.zeros((size, size), np.float32)
 
     def _sync(self) -> int:
-        """Recomputes what is derived from the buffers where they were written to; returns the count."""
+        """Recomputes the derived arrays if the buffers have changed; returns the number in use."""
         version = (id(self.points), self.points._version, self.count._version)
         if version != self._seen:
             used = int(self.count)
@@ -59,65 +58,63 @@ class Landmarks(nn.Module):
             kernel = self._kernel(self._rows[:used], self._rows[:used]).astype(np.float64)
             self._inverse = np.zeros((self.size, self.size), np.float32)
             if used:
-                # Admission keeps the matrix well conditioned; the jitter covers rounding.
+                # The novelty test keeps the matrix well conditioned; the jitter covers rounding.
                 factor = np.linalg.cholesky(kernel + 1e-6 * np.eye(used))
                 self._inverse[:used, :used] = np.linalg.inv(factor)
             self._used, self._seen = used, version
         return self._used
 
-    def _kernel(self, a: Floats, b: Floats) -> Floats:
-        """(exp(2γ xᵀz) − 1) / (exp(2γ) − 1) of rows of norm 1: 1 with itself, 0 where orthogonal."""
-        out: Floats = a @ b.T
+    def _kernel(self, a: FloatArray, b: FloatArray) -> FloatArray:
+        """(exp(2γ xᵀz) − 1) / (exp(2γ) − 1): 1 for equal rows, 0 for orthogonal rows."""
+        out: FloatArray = a @ b.T
         out *= np.float32(2.0 * self.gamma)
         np.expm1(out, out=out)
         out /= np.float32(np.expm1(2.0 * self.gamma))
         return out
 
-    def kernel(self, rows: FloatArray) -> Floats:
-        """(B, M) kernel values with each landmark, 0 for unused ones, for (B, D) rows."""
+    def kernel(self, rows: FloatArray) -> FloatArray:
+        """(B, M) kernel values of (B, D) rows with each landmark; 0 for unused landmarks."""
         used = self._sync()
         out = np.zeros((len(rows), self.size), np.float32)
-        out[:, :used] = self._kernel(_unit(rows), self._rows[:used])
+        out[:, :used] = self._kernel(rows, self._rows[:used])
         return out
 
-    def features(self, rows: FloatArray) -> Floats:
-        """(B, M) features φ with φ(x)ᵀφ(z) ≈ k(x, z); their squared norm is the explained share of x."""
+    def features(self, rows: FloatArray) -> FloatArray:
+        """(B, M) features φ with φ(x)ᵀφ(z) ≈ k(x, z); ‖φ(x)‖² is the explained share of x."""
         return self.project(self.kernel(rows))
 
-    def project(self, kernel: Floats) -> Floats:
-        """(B, M) features of (B, M) kernel values, or the sums of features of sums of kernel values."""
+    def project(self, kernel: FloatArray) -> FloatArray:
+        """(B, M) features from (B, M) kernel values. Linear: sums of kernel values give sums of features."""
         used = self._sync()
         out = np.zeros((len(kernel), self.size), np.float32)
         out[:, :used] = kernel[:, :used] @ self._inverse[:used, :used].T
         return out
 
-    def evaluate(self, rows: FloatArray, weights: Floats) -> npt.NDArray[np.float64]:
-        """(B,) the function with `weights` (M,) on the features, at (B, D) rows; no features are computed."""
+    def evaluate(self, rows: FloatArray, weights: FloatArray) -> DoubleArray:
+        """(B,) φ(row)ᵀ`weights` for (B, D) rows and (M,) weights, without computing the features."""
         used = self._sync()
         dual = weights[:used] @ self._inverse[:used, :used]
-        out: npt.NDArray[np.float64] = (self._kernel(_unit(rows), self._rows[:used]) @ dual).astype(
-            np.float64
-        )
+        out: DoubleArray = (self._kernel(rows, self._rows[:used]) @ dual).astype(np.float64)
         return out
 
     def admit_new(self, rows: FloatArray) -> None:
-        """`admit` for those of (B, D) rows that no single landmark explains enough already."""
+        """Calls `admit` for the (B, D) rows that no single landmark explains sufficiently."""
         used = self._sync()
         if used >= self.size or not len(rows):
             return
-        best = self._kernel(_unit(rows), self._rows[:used]).max(1, initial=0.0)
+        best = self._kernel(rows, self._rows[:used]).max(1, initial=0.0)
         for row in rows[best**2 < 1.0 - self.novelty]:
             self.admit(row)
 
     def admit(self, row: FloatArray) -> bool:
-        """Makes (D,) a landmark where there is room and the others do not explain it; says whether it did."""
+        """Adds (D,) `row` if there is room and the landmarks do not explain it; returns whether it did."""
         used = self._sync()
         if used >= self.size or not row.any():
             return False
-        unit = _unit(row[None])[0].astype(np.float16).astype(np.float32)
-        kernel = self._kernel(unit[None], self._rows[:used])[0]
+        point = row.astype(np.float16).astype(np.float32)
+        kernel = self._kernel(point[None], self._rows[:used])[0]
         if used and float(kernel.max()) ** 2 >= 1.0 - self.novelty:
-            return False  # one landmark alone explains enough: the common case, without the triangle
+            return False  # one landmark explains it: the common case, at less cost than the projection
         lower = self._inverse[:used, :used] @ kernel
         rest = 1.0 - float(lower @ lower)
         if rest <= self.novelty:
@@ -125,16 +122,10 @@ class Landmarks(nn.Module):
         root = np.float32(np.sqrt(rest))
         self._inverse[used, :used] = -(lower @ self._inverse[:used, :used]) / root
         self._inverse[used, used] = 1.0 / root
-        self._rows[used] = unit
+        self._rows[used] = point
         with torch.no_grad():
-            self.points[used] = torch.from_numpy(unit).half()
+            self.points[used] = torch.from_numpy(point).half()
             self.count += 1
         self._used = used + 1
         self._seen = (id(self.points), self.points._version, self.count._version)
         return True
-
-
-def _unit(rows: FloatArray) -> Floats:
-    norms = np.sqrt((rows * rows).sum(1, keepdims=True))
-    out: Floats = (rows / np.maximum(norms, 1e-12)).astype(np.float32, copy=False)
-    return out

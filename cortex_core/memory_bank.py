@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cortex_core.arrays import FloatArray, as_float32
+from cortex_core.arrays import FloatArray, as_float32, unit
 from cortex_core.errors import ConfigError, DimensionError, InputError
 
 DAY_S = 86_400.0
@@ -214,7 +214,7 @@ class MemoryBank:
             vector = as_float32(query, "query", 1) if gate is not None else self._vector(query, "query")
             if not ids or k == 0:
                 return []
-            scores = matrix @ _unit(vector) / norms if gate is None else _gated(gate, vector, matrix)
+            scores = matrix @ unit(vector) / norms if gate is None else _gated(gate, vector, matrix)
             top = np.argsort(-scores, kind="stable")[:k]
             chosen = [ids[i] for i in top]
             marks = ",".join("?" * len(chosen))
@@ -352,16 +352,6 @@ def _memory(row: tuple[Any, ...]) -> Memory:
     )
 
 
-def _unit(vector: FloatArray) -> FloatArray:
-    unit: FloatArray = (vector / np.linalg.norm(vector)).astype(np.float32)
-    return unit
-
-
-def _unit_rows(matrix: FloatArray) -> FloatArray:
-    unit: FloatArray = (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32)
-    return unit
-
-
 def _gated(gate: Gate, situation: FloatArray, memories: FloatArray) -> FloatArray:
     import torch  # noqa: PLC0415 - only where a gate, which is a torch module, is given
 
@@ -375,15 +365,15 @@ def _gated(gate: Gate, situation: FloatArray, memories: FloatArray) -> FloatArra
 
 def _leaders(embeddings: FloatArray, threshold: float) -> np.ndarray[Any, np.dtype[np.intp]]:
     """(N,) for each row the row that leads it: the earliest leader within `threshold`, or itself."""
-    unit = _unit_rows(embeddings)
-    n = len(unit)
+    rows = unit(embeddings)
+    n = len(rows)
     leader = np.full(n, -1, dtype=np.intp)
     for start in range(0, n, _BLOCK):
         block = np.arange(start, min(start + _BLOCK, n))
         block = block[leader[block] < 0]
         if not len(block):
             continue
-        close = unit[block] @ unit[start:].T >= threshold - 1e-6
+        close = rows[block] @ rows[start:].T >= threshold - 1e-6
         for i, row in enumerate(block):
             if leader[row] < 0:
                 members = start + np.flatnonzero(close[i])

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cortex_core.arrays import FloatArray
 from cortex_core.errors import ConfigError, DimensionError
-from cortex_core.landmarks import Floats, Landmarks
+from cortex_core.landmarks import Landmarks
 
 GAIN = 2.0
 """Log-odds of a content user for one unit of score, a cosine's whole range: what is believed at birth."""
@@ -99,7 +100,7 @@ class MemoryGate(nn.Module):
 
     def score_memories(self, situation: Tensor, memories: Tensor) -> Tensor:
         """(N,) ŝᵀWm̂ of (N, D) memories in one (S,) situation; (B, N) for (B, S) and (B, N, D) or (N, D)."""
-        return self._bilinear(situation, memories, self.weight)
+        return self._bilinear(situation, F.normalize(memories, dim=-1))
 
     def forward(self, situation: Tensor, memories: Tensor) -> Tensor:
         """Same as `score_memories`."""
@@ -127,7 +128,7 @@ class MemoryGate(nn.Module):
         *,
         explore: bool,
         rng: np.random.Generator,
-        phi: Floats | None = None,
+        phi: FloatArray | None = None,
     ) -> Slate:
         """Draws `k` of (N, D) memories for one (S,) situation: Plackett–Luce over the scores.
 
@@ -137,7 +138,8 @@ class MemoryGate(nn.Module):
         k = min(max(k, 0), len(memories))
         if k == 0:
             return Slate([], [], [], 0.0, None)
-        bilinear = self.score_memories(situation, memories)
+        memories = F.normalize(memories, dim=-1)
+        bilinear = self._bilinear(situation, memories)
         scores = bilinear.double().numpy()
         kernel_part = np.zeros(len(scores))
         if phi is not None and int(self.landmarks.count):
@@ -161,22 +163,22 @@ class MemoryGate(nn.Module):
             float(passed.max()) if len(passed) else None,
         )
 
-    def kernel_logit(self, phi: Floats, psi: Floats) -> Floats:
+    def kernel_logit(self, phi: FloatArray, psi: FloatArray) -> FloatArray:
         """(B,) the kernel part of slates with features (B, M) and summed memory features (B, L)."""
-        out: Floats = ((phi @ self.kernel_weight.numpy()) * psi).sum(1)
+        out: FloatArray = ((phi @ self.kernel_weight.numpy()) * psi).sum(1)
         return out
 
     def condition(
         self,
         *,
-        phi: Floats,
-        psi: Floats,
+        phi: FloatArray,
+        psi: FloatArray,
         strategy: npt.NDArray[np.int64],
-        bilinear: Floats,
-        content: Floats,
-        weight: Floats,
-        dual: Floats,
-    ) -> Floats:
+        bilinear: FloatArray,
+        content: FloatArray,
+        weight: FloatArray,
+        dual: FloatArray,
+    ) -> FloatArray:
         """Fits V, U and b to a block of replies: one Newton step in the dual.
 
         Their posterior mode given all replies is a sum over them, V = PRIOR_VARIANCE · Σ αᵢ φᵢψᵢᵀ and U and b
@@ -200,7 +202,7 @@ class MemoryGate(nn.Module):
         p = 1.0 / (1.0 + np.exp(-logit))
         spread = np.maximum(weight * p * (1.0 - p), 1e-3)
         chosen = np.eye(len(self.strategy_weight), dtype=np.float32)[strategy]  # (B, A)
-        kernel: Floats = PRIOR_VARIANCE * (psi @ psi.T) + STRATEGY_VARIANCE * (chosen @ chosen.T)
+        kernel: FloatArray = PRIOR_VARIANCE * (psi @ psi.T) + STRATEGY_VARIANCE * (chosen @ chosen.T)
         kernel *= phi @ phi.T
         kernel += BIAS_VARIANCE
         kernel[np.diag_indices_from(kernel)] += 1.0 / spread
@@ -233,11 +235,11 @@ class MemoryGate(nn.Module):
         good, bad = scores[: len(positive)], scores[len(positive) :]
         return F.relu(margin - good[:, None] + bad[None, :]).mean()
 
-    def _bilinear(self, situation: Tensor, memories: Tensor, weight: Tensor) -> Tensor:
+    def _bilinear(self, situation: Tensor, memories: Tensor) -> Tensor:
+        """`score_memories` of memories of norm 1."""
         if situation.ndim not in (1, 2) or situation.shape[-1] != self.situation_dim:
             raise DimensionError("situation", tuple(situation.shape), f"(…, {self.situation_dim})")
         if memories.ndim not in (2, 3) or memories.shape[-1] != self.memory_dim:
             raise DimensionError("memories", tuple(memories.shape), f"(N, {self.memory_dim})")
-        query = F.normalize(situation, dim=-1) @ weight
-        unit = F.normalize(memories, dim=-1)
-        return (unit @ query.unsqueeze(-1)).squeeze(-1) if memories.ndim == 3 else query @ unit.T
+        query = F.normalize(situation, dim=-1) @ self.weight
+        return (memories @ query.unsqueeze(-1)).squeeze(-1) if memories.ndim == 3 else query @ memories.T

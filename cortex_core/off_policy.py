@@ -21,9 +21,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from cortex_core.arrays import DoubleArray
 from cortex_core.errors import ConfigError, DimensionError, InputError, NonFiniteError
 
-Floats = npt.NDArray[np.float64]
 Method = Literal["ips", "snips", "dr"]
 
 
@@ -147,7 +147,7 @@ def cross_fitted_rewards(
     *,
     ridge: float = 1.0,
     folds: int = 2,
-) -> Floats:
+) -> DoubleArray:
     """(n, A) rewards predicted by one ridge regression an action, never from the decision itself.
 
     Cross-fitting (Chernozhukov et al. 2018): each fold is predicted from the others, without which doubly
@@ -170,7 +170,7 @@ def cross_fitted_rewards(
     if num_actions <= log.actions.max():
         raise InputError(f"num_actions is {num_actions}, but action {log.actions.max()} was taken")
     fold = np.arange(len(log)) * folds // len(log)
-    predicted: Floats = np.zeros((len(log), num_actions))
+    predicted: DoubleArray = np.zeros((len(log), num_actions))
     for k in range(folds):
         held, rest = fold == k, fold != k
         mean = float(log.rewards[rest].mean())
@@ -182,7 +182,7 @@ def cross_fitted_rewards(
     return predicted
 
 
-_Terms = dict[Method, tuple[float, Floats, float]]
+_Terms = dict[Method, tuple[float, DoubleArray, float]]
 
 
 def _terms(
@@ -223,7 +223,7 @@ def _terms(
     return out
 
 
-def _estimate(value: float, terms: Floats, effective: float, level: float) -> Estimate:
+def _estimate(value: float, terms: DoubleArray, effective: float, level: float) -> Estimate:
     if not 0.0 < level < 1.0:
         raise ConfigError(f"level is {level}, wanted a number in (0, 1), e.g. 0.95")
     error = float(terms.std(ddof=1) / np.sqrt(len(terms)))
@@ -231,7 +231,7 @@ def _estimate(value: float, terms: Floats, effective: float, level: float) -> Es
     return Estimate(value, value - reach, value + reach, error, effective)
 
 
-def _finite(value: npt.ArrayLike, what: str, shape: tuple[int, ...]) -> Floats:
+def _finite(value: npt.ArrayLike, what: str, shape: tuple[int, ...]) -> DoubleArray:
     array = np.asarray(value, dtype=np.float64)
     if array.shape != shape:
         raise DimensionError(what, array.shape, shape)

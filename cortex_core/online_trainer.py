@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cortex_core.arrays import FloatArray
 from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator
 from cortex_core.errors import ConfigError
-from cortex_core.landmarks import Floats
 from cortex_core.memory_gate import MemoryGate
 from cortex_core.metadata import metadata_features
 from cortex_core.online import checkpoints
@@ -259,7 +259,7 @@ class OnlineTrainer:
         replay = [e for e in drawn if e.id not in ids][:want]
         return self._step([*fresh, *replay], len(fresh))
 
-    def loss(self, batch: Batch, phi: Floats, psi: Floats) -> Losses:
+    def loss(self, batch: Batch, phi: FloatArray, psi: FloatArray) -> Losses:
         """One forward pass of all four components over a batch and its kernel features."""
         situation = encode(self.encoder, batch)
         content, weight = batch.content(), batch.sureness()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cortex_core.arrays import DoubleArray
 from cortex_core.errors import ConfigError
 
 
@@ -36,10 +37,10 @@ class RecencySampler:
         if not 0.0 <= self.floor <= 1.0:
             raise ConfigError(f"floor is {self.floor}, wanted a number in [0, 1]")
 
-    def weights(self, size: int) -> npt.NDArray[np.float64]:
+    def weights(self, size: int) -> DoubleArray:
         """(size,) the weights, oldest first."""
         ranks = np.arange(size - 1, -1, -1, dtype=np.float64)
-        tail: npt.NDArray[np.float64] = np.exp2(-ranks / (self.half_life * max(size, 1)))
+        tail: DoubleArray = np.exp2(-ranks / (self.half_life * max(size, 1)))
         return self.floor + (1.0 - self.floor) * tail
 
     def draw(self, size: int, n: int, rng: np.random.Generator) -> npt.NDArray[np.intp]:

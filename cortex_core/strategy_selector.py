@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cortex_core.arrays import FloatArray
+from cortex_core.arrays import FloatArray, unit
 from cortex_core.errors import ConfigError, DimensionError
-from cortex_core.landmarks import Floats, Landmarks
+from cortex_core.landmarks import Landmarks
 from cortex_core.strategy_registry import StrategyProfile, StrategyRegistry
 
 __all__ = ["Belief", "Selection", "StrategyProfile", "StrategyRegistry", "StrategySelector"]
@@ -40,11 +40,11 @@ propensity, and an estimate that is ahead by 0.05 is chosen almost always."""
 class Belief:
     """What the selector thinks of each strategy in one situation; all (A,)."""
 
-    mean: Floats
+    mean: FloatArray
     """P(content) in (0, 1)"""
-    deviation: Floats
+    deviation: FloatArray
     """posterior standard deviation, 1 where nothing is known"""
-    probabilities: Floats
+    probabilities: FloatArray
     """with which each is chosen when exploring; sums to 1"""
 
 
@@ -55,7 +55,7 @@ class Selection:
     strategy: StrategyProfile
     index: int
     propensity: float
-    probabilities: Floats
+    probabilities: FloatArray
     """(A,)"""
     belief: Belief
 
@@ -110,7 +110,7 @@ class StrategySelector(nn.Module):
         born = torch.from_numpy(np.eye(landmarks, dtype=np.float16)[self._triangle])
         self.register_buffer("covariance", born.repeat(num_strategies, 1))
         self._seen: tuple[int, int] | None = None
-        self._sigma: Floats = np.zeros((0,), np.float32)
+        self._sigma: FloatArray = np.zeros((0,), np.float32)
         self._touched: set[int] = set()
         self.register_state_dict_pre_hook(_commit)  # type: ignore[no-untyped-call]
         self.reset_parameters()
@@ -142,14 +142,14 @@ class StrategySelector(nn.Module):
         """
         return next((v for v in (message, situation) if v is not None and len(v) == self.text_dim), None)
 
-    def features(self, message: FloatArray | None, rows: int = 1) -> Floats:
+    def features(self, message: FloatArray | None, rows: int = 1) -> FloatArray:
         """(B, M) features of (B, D) messages; zeros, which say "nothing known", for None."""
         if message is None:
             return np.zeros((rows, self.landmarks.size), np.float32)
-        return self.landmarks.features(message)
+        return self.landmarks.features(unit(message))
 
     def belief(
-        self, situation: Tensor, message: FloatArray | None = None, *, phi: Floats | None = None
+        self, situation: Tensor, message: FloatArray | None = None, *, phi: FloatArray | None = None
     ) -> Belief:
         """For one (S,) situation and its (D,) message embedding; None takes the situation where S = D.
 
@@ -182,7 +182,7 @@ class StrategySelector(nn.Module):
         explore: bool = True,
         *,
         message: FloatArray | None = None,
-        phi: Floats | None = None,
+        phi: FloatArray | None = None,
         rng: np.random.Generator | None = None,
     ) -> Selection:
         """Draws one strategy for one (S,) situation; the one with the best mean when not exploring."""
@@ -199,7 +199,7 @@ class StrategySelector(nn.Module):
         index = int((rng or np.random.default_rng()).choice(len(p), p=p / p.sum()))
         return Selection(registry[index], index, float(p[index] / p.sum()), belief.probabilities, belief)
 
-    def condition(self, phi: Floats, strategy: int, residual: float, weight: float = 1.0) -> None:
+    def condition(self, phi: FloatArray, strategy: int, residual: float, weight: float = 1.0) -> None:
         """Bayes' rule for one reply: `residual` is reply minus prediction, `weight` in (0, 1] its sureness.
 
         Kalman's update with the measurement variance NOISE / weight, after the forgetting that FLOOR asks
@@ -218,7 +218,7 @@ class StrategySelector(nn.Module):
         change = (ratio - 1.0) / max(variance, 1e-9) - ratio**2 / total
         sigma += np.outer(gain, gain * np.float32(change))
 
-    def amend(self, phi: Floats, strategy: int, change: float, weight: float = 1.0) -> None:
+    def amend(self, phi: FloatArray, strategy: int, change: float, weight: float = 1.0) -> None:
         """A reply that was conditioned on before had its value changed: the covariance stays as it is."""
         gain = self._covariance()[strategy] @ phi
         with torch.no_grad():
@@ -236,7 +236,7 @@ class StrategySelector(nn.Module):
         self._touched.clear()
         self._seen = (id(self.covariance), self.covariance._version)
 
-    def _covariance(self) -> Floats:
+    def _covariance(self) -> FloatArray:
         """(A, M, M) float32, read again where the buffer was written to from outside."""
         version = (id(self.covariance), self.covariance._version)
         if version != self._seen:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from cortex_core.arrays import FloatArray
+from cortex_core.arrays import FloatArray, unit
 from cortex_core.errors import ConfigError, InputError
 
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
@@ -71,8 +71,7 @@ class HashingEncoder:
             digest = int.from_bytes(hashlib.blake2b(feature.encode(), digest_size=8).digest(), "little")
             # The sign bit makes collisions cancel in expectation instead of adding up.
             vector[(digest >> 1) % self.dim] += weight if digest & 1 else -weight
-        norm = float(np.linalg.norm(vector))
-        return vector / norm if norm > 0 else vector
+        return unit(vector)
 
     def encode_many(self, texts: Sequence[str]) -> FloatArray:
         if not texts:

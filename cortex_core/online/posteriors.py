@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from cortex_core.arrays import FloatArray, unit
 from cortex_core.confidence_estimator import ConfidenceEstimator
-from cortex_core.landmarks import Floats
 from cortex_core.memory_gate import MemoryGate
 from cortex_core.replay_buffer import ReplayEntry
 from cortex_core.strategy_selector import StrategySelector
@@ -32,14 +32,14 @@ class FeatureReplay:
     """Ring of the latest `capacity` experiences with memories, as the gate's posterior wants them."""
 
     def __init__(self, features: int, landmarks: int, capacity: int = 2_000) -> None:
-        self.phi: Floats = np.zeros((capacity, features), np.float32)
-        self.psi: Floats = np.zeros((capacity, landmarks), np.float32)
+        self.phi: FloatArray = np.zeros((capacity, features), np.float32)
+        self.psi: FloatArray = np.zeros((capacity, landmarks), np.float32)
         self.strategy = np.zeros(capacity, np.int64)
-        self.bilinear: Floats = np.zeros(capacity, np.float32)
+        self.bilinear: FloatArray = np.zeros(capacity, np.float32)
         """log-odds of the gate's bilinear part"""
-        self.content: Floats = np.zeros(capacity, np.float32)
-        self.weight: Floats = np.zeros(capacity, np.float32)
-        self.dual: Floats = np.zeros(capacity, np.float32)
+        self.content: FloatArray = np.zeros(capacity, np.float32)
+        self.weight: FloatArray = np.zeros(capacity, np.float32)
+        self.dual: FloatArray = np.zeros(capacity, np.float32)
         """α of `MemoryGate.condition`; where a row is written over, what it taught stays in V"""
         self.used = 0
         self._next = 0
@@ -92,23 +92,24 @@ class Posteriors:
         """Whether a reply to this interaction was learned from, so that a new one amends it."""
         return bool(entry_id) and entry_id in self._known
 
-    def features(self, entries: Sequence[ReplayEntry], admit: int) -> tuple[Floats, Floats]:
+    def features(self, entries: Sequence[ReplayEntry], admit: int) -> tuple[FloatArray, FloatArray]:
         """(B, M) φ and (B, L) summed ψ; the first `admit` entries may become landmarks."""
         messages = np.zeros((len(entries), self.selector.text_dim), np.float32)
         for row, entry in enumerate(entries):
             message = self.selector.kernel_input(entry.message_emb, entry.situation_emb)
             if message is not None:
                 messages[row] = message
+        messages = unit(messages)
         self.selector.landmarks.admit_new(messages[:admit])
-        phi = self.selector.features(messages)
+        phi = self.selector.landmarks.features(messages)
         psi = np.zeros((len(entries), self.gate.landmarks.size), np.float32)
         rows: list[int] = []
         starts: list[int] = []
-        shown: list[Floats] = []
+        shown: list[FloatArray] = []
         new = 0
         for row, entry in enumerate(entries):
             if entry.memory_embs is not None and entry.memory_indices:
-                chosen = entry.memory_embs[entry.memory_indices]
+                chosen = unit(entry.memory_embs[entry.memory_indices])
                 if row < admit:
                     new = len(shown) + 1
                 starts.append(sum(map(len, shown)))
@@ -124,15 +125,15 @@ class Posteriors:
     def condition(
         self,
         entries: Sequence[ReplayEntry],
-        phi: Floats,
-        psi: Floats,
+        phi: FloatArray,
+        psi: FloatArray,
         *,
         strategy: Sequence[int],
-        prior: Floats,
-        scores: Floats,
-        bilinear: Floats,
-        content: Floats,
-        weight: Floats,
+        prior: FloatArray,
+        scores: FloatArray,
+        bilinear: FloatArray,
+        content: FloatArray,
+        weight: FloatArray,
     ) -> None:
         """On fresh replies, in their order.
 
@@ -204,7 +205,7 @@ class Posteriors:
         )
 
 
-def chosen_mean(selector: StrategySelector, phi: Floats, strategy: Sequence[int]) -> torch.Tensor:
+def chosen_mean(selector: StrategySelector, phi: FloatArray, strategy: Sequence[int]) -> torch.Tensor:
     """(B,) μ_aᵀφ of the chosen strategies."""
     mean = selector.mean.numpy()[list(strategy)]
     return torch.from_numpy((mean * phi).sum(1))

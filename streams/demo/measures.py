@@ -118,15 +118,6 @@ def control_rewards(samples: Sequence[Sample], strategy: str | None = None) -> l
     return [sample.control[fixed] for sample in samples] if fixed else []
 
 
-def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each place, of fewer at the beginning."""
-    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])
-    ends = np.arange(1, len(sums))
-    starts = np.maximum(ends - window, 0)
-    means: list[float] = ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
-    return means
-
-
 def calibration_error(
     confidences: Sequence[float], content: Sequence[bool], bins: int = ECE_BINS
 ) -> float | None:

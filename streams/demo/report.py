@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
+from cortex_core.evaluation import moving_mean
 from streams.demo.measures import (
     FIRST_SHARE,
     LAST_SHARE,
     Sample,
     best_fixed,
     control_rewards,
-    moving_mean,
     rounded,
 )
 from streams.demo.view import summary_table

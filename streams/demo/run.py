@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from cortex_core.errors import ConfigError, UnavailableError
+from cortex_core.evaluation import moving_mean
 from streams.client.client import CortexClient
 from streams.demo import measures, report
 from streams.demo.measures import Tally
@@ -301,8 +302,8 @@ class _Live:
             replies=len(tally.replies),
             joined=len(self.reader.reply_ids & set(tally.replies)),
             errors=tally.errors.total(),
-            reward=measures.moving_mean([s.reward for s in samples], window),
-            control=measures.moving_mean(measures.control_rewards(samples), window),
+            reward=moving_mean([s.reward for s in samples], window).tolist(),
+            control=moving_mean(measures.control_rewards(samples), window).tolist(),
             memory_precision=measures.mean(s.precision for s in recent),
             control_precision=measures.mean(s.control_precision for s in recent),
             ema_loss=self.watch.newest.ema_loss,

@@ -143,9 +143,15 @@ def test_windows() -> None:
     assert ev.window_mean(values, 4, 2) == 1.0
     assert ev.window_mean(values, 3, 2) == 0.5
     assert ev.window_mean(values, 1, 200) == 0.0
-    assert ev.learning_curve(values, 2).tolist() == [0.0, 0.0, 0.5, 1.0]
+    assert ev.moving_mean(values, 2).tolist() == [0.0, 0.0, 0.5, 1.0]
     with pytest.raises(InputError):
         ev.window_mean(values, 5, 2)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.integers(1, 50))
+def test_the_moving_mean_is_the_mean_of_the_last_values(values: list[float], window: int) -> None:
+    expected = [np.mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+    assert ev.moving_mean(values, window) == pytest.approx(expected)
 
 
 def test_recovery_is_counted_from_the_change() -> None:

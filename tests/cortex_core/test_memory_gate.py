@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cortex_core.landmarks import Floats, Landmarks
+from cortex_core.arrays import FloatArray
+from cortex_core.landmarks import Landmarks
 from cortex_core.memory_gate import PRIOR_VARIANCE, MemoryGate
 
 DIM, REPLIES = 16, 60
 
 
-def unit_rows(rng: np.random.Generator, count: int) -> Floats:
+def unit_rows(rng: np.random.Generator, count: int) -> FloatArray:
     rows = rng.normal(size=(count, DIM)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 

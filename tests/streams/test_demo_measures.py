@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from streams.demo import measures
 from streams.demo.measures import ExperienceSeen, Sample, Tally, VersionSeen
@@ -56,12 +54,6 @@ def test_the_first_and_the_last_part_are_taken_in_order_of_the_requests() -> Non
     first, last = measures.spans([sample(i, reward=i / 100) for i in reversed(range(100))])
     assert [s.index for s in first] == list(range(10))
     assert [s.index for s in last] == list(range(75, 100))
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.integers(1, 50))
-def test_the_moving_mean_is_the_mean_of_the_last_values(values: list[float], window: int) -> None:
-    expected = [np.mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
-    assert measures.moving_mean(values, window) == pytest.approx(expected)
 
 
 def test_the_control_is_the_strategy_that_was_best_in_hindsight() -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Part = Literal["train", "test", "dialogue"]
+
 CLASSES = ("positive", "negative", "correction", "confusion", "neutral")
 """The four explicit signals, and "neutral": nothing said of the answer."""
 POLARITY = {"positive": 1, "negative": -1, "correction": -1, "confusion": -1, "neutral": 0}
@@ -34,7 +36,7 @@ WRITERS = 6
 """`train` is by as many writers, a file each: holding one out tells how strangers are read."""
 
 
-def load(part: Literal["train", "test", "dialogue"]) -> list[Reply]:
+def load(part: Part) -> list[Reply]:
     """The replies of one part, in the order of its file or files."""
     if part == "train":
         return [reply for writer in range(1, WRITERS + 1) for reply in written_by(writer)]

@@ -10,7 +10,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from cortex_core.arrays import FloatArray
 from cortex_core.feedback.patterns import read
 from cortex_core.feedback.semantic import FEATURES, pattern_features
 from cortex_core.feedback.tokens import tokens
-from cortex_core.text_encoder import load_encoder
+from cortex_core.text_encoder import SentenceTransformerEncoder
 
 EPOCHS, BATCH, RATE, LENGTH = 2, 64, 1.5e-4, 48
 SHARES = {"positive": 1.0, "negative": 0.6, "correction": 0.35, "confusion": 0.3, "neutral": 1.0}
@@ -43,7 +42,7 @@ def features_of(texts: Sequence[str]) -> torch.Tensor:
 class Teacher(nn.Module):
     """The encoder's transformer, and a network over its mean, its maximum and the pattern features."""
 
-    def __init__(self, encoder: Any) -> None:
+    def __init__(self, encoder: SentenceTransformerEncoder) -> None:
         super().__init__()
         transformer = encoder._model[0]
         self.tokenizer = transformer.tokenizer
@@ -78,7 +77,7 @@ def tuned(replies: Sequence[Reply], seed: int) -> Teacher:
     """A teacher of these replies. About ten minutes for 17,000 on one core."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    teacher = Teacher(load_encoder("minilm")).train()
+    teacher = Teacher(SentenceTransformerEncoder()).train()
     texts = [r.text for r in replies]
     f = features_of(texts)
     y = torch.tensor([CLASSES.index(r.label) for r in replies])
@@ -135,7 +134,7 @@ def altered(texts: Sequence[str], count: int, seed: int) -> list[str]:
     rng = random.Random(seed)
     often = Counter(word for text in texts for word in tokens(text)[0] if word.isalpha())
     words = sorted(word for word, times in often.items() if times >= 2 and len(word) > 2)
-    vectors = load_encoder("minilm").encode_many(words)
+    vectors = SentenceTransformerEncoder().encode_many(words)
     like = {
         word: [words[j] for j in row[1:13]]
         for word, row in zip(words, np.argsort(-(vectors @ vectors.T), axis=1)[:, :13], strict=True)

@@ -34,15 +34,18 @@ from benchmarks.measures import Run
 from benchmarks.memory_baselines import Bilinear, ConstantConfidence, Cosine, KernelAndBilinear
 from benchmarks.replies import BANKS
 from benchmarks.sentences import Sentences, load
-from benchmarks.tasks import Settings, World, make
-from cortex_core.evaluation import progressive_validation
-from cortex_core.feedback_collector import DEFAULT_EXTRACTOR, EXTRACTORS
+from benchmarks.tasks import Answer, Request, Settings, Task, World, make
+from cortex_core.evaluation import Learner, progressive_validation
+from cortex_core.feedback_collector import DEFAULT_EXTRACTOR, EXTRACTORS, Feedback
 
-BANDITS: dict[str, Callable[..., Any]] = {
+Maker = Callable[[Task, int], Learner[Request, Answer, Feedback]]
+"""A learner for a task and a seed."""
+
+BANDITS: dict[str, Maker] = {
     learner.name: learner for learner in (Uniform, LinUCB, Thompson, VowpalWabbit, KernelUCB)
 }
-OURS: dict[str, Callable[..., Any]] = {CortexLearner.name: CortexLearner}
-ABLATIONS: dict[str, Callable[..., Any]] = {
+OURS: dict[str, Maker] = {CortexLearner.name: CortexLearner}
+ABLATIONS: dict[str, Maker] = {
     "cortex without replay": partial(CortexLearner, ablation=Ablation(replay=False)),
     "cortex without the encoder's gradient": partial(
         CortexLearner, ablation=Ablation(encoder_gradient=False)
@@ -60,7 +63,7 @@ class Block:
 
     title: str
     world: World
-    learners: dict[str, Callable[..., Any]]
+    learners: dict[str, Maker]
     figures: Callable[[Run], dict[str, float | None]]
     headline: str
     curve: str
@@ -195,8 +198,7 @@ def run_all(jobs: Sequence[Job], processes: int, console: Console) -> Iterator[t
 
 
 def _one_thread() -> None:
-    # Comes with scikit-learn, and publishes no types.
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # noqa: PLC0415
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415 - comes with scikit-learn, an extra
 
     threadpool_limits(1)
 

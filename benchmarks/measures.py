@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,11 @@ def ablation_figures(run: Run) -> dict[str, float | None]:
 
 
 def summarize(
-    runs: Sequence[Run], figures: Any, headline: str, curve: str, ours: str = "cortex"
+    runs: Sequence[Run],
+    figures: Callable[[Run], Mapping[str, float | None]],
+    headline: str,
+    curve: str,
+    ours: str = "cortex",
 ) -> dict[str, Any]:
     """Per learner: each figure's mean, std, median and values; `ratio` of the headline's mean to ours."""
     learners: dict[str, Any] = {}

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from cortex_core.metadata import METADATA_KEYS
@@ -139,9 +140,10 @@ class Agent:
         async with asyncio.timeout(timeout_s):
             await self._none_waiting.wait()
 
-    def _unit(self, *shape: int) -> Any:
+    def _unit(self, *shape: int) -> npt.NDArray[np.float64]:
         vectors = self._rng.normal(size=(*shape, self.settings.text_dim))
-        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+        vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+        return vectors
 
     async def _read(self) -> None:
         async for record in self._consumer:

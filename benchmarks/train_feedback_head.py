@@ -26,7 +26,7 @@ from benchmarks.feedback_data import POLARITY, WRITERS, Reply, written_by
 from benchmarks.feedback_teacher import altered, class_weights, features_of, opinions, tuned, word_vectors
 from cortex_core.feedback.semantic import CLASSES, ENCODER, FEATURES, HEAD
 from cortex_core.feedback.tokens import MOST, Vocabulary, tokens
-from cortex_core.text_encoder import load_encoder
+from cortex_core.text_encoder import SentenceTransformerEncoder
 
 TAUGHT, HIDDEN, CHANNELS, WORD_DIM = 2, 192, 192, 56
 """Members that see words and learn from the teacher."""
@@ -97,7 +97,7 @@ def known_words(texts: Sequence[str]) -> list[str]:
     """The vocabulary: whole words of the encoder's own, of VADER's list (its words alone) and of `texts`."""
     import vaderSentiment.vaderSentiment as vader  # noqa: PLC0415 - an extra of the benchmarks
 
-    pieces = load_encoder("minilm")._model.tokenizer.get_vocab()  # type: ignore[attr-defined]
+    pieces = SentenceTransformerEncoder()._model.tokenizer.get_vocab()
     listed = (Path(vader.__file__).parent / "vader_lexicon.txt").read_text(encoding="utf-8").splitlines()
     valued = {line.partition("\t")[0] for line in listed}
     plain = {word for word in {*pieces, *valued} if word.isascii() and word.isalpha() and word.islower()}
@@ -128,7 +128,7 @@ def lessons(replies: Sequence[Reply], seed: int, kept: Path | None) -> Lessons:
         texts += altered([r.text for r in replies], ALTERED, seed)
         words = known_words([r.text for r in replies])
         arrays = {
-            "x": load_encoder("minilm").encode_many(texts),
+            "x": SentenceTransformerEncoder().encode_many(texts),
             "opinion": opinions(teacher, texts).numpy(),
             "vectors": word_vectors(teacher, words),
             "texts": np.frombuffer("\0".join(texts).encode(), np.uint8),
@@ -277,7 +277,7 @@ def export(members: Sequence[Member], lesson: Lessons, out: Path) -> None:
 def measure(members: Sequence[Member], lesson: Lessons, replies: Sequence[Reply]) -> None:
     """Prints how replies that were not learned from are read, and the temperature that fits them best."""
     texts = [r.text for r in replies]
-    x = torch.from_numpy(load_encoder("minilm").encode_many(texts))
+    x = torch.from_numpy(SentenceTransformerEncoder().encode_many(texts))
     f, rows = features_of(texts), rows_of(texts, Vocabulary(lesson.words))
     logits = torch.stack([member(x, f, rows) for member in members]).mean(0)
     y = torch.tensor([CLASSES.index(r.label) for r in replies])

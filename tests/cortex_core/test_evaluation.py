@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -127,7 +128,9 @@ def test_auroc_of_one_kind_of_outcome_is_unknown() -> None:
 
 
 @pytest.mark.parametrize("measure", [ev.expected_calibration_error, ev.brier_score, ev.auroc])
-def test_unusable_confidences_are_refused(measure) -> None:  # type: ignore[no-untyped-def]
+def test_unusable_confidences_are_refused(
+    measure: Callable[[Sequence[float], Sequence[int]], float | None],
+) -> None:
     with pytest.raises(DimensionError):
         measure([0.5], [1, 0])
     with pytest.raises(InputError, match="nothing to judge"):

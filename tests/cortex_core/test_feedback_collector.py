@@ -15,6 +15,7 @@ from cortex_core.errors import ConfigError, DimensionError, InputError, NonFinit
 from cortex_core.feedback_collector import (
     EXTRACTORS,
     SIGNAL_REWARDS,
+    Aggregation,
     Feedback,
     FeedbackCollector,
     SignalType,
@@ -160,7 +161,7 @@ class TestEmbeddings:
                 "ok", embedding=np.ones(4, np.float32), previous_embedding=np.ones(5, np.float32)
             )
         with pytest.raises(InputError, match="NoneType, wanted a string"):
-            collector.extract(None)  # type: ignore[arg-type]
+            collector.extract(None)  # type: ignore[arg-type]  # the wrong type is the test
 
 
 class TestRatings:
@@ -174,7 +175,7 @@ class TestRatings:
     @pytest.mark.parametrize("value", [1.01, -2, float("nan"), float("inf"), "5", None, True])
     def test_anything_else_is_refused(self, value: object) -> None:
         with pytest.raises(InputError, match="rating"):
-            FeedbackCollector().from_rating(value)  # type: ignore[arg-type]
+            FeedbackCollector().from_rating(value)  # type: ignore[arg-type]  # the wrong type is the test
 
 
 class TestAggregation:
@@ -184,8 +185,8 @@ class TestAggregation:
         ("how", "wanted"),
         [("first", 0.6), ("last", 0.2), ("mean", 0.1), ("min", -0.5), ("max", 0.6), ("sum", 0.3)],
     )
-    def test_each_way(self, how: str, wanted: float) -> None:
-        assert aggregate_rewards(self.REWARDS, how) == pytest.approx(wanted)  # type: ignore[arg-type]
+    def test_each_way(self, how: Aggregation, wanted: float) -> None:
+        assert aggregate_rewards(self.REWARDS, how) == pytest.approx(wanted)
 
     @given(st.lists(st.floats(-1, 1), min_size=1, max_size=6))
     def test_it_stays_a_reward(self, rewards: list[float]) -> None:
@@ -200,7 +201,7 @@ class TestAggregation:
         with pytest.raises(NonFiniteError):
             aggregate_rewards([float("nan")])
         with pytest.raises(ConfigError, match="median"):
-            aggregate_rewards([0.1], "median")  # type: ignore[arg-type]
+            aggregate_rewards([0.1], "median")  # type: ignore[arg-type]  # the wrong type is the test
 
 
 def test_an_unknown_extractor_is_refused_by_name() -> None:

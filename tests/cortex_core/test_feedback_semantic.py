@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.feedback import collected, scored
-from benchmarks.feedback_data import CLASSES, POLARITY, WRITERS, load, normal, written_by
+from benchmarks.feedback_data import CLASSES, POLARITY, WRITERS, Part, load, normal, written_by
 from benchmarks.train_feedback_head import TEMPERATURE, Lessons, Member, composed, export, rows_of, table_of
 from cortex_core.errors import WeightsError
 from cortex_core.feedback.patterns import read
@@ -36,13 +36,13 @@ class TestTheLabelledReplies:
         assert sum(r.hard for r in test) >= 200
 
     @pytest.mark.parametrize("part", ["test", "dialogue"])
-    def test_training_and_test_share_no_reply_nor_a_template(self, part: str) -> None:
+    def test_training_and_test_share_no_reply_nor_a_template(self, part: Part) -> None:
         train = load("train")
         learned = {normal(r.text) for r in [*train, *composed(train, 4000, seed=7)]}
-        shared = [r.text for r in load(part) if normal(r.text) in learned]  # type: ignore[arg-type]
+        shared = [r.text for r in load(part) if normal(r.text) in learned]
         assert shared == []
         bags = [words for r in train if len(words := frozenset(normal(r.text).split())) >= 4]
-        for reply in load(part):  # type: ignore[arg-type]
+        for reply in load(part):
             words = frozenset(normal(reply.text).split())
             if len(words) >= 5:
                 nearest = max(bags, key=lambda bag: len(words & bag) / len(words | bag))
@@ -182,9 +182,9 @@ class TestReading:
 
     @pytest.mark.parametrize(("part", "least", "opposite"), [("test", 0.72, 0.07), ("dialogue", 0.88, 0.03)])
     def test_it_does_not_fall_behind_what_was_measured(
-        self, encoder: TextEncoder, part: str, least: float, opposite: float
+        self, encoder: TextEncoder, part: Part, least: float, opposite: float
     ) -> None:
-        replies = load(part)  # type: ignore[arg-type]
+        replies = load(part)
         embeddings = encoder.encode_many([r.text for r in replies])
         figures = scored(replies, collected("semantic-2", replies, embeddings))
         plain = scored(replies, collected("patterns-1", replies, None))

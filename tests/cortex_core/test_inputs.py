@@ -28,7 +28,7 @@ def test_hashing_keeps_similar_texts_close_in_every_process() -> None:
     assert other.stdout.strip() == a.tobytes().hex()
     assert not encoder.encode("").any()
     with pytest.raises(InputError, match="str"):
-        encoder.encode(3)  # type: ignore[arg-type]
+        encoder.encode(3)  # type: ignore[arg-type]  # the wrong type is the test
 
 
 def test_the_cache_asks_once_and_forgets_the_oldest() -> None:

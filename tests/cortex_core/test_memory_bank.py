@@ -6,20 +6,20 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cortex_core.arrays import FloatArray
 from cortex_core.errors import ConfigError, DimensionError, InputError, NonFiniteError
 from cortex_core.memory_bank import DAY_S, MemoryBank
 
 D = 8
 
 
-def axis(i: int, lean: float = 0.0, to: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
+def axis(i: int, lean: float = 0.0, to: int = 0) -> FloatArray:
     vector = np.zeros(D, np.float32)
     vector[i] = 1.0
     vector[to] += lean

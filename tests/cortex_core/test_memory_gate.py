@@ -14,7 +14,8 @@ DIM, REPLIES = 16, 60
 
 def unit_rows(rng: np.random.Generator, count: int) -> FloatArray:
     rows = rng.normal(size=(count, DIM)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
 
 
 def test_it_reaches_the_posterior_mode_block_by_block() -> None:

@@ -18,8 +18,8 @@ from cortex_core.weights import WeightsSnapshot
 from tests.cortex_core.learner_helpers import DIM, SMALL, entry_of, fresh, near, unit
 
 
-def snapshot(model: CortexModel, **options: object) -> WeightsSnapshot:
-    return WeightsSnapshot.of(model, model_id="test", version=1, **options)  # type: ignore[arg-type]
+def snapshot(model: CortexModel) -> WeightsSnapshot:
+    return WeightsSnapshot.of(model, model_id="test", version=1)
 
 
 def trained() -> CortexModel:

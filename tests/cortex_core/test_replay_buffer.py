@@ -181,7 +181,7 @@ def test_a_seed_repeats_the_samples() -> None:
 @pytest.mark.parametrize("capacity", [1.5, True, "replay.jsonl", None])
 def test_a_capacity_that_is_no_integer_is_refused(capacity: object) -> None:
     with pytest.raises(ConfigError, match="wanted a positive integer"):
-        ReplayBuffer(capacity)  # type: ignore[arg-type]
+        ReplayBuffer(capacity)  # type: ignore[arg-type]  # the wrong type is the test
 
 
 def test_entries_that_nobody_could_learn_from_are_refused() -> None:

@@ -44,7 +44,7 @@ def test_a_run_without_traffic_is_refused_before_anything_starts(
 @pytest.mark.integration
 def test_a_short_run_loses_nothing_and_says_what_it_measured(settings: Settings, tmp_path: Path) -> None:
     figures, curve = tmp_path / "out" / "demo.json", tmp_path / "out" / "demo.png"
-    console = Console(file=io.StringIO(), width=120)
+    shown = io.StringIO()
     summary = run_demo(
         settings,
         seconds=SECONDS,
@@ -52,7 +52,7 @@ def test_a_short_run_loses_nothing_and_says_what_it_measured(settings: Settings,
         seed=SEED,
         json_path=figures,
         plot_path=curve,
-        console=console,
+        console=Console(file=shown, width=120),
     )
     assert json.loads(figures.read_text()).keys() == summary.keys()
     assert set(report.JSON_FIELDS) <= set(summary)
@@ -80,7 +80,7 @@ def test_a_short_run_loses_nothing_and_says_what_it_measured(settings: Settings,
     assert 0 < summary["versions"] <= summary["updates"]
     for name in ("reward_first", "reward_last", "reward_control", "memory_precision_first", "ece_last"):
         assert 0 <= summary[name] <= 1
-    said = console.file.getvalue()  # type: ignore[attr-defined]
+    said = shown.getvalue()
     assert "draining" in said
     assert report.verdict(summary)[:20] in said
 

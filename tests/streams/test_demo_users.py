@@ -119,7 +119,9 @@ def test_the_reward_is_a_probability_and_rises_with_strategy_and_memories(
 
 def test_content_users_mostly_praise_and_noise_silence_and_second_thoughts_occur() -> None:
     users = Users(7)
-    first, later, silent, count = Counter(), Counter(), 0, 4000
+    first: Counter[tuple[bool, str]] = Counter()
+    later: Counter[tuple[bool, str]] = Counter()
+    silent, count = 0, 4000
     contents = []
     for index in range(count):
         request = users.request(index)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar, overload
 
 T = TypeVar("T")
 
 
 def wait_for(
-    predicate: Callable[[], T], timeout_s: float = 30.0, what: str = "it", every_s: float = 0.02
+    predicate: Callable[[], T | None], timeout_s: float = 30.0, what: str = "it", every_s: float = 0.02
 ) -> T:
     """The first true value of `predicate()`; AssertionError naming `what` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
@@ -25,9 +25,20 @@ def wait_for(
         time.sleep(every_s)
 
 
+@overload
 async def async_wait_for(
-    predicate: Callable[[], Any], timeout_s: float = 30.0, what: str = "it", every_s: float = 0.02
-) -> Any:
+    predicate: Callable[[], Awaitable[T | None]],
+    timeout_s: float = 30.0,
+    what: str = "it",
+    every_s: float = 0.02,
+) -> T: ...
+@overload
+async def async_wait_for(
+    predicate: Callable[[], T | None], timeout_s: float = 30.0, what: str = "it", every_s: float = 0.02
+) -> T: ...
+async def async_wait_for(
+    predicate: Callable[[], object], timeout_s: float = 30.0, what: str = "it", every_s: float = 0.02
+) -> object:
     """Like `wait_for`, on an event loop; `predicate` may be async."""
     deadline = time.monotonic() + timeout_s
     while True:

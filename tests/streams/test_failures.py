@@ -22,7 +22,7 @@ from streams.connections import async_redis_client, explain, redis_client, retry
 from streams.failures import is_transient
 from streams.local.embedded import free_port
 from streams.settings import Settings
-from tests.services import async_wait_for, wait_for
+from streams.testing import async_wait_for, wait_for
 from tests.streams.redis_servers import administer, own_redis
 
 NOWHERE = ("127.0.0.1", 1)

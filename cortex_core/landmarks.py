@@ -48,9 +48,18 @@ class Landmarks(nn.Module):
         self._used = 0
         self._rows: FloatArray = np.zeros((size, dim), np.float32)
         self._inverse: FloatArray = np.zeros((size, size), np.float32)
+        self._frozen = False
+
+    def freeze(self) -> None:
+        """Computes the derived arrays and makes them read-only: threads may share this from here on."""
+        self._sync()
+        self._rows.flags.writeable = self._inverse.flags.writeable = False
+        self._frozen = True
 
     def _sync(self) -> int:
         """Recomputes the derived arrays if the buffers have changed; returns the number in use."""
+        if self._frozen:
+            return self._used
         version = (id(self.points), self.points._version, self.count._version)
         if version != self._seen:
             used = int(self.count)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cortex_core.arrays import FloatArray, as_float32
 from cortex_core.confidence_estimator import Action, ConfidenceEstimator, ContextSummary, action_for
-from cortex_core.errors import ConfigError, DimensionError
+from cortex_core.errors import ConfigError, DimensionError, WeightsError
 from cortex_core.memory_gate import MemoryGate, Slate
 from cortex_core.metadata import METADATA_KEYS
 from cortex_core.situation_encoder import SituationEncoder
@@ -119,6 +119,7 @@ class CortexModel(nn.Module):
             config.situation_dim, config.estimator_hidden_dim, config.dropout
         )
         self.registry = StrategyRegistry.from_ids(config.strategies)
+        self._frozen = False
 
     @classmethod
     def create(cls, config: ModelConfig | None = None, model_id: str = "default") -> CortexModel:
@@ -134,6 +135,48 @@ class CortexModel(nn.Module):
             model.gate.reset_parameters(model.encoder.projection)
         return model.eval()
 
+    def freeze(self) -> CortexModel:
+        """Prepares the model for serving and makes it immutable; returns it.
+
+        Everything that a decision derives from the weights is computed here, so that the first decision is as
+        quick as the next ones and any number of threads may decide at once. A trial decision is part of it.
+
+        Raises:
+            WeightsError: no decision can be made with these weights; finite but absurd ones give none.
+        """
+        self.eval()
+        self.requires_grad_(False)
+        text = np.full(self.config.text_dim, self.config.text_dim**-0.5, np.float32)
+        try:
+            with np.errstate(all="ignore"):
+                self.selector.freeze()
+                self.gate.landmarks.freeze()
+                trial = self.decide(text, None, None, text[None], rng=np.random.default_rng(0))
+        except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
+            raise WeightsError(f"the trial decision failed ({type(error).__name__}: {error})") from error
+        numbers = [
+            *trial.situation,
+            *trial.probabilities,
+            *trial.memory_scores,
+            *trial.context,
+            trial.confidence,
+        ]
+        if not np.isfinite(numbers).all():
+            raise WeightsError("the trial decision gave NaN or infinity: the weights are finite but unusable")
+        self._frozen = True
+        return self
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the model is immutable: it decides and does not learn."""
+        return self._frozen
+
+    def train(self, mode: bool = True) -> CortexModel:
+        """As `nn.Module.train`; raises `RuntimeError` on a frozen model."""
+        if mode and self._frozen:
+            raise RuntimeError("the model is frozen: make another from its snapshot to train it")
+        return super().train(mode)
+
     @torch.no_grad()
     def decide(
         self,
@@ -148,7 +191,7 @@ class CortexModel(nn.Module):
     ) -> Decision:
         """Decides for one request; costs under 2 ms over 200 memories.
 
-        Safe to call from one thread while another trains a different instance.
+        Safe to call from many threads on a frozen model; else from one, while others train other instances.
 
         Args:
             message_emb: (D,).

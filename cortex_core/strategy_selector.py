@@ -112,8 +112,16 @@ class StrategySelector(nn.Module):
         self._seen: tuple[int, int] | None = None
         self._sigma: FloatArray = np.zeros((0,), np.float32)
         self._touched: set[int] = set()
+        self._frozen = False
         self.register_state_dict_pre_hook(_commit)  # type: ignore[no-untyped-call]
         self.reset_parameters()
+
+    def freeze(self) -> None:
+        """Computes what decisions read and makes it read-only: threads may share this from here on."""
+        self.commit()
+        self.landmarks.freeze()
+        self._covariance().flags.writeable = False
+        self._frozen = True
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """The head back to birth; the same generator state gives the same weights."""
@@ -206,6 +214,8 @@ class StrategySelector(nn.Module):
         for. `commit`, or the next `state_dict`, makes the new covariance part of the weights.
         """
         sigma = self._covariance()[strategy]
+        if not sigma.flags.writeable:
+            raise ValueError("the selector is read-only: a frozen model learns nothing")
         self._touched.add(strategy)
         gain = sigma @ phi
         variance = float(phi @ gain)
@@ -239,7 +249,7 @@ class StrategySelector(nn.Module):
     def _covariance(self) -> FloatArray:
         """(A, M, M) float32, read again where the buffer was written to from outside."""
         version = (id(self.covariance), self.covariance._version)
-        if version != self._seen:
+        if not self._frozen and version != self._seen:
             size = self.landmarks.size
             lower = np.zeros((self.num_strategies, size, size), np.float32)
             lower[:, self._triangle[0], self._triangle[1]] = self.covariance.float().numpy()

@@ -131,6 +131,8 @@ class WeightsSnapshot:
         import torch  # noqa: PLC0415
 
         state = self._read()
+        if model.frozen:
+            raise RuntimeError(f"weights {self._name} cannot be loaded into a frozen model")
         if model.config.to_dict() != self.manifest.architecture:
             raise WeightsError(
                 f"weights {self._name} are of architecture {self.manifest.architecture}, this model is "

@@ -96,10 +96,9 @@ class Decider:
         )
 
     def warm_up(self) -> None:
-        """One throw-away decision: at the first, torch loads modules for half a second."""
-        message = self.embedder.encoder.inner.encode("How do I deploy?")
-        model = CortexModel.create(self.models.config)
-        model.decide(message, None, None, message[np.newaxis], rng=np.random.default_rng(0))
+        """One encoding and one trial decision: torch loads modules for half a second at the first of each."""
+        self.embedder.encoder.inner.encode("How do I deploy?")
+        CortexModel.create(self.models.config).freeze()
 
     async def embed(self, text: str) -> Float16Array:
         """(D,) of one text, as it is logged."""

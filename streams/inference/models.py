@@ -112,7 +112,7 @@ class Models:
     async def _load(self, model_id: str) -> Served:
         fetched = await self._fetch(model_id)
         if fetched is None:
-            model = await asyncio.to_thread(CortexModel.create, self.config, model_id)
+            model = await asyncio.to_thread(lambda: CortexModel.create(self.config, model_id).freeze())
             return self._swap(Served(model_id, 0, model))
         snapshot, model = fetched
         return self._swap(Served(model_id, snapshot.manifest.version, model, snapshot.manifest))

@@ -194,7 +194,7 @@ class WeightsFollower(StateFollower):
                 f"{text_dim} numbers, this worker's have {self.settings.text_dim} (CORTEX_TEXT_DIM)"
             )
         try:
-            return snapshot.to_model()
+            return snapshot.to_model().freeze()
         except CortexError:
             raise
         except Exception as error:  # an architecture out of bounds fails anywhere inside torch

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from streams.connections import backoff, kafka_client_options, redis_client
+from streams.kafka.clients import started
 from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer, model_ids
 from streams.settings import Settings
@@ -82,11 +83,11 @@ async def _groups(settings: Settings) -> list[dict[str, Any]]:
         settings.trainer_group: (topics.experiences,),
     }
     options = kafka_client_options(settings)
-    admin, consumer = AIOKafkaAdminClient(**options), AIOKafkaConsumer(**options)
     rows = []
-    try:
-        await admin.start()
-        await consumer.start()
+    async with (
+        started(AIOKafkaAdminClient(**options)) as admin,
+        started(AIOKafkaConsumer(**options)) as consumer,
+    ):
         existing = set(await admin.list_topics())
         for group, names in reads.items():
             members, committed = await _group(admin, group)
@@ -100,9 +101,6 @@ async def _groups(settings: Settings) -> list[dict[str, Any]]:
                 events = sum(ends.values())
                 rows.append({"group": group, "members": members, "topic": name, "events": events, "lag": lag})
         return rows
-    finally:
-        await consumer.stop()
-        await admin.close()
 
 
 async def _group(admin: AIOKafkaAdminClient, group: str) -> tuple[int, dict[TopicPartition, int]]:

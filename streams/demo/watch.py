@@ -20,6 +20,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from streams.connections import kafka_client_options
 from streams.demo.measures import ExperienceSeen, VersionSeen
 from streams.inference.api import ModelDetail
+from streams.kafka.clients import started
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
 
@@ -38,16 +39,13 @@ async def _reader(
         isolation_level="read_committed",
         max_partition_fetch_bytes=MAX_RECORD_BYTES,
     )
-    await consumer.start()
-    try:
+    async with started(consumer):
         partitions = []
         for topic in topics:
             numbers = consumer.partitions_for_topic(topic) or await _partitions(consumer, topic)
             partitions += [TopicPartition(topic, n) for n in sorted(numbers)]
         consumer.assign(partitions)
         yield consumer, partitions
-    finally:
-        await consumer.stop()
 
 
 async def _partitions(consumer: AIOKafkaConsumer, topic: str) -> set[int]:

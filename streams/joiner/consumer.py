@@ -42,6 +42,7 @@ from streams.joiner.effects import Engine, Task
 from streams.joiner.metrics import BATCH_S, DEAD_LETTERS, EVENTS, LAG, OUTCOMES, RETRIES
 from streams.joiner.records import EventTime, make_join, read_record
 from streams.joiner.states import RedisStates
+from streams.kafka.clients import start, stop
 from streams.kafka.dead_letters import dead_letter
 from streams.kafka.publisher import Publisher
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
@@ -137,12 +138,7 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
             fetch_max_wait_ms=POLL_MS,
         )
         consumer.subscribe([self.topics.interactions, self.topics.replies], listener=self)
-        try:
-            await consumer.start()
-        except BaseException:
-            await consumer.stop()
-            raise
-        return consumer
+        return await start(consumer)
 
     # -- rebalance -----------------------------------------------------------------------------------------
 
@@ -379,9 +375,7 @@ class Joining(ConsumerRebalanceListener):  # type: ignore[misc]
         self._abandoned = self._generation
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
-            with contextlib.suppress(KafkaError, OSError, TimeoutError):
-                async with asyncio.timeout(3.0):
-                    await consumer.stop()
+            await stop(consumer)
         await self._publisher.stop(timeout_s=1.0)
         await self._redis.aclose()
 

@@ -31,6 +31,7 @@ from streams.events import new_id
 from streams.joiner.effects import Engine, Task
 from streams.joiner.records import EventTime, make_join, read_record
 from streams.joiner.states import MemoryStates, RedisStates, Save, Stored
+from streams.kafka.clients import started
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 from streams.replay_store import (
     RedisReplayBuffer,
@@ -250,8 +251,7 @@ async def _replay(
         auto_offset_reset="earliest",
         max_partition_fetch_bytes=MAX_RECORD_BYTES,
     )
-    await consumer.start()
-    try:
+    async with started(consumer):
         partitions = sorted(consumer.assignment())
         # Ends come after the noting of live changes began: what lies beyond them is noted.
         ends = await consumer.end_offsets(partitions)
@@ -292,8 +292,6 @@ async def _replay(
                 progress(total - _left(position, ends), total)
         for partition in {tp.partition for tp in partitions}:
             await engine.timer(partition, now)
-    finally:
-        await consumer.stop()
 
 
 async def _getmany(consumer: AIOKafkaConsumer, settings: Settings) -> dict[TopicPartition, list[Any]]:

@@ -14,6 +14,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from cortex_core.errors import InputError, UnavailableError
 from streams.connections import kafka_client_options
 from streams.events import DeadLetter, parse
+from streams.kafka.clients import started
 from streams.kafka.publisher import MAX_VALUE
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 
@@ -70,14 +71,13 @@ async def retry_dead_letters(settings: Settings, ids: Collection[str] | None = N
     wanted = list(letters) if ids is None else [i for i in dict.fromkeys(ids) if i in letters]
     lost: list[str] = []
     sent: list[str] = []
-    producer = AIOKafkaProducer(
+    client = AIOKafkaProducer(
         **kafka_client_options(settings),
         acks="all",
         enable_idempotence=True,
         max_request_size=MAX_RECORD_BYTES,
     )
-    await producer.start()
-    try:
+    async with started(client) as producer:
         for letter_id in wanted:
             letter = letters[letter_id]
             key = None if letter.key is None else base64.b64decode(letter.key)
@@ -89,8 +89,6 @@ async def retry_dead_letters(settings: Settings, ids: Collection[str] | None = N
                     continue
             await producer.send_and_wait(letter.topic, value, key=key)
             sent.append(letter_id)
-    finally:
-        await producer.stop()
     return Retried(sent, [] if ids is None else [i for i in ids if i not in letters], lost)
 
 
@@ -116,11 +114,8 @@ async def _reader(settings: Settings) -> AsyncIterator[Any]:
         enable_auto_commit=False,
         max_partition_fetch_bytes=MAX_RECORD_BYTES,
     )
-    await consumer.start()
-    try:
+    async with started(consumer):
         yield consumer
-    finally:
-        await consumer.stop()
 
 
 async def _some(reader: Any, settings: Settings) -> list[Any]:

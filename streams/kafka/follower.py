@@ -21,9 +21,9 @@ from typing import Any, Self
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
 
 from streams.connections import REACHABILITY_ERRORS, backoff, kafka_client_options
+from streams.kafka.clients import start, started, stop
 from streams.kafka.topics import MAX_RECORD_BYTES
 from streams.settings import Settings
 
@@ -56,14 +56,10 @@ async def reading(
         isolation_level="read_committed",
         max_partition_fetch_bytes=MAX_RECORD_BYTES,
     )
-    try:
-        await consumer.start()
+    async with started(consumer):
         consumer.assign([partition])
         consumer.seek(partition, offset)
         yield consumer
-    finally:
-        with contextlib.suppress(KafkaError, OSError):
-            await consumer.stop()
 
 
 class EndProbe:
@@ -88,8 +84,7 @@ class EndProbe:
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
                     if self._consumer is None:
-                        self._consumer = AIOKafkaConsumer(**kafka_client_options(self._settings))
-                        await self._consumer.start()
+                        self._consumer = await start(AIOKafkaConsumer(**kafka_client_options(self._settings)))
                     return dict(await self._consumer.end_offsets(list(partitions)))
             except BaseException:
                 await self.close()
@@ -99,8 +94,7 @@ class EndProbe:
         """Closes the connection; the next question opens another."""
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
-            with contextlib.suppress(KafkaError, OSError):
-                await consumer.stop()
+            await stop(consumer)
 
 
 class TopicFollower:

@@ -17,7 +17,6 @@ What a failure means, and what is done:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 
 import structlog
@@ -27,6 +26,7 @@ from prometheus_client import Counter, Histogram
 
 from cortex_core.errors import InputError, UnavailableError
 from streams.connections import backoff, kafka_client_options, until_reachable
+from streams.kafka.clients import start, stop
 from streams.kafka.topics import MAX_RECORD_BYTES, create_topics
 from streams.settings import Settings
 
@@ -188,13 +188,8 @@ class Publisher:
                 max_batch_size=1_000_000,
                 max_request_size=MAX_RECORD_BYTES,
             )
-            try:
-                async with asyncio.timeout(10.0):
-                    await producer.start()
-            except BaseException:
-                await producer.stop()
-                raise
-            return producer
+            async with asyncio.timeout(10.0):
+                return await start(producer)
 
         self._broken, self._late = False, 0
         return await until_reachable("Kafka", self.settings.kafka_address, attempt, on_failure=self._say)
@@ -203,17 +198,7 @@ class Publisher:
         producer, self._producer = self._producer, None
         if producer is None:
             return
-        with contextlib.suppress(KafkaError, OSError, TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await producer.stop()
-        # Where the broker is away, stopping waits for ever for its acknowledgements, and so does the sender.
-        await producer.client.close()
-        sender = producer._sender.sender_task
-        for _ in range(3):
-            if sender is None or sender.done():
-                break
-            sender.cancel()
-            await asyncio.wait({sender}, timeout=0.3)
+        await stop(producer, timeout_s)
         for task in list(self._deliveries):
             task.cancel()
         await asyncio.gather(*self._deliveries, return_exceptions=True)

@@ -20,6 +20,7 @@ from aiokafka.errors import TopicAlreadyExistsError, for_code
 
 from cortex_core.errors import ConfigError
 from streams.connections import kafka_client_options
+from streams.kafka.clients import started
 from streams.settings import Settings
 
 DAY_MS = 86_400_000
@@ -107,9 +108,7 @@ async def create_topics(settings: Settings) -> list[str]:
             not own a conversation's partition of both.
     """
     topics = Topics.of(settings)
-    admin = AIOKafkaAdminClient(**kafka_client_options(settings))
-    await admin.start()
-    try:
+    async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
         existing = set(await admin.list_topics())
         wanted = [s for s in topics.specs() if s.name not in existing]
         created: list[str] = []
@@ -140,16 +139,12 @@ async def create_topics(settings: Settings) -> list[str]:
                 "Add partitions to the smaller topic"
             )
         return created
-    finally:
-        await admin.close()
 
 
 async def describe_topics(settings: Settings) -> list[dict[str, object]]:
     """For each topic: name, whether it exists, its partitions, and where its settings differ from wanted."""
     topics = Topics.of(settings)
-    admin = AIOKafkaAdminClient(**kafka_client_options(settings))
-    await admin.start()
-    try:
+    async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
         existing = set(await admin.list_topics())
         rows: list[dict[str, object]] = []
         for spec in topics.specs():
@@ -166,5 +161,3 @@ async def describe_topics(settings: Settings) -> list[dict[str, object]]:
             }
             rows.append({"topic": spec.name, "exists": True, "partitions": partitions, "differs": differs})
         return rows
-    finally:
-        await admin.close()

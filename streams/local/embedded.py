@@ -284,12 +284,11 @@ class EmbeddedKafka(EmbeddedServer):
         writer.close()
         from aiokafka.admin import AIOKafkaAdminClient  # noqa: PLC0415 - a quarter second to import
 
-        admin = AIOKafkaAdminClient(bootstrap_servers=self.address, request_timeout_ms=5_000)
-        try:
-            await admin.start()
+        from streams.kafka.clients import started  # noqa: PLC0415
+
+        client = AIOKafkaAdminClient(bootstrap_servers=self.address, request_timeout_ms=5_000)
+        async with started(client) as admin:
             await admin.list_topics()
-        finally:
-            await admin.close()
 
 
 class EmbeddedRedis(EmbeddedServer):

@@ -11,6 +11,7 @@ import numpy as np
 from aiokafka import AIOKafkaProducer
 
 from streams.events import Event, InteractionEvent, ReplyEvent
+from streams.kafka.clients import started
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 from streams.settings import Settings
 
@@ -96,13 +97,10 @@ async def send(settings: Settings, messages: Iterable[Event | Raw]) -> None:
         enable_idempotence=True,
         max_request_size=MAX_RECORD_BYTES,
     )
-    await producer.start()
-    try:
+    async with started(producer):
         waiting = []
         for message in messages:
             topic, key, value = message if isinstance(message, tuple) else addressed(settings, message)
             waiting.append(await producer.send(topic, value, key=key))
         for one in waiting:
             await one
-    finally:
-        await producer.stop()

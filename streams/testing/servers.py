@@ -14,6 +14,7 @@ from typing import Literal
 from aiokafka.admin import AIOKafkaAdminClient
 from redis import Redis
 
+from streams.kafka.clients import started
 from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, EmbeddedServer, free_port
 from streams.settings import Settings, default_cache_dir
 from streams.testing.waiting import wait_for
@@ -131,12 +132,8 @@ async def _kafka_answers(address: str) -> bool:
     try:
         _, writer = await asyncio.open_connection(host, int(port))
         writer.close()
-        admin = AIOKafkaAdminClient(bootstrap_servers=address)
-        try:
-            await admin.start()
+        async with started(AIOKafkaAdminClient(bootstrap_servers=address)) as admin:
             await admin.list_topics()
-        finally:
-            await admin.close()
     except Exception:
         return False
     return True
@@ -154,14 +151,10 @@ def forget(settings: Settings) -> None:
     """Deletes all topics and keys under the settings' prefix, so that a long test run stays small."""
 
     async def delete_topics() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_address)
-        try:
-            await admin.start()
+        async with started(AIOKafkaAdminClient(bootstrap_servers=settings.kafka_address)) as admin:
             mine = [t for t in await admin.list_topics() if t.startswith(f"{settings.topic_prefix}.")]
             if mine:
                 await admin.delete_topics(mine)
-        finally:
-            await admin.close()
 
     asyncio.run(delete_topics())
     with Redis.from_url(settings.redis_address) as client:

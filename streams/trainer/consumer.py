@@ -33,6 +33,7 @@ from streams.connections import (
     redis_client,
     until_reachable,
 )
+from streams.kafka.clients import start, stop
 from streams.kafka.follower import PROBE_S, EndProbe
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 from streams.trainer.learner import warm_up
@@ -150,7 +151,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
         )
         watch = asyncio.create_task(self._watch_kafka())
         try:
-            await consumer.start()
+            await start(consumer)
             consumer.subscribe([self.topic], listener=self)
             self._stalled = False
             while not self.worker.stopping.is_set() and not self._stalled:
@@ -168,9 +169,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
             async with self._lock:
                 self._assigned, self._joined = set(), False
                 await self._give_up_all()
-            with contextlib.suppress(*REACHABILITY_ERRORS):
-                async with asyncio.timeout(3.0):
-                    await consumer.stop()
+            await stop(consumer)
 
     async def _open_assigned(self, consumer: AIOKafkaConsumer) -> None:
         now = time.monotonic()

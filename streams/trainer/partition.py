@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 import redis
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError, ProducerFenced
+from aiokafka.errors import ProducerFenced
 from aiokafka.partitioner import murmur2
 
 from cortex_core.errors import CortexError, InputError, WeightsError
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
 from streams.events import DeadLetter, ExperienceEvent, parse
+from streams.kafka.clients import start, stop
 from streams.kafka.dead_letters import dead_letter
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.replay_store import RedisReplayBuffer
@@ -129,14 +130,14 @@ class PartitionLearner:
         Raises:
             KafkaError, OSError: Kafka does not answer; open again later.
         """
-        self._producer = AIOKafkaProducer(
+        producer = AIOKafkaProducer(
             **kafka_client_options(self.settings),
             transactional_id=f"{self.settings.topic_prefix}-trainer-{self._name}",
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
             max_request_size=2 * MAX_RECORD_BYTES,
         )
         async with asyncio.timeout(30.0):
-            await self._producer.start()
+            self._producer = await start(producer)
             # Read once: where partitions are added, the group is assigned anew.
             self._partitions = len(await self._producer.partitions_for(self.tp.topic))
             # What the former owner had committed is visible from here on, and no more can come.
@@ -154,9 +155,7 @@ class PartitionLearner:
         """Lets go of it; what is unpublished will be learned again by the next owner."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            with contextlib.suppress(KafkaError, OSError):
-                async with asyncio.timeout(3.0):
-                    await producer.stop()
+            await stop(producer)
 
     def is_home_of(self, model_id: str) -> bool:
         """Whether this model's experiences belong here."""

@@ -25,6 +25,7 @@ from aiokafka import AIOKafkaProducer
 from cortex_core.errors import InputError, WeightsError
 from streams.connections import kafka_client_options
 from streams.events import ControlEvent, new_id, parse, utc_now
+from streams.kafka.clients import started
 from streams.kafka.follower import StateFollower
 from streams.kafka.topics import Topics, create_topics
 from streams.settings import Settings
@@ -172,10 +173,7 @@ async def send_control(
         reason=reason,
     )
     key = json.dumps([model_id, _ABOUT[action]], ensure_ascii=False).encode()
-    producer = AIOKafkaProducer(**kafka_client_options(settings), enable_idempotence=True)
-    try:
-        await producer.start()
+    options = kafka_client_options(settings)
+    async with started(AIOKafkaProducer(**options, enable_idempotence=True)) as producer:
         await producer.send_and_wait(Topics.of(settings).control, event.to_bytes(), key=key, partition=0)
-    finally:
-        await producer.stop()
     return event

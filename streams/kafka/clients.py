@@ -1,0 +1,106 @@
+"""Starts and stops aiokafka's clients so that no connection stays open, whatever goes wrong meanwhile.
+
+    async with started(AIOKafkaProducer(**kafka_client_options(settings))) as producer:
+        await producer.send_and_wait(topic, value)
+
+aiokafka 0.14 leaves connections open in two cases: when `start` is cancelled in its first request, and when
+`stop` is cancelled anywhere (https://github.com/aio-libs/aiokafka/issues/715). All private names of aiokafka
+that this module uses can go once both are mended there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import traceback
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, TypeVar
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.conn import AIOKafkaConnection
+from aiokafka.errors import KafkaConnectionError, KafkaError
+
+C = TypeVar("C", AIOKafkaConsumer, AIOKafkaProducer, AIOKafkaAdminClient)
+
+STOP_S = 3.0
+"""Seconds that a client has for what it still wants of the brokers: leave its group, send its last events."""
+
+
+@contextlib.asynccontextmanager
+async def started(client: C) -> AsyncIterator[C]:
+    """The client, started; stopped at the end.
+
+    Raises:
+        KafkaError, OSError: the brokers do not answer.
+    """
+    await start(client)
+    try:
+        yield client
+    finally:
+        await stop(client)
+
+
+async def start(client: C) -> C:
+    """Starts the client; stops it where the start fails or is cancelled.
+
+    Raises:
+        KafkaError, OSError: the brokers do not answer.
+    """
+    try:
+        await client.start()
+    except BaseException as error:
+        # The connection that bootstraps a client is a local variable until it has answered.
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for value in frame.f_locals.values():
+                if isinstance(value, AIOKafkaConnection):
+                    value.close()
+        await stop(client)
+        raise
+    return client
+
+
+async def stop(client: C, timeout_s: float | None = None) -> None:
+    """Stops the client, within `timeout_s` (None: `STOP_S`) and a second; no task or connection is left.
+
+    Raises nothing when brokers do not answer: a producer's unacknowledged events are then given up.
+    """
+    try:
+        with contextlib.suppress(KafkaError, OSError):
+            async with asyncio.timeout(STOP_S if timeout_s is None else timeout_s):
+                await (client.close() if isinstance(client, AIOKafkaAdminClient) else client.stop())
+    finally:
+        await _abandon(client)
+
+
+async def _abandon(client: Any) -> None:
+    """Ends what a `stop` that failed or was cancelled has left; nothing is left after one that was not."""
+    inner = client.client if isinstance(client, AIOKafkaProducer) else client._client
+    left = {task for task in _tasks(client) if task is not None and not task.done()}
+    if isinstance(client, AIOKafkaProducer):
+        client._message_accumulator.fail_all(KafkaConnectionError("the producer was stopped"))
+    for _ in range(3):
+        for task in left:
+            task.cancel()
+        with contextlib.suppress(TimeoutError):
+            # What is in flight fails by this: the only thing that a cancelled task may still wait for.
+            async with asyncio.timeout(0.3):
+                await inner.close()
+        if not left:
+            return
+        _, left = await asyncio.wait(left, timeout=0.3)
+
+
+def _tasks(client: Any) -> Iterator[asyncio.Task[Any] | None]:
+    if isinstance(client, AIOKafkaProducer):
+        yield client._sender.sender_task
+    if isinstance(client, AIOKafkaConsumer):
+        if (fetcher := client._fetcher) is not None:
+            yield from (fetcher._fetch_task, *fetcher._pending_tasks)
+        for name in (
+            "_reset_committed_task",
+            "_coordination_task",
+            "_heartbeat_task",
+            "_commit_refresh_task",
+        ):
+            yield getattr(client._coordinator, name, None)

@@ -82,7 +82,7 @@ class Agent:
         await self._producer.start()
         await self._consumer.start()
         await self._follower.start()
-        await self._follower.caught_up.wait()
+        await self._follower.until_caught_up()
         self._reading = asyncio.create_task(self._read())
         return self
 

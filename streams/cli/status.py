@@ -10,7 +10,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 import httpx
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from streams.connections import backoff, kafka_client_options, redis_client
 from streams.kafka.clients import started
+from streams.kafka.reader import reading
 from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer, model_ids
 from streams.settings import Settings
@@ -82,25 +83,24 @@ async def _groups(settings: Settings) -> list[dict[str, Any]]:
         settings.joiner_group: (topics.interactions, topics.replies),
         settings.trainer_group: (topics.experiences,),
     }
-    options = kafka_client_options(settings)
     rows = []
-    async with (
-        started(AIOKafkaAdminClient(**options)) as admin,
-        started(AIOKafkaConsumer(**options)) as consumer,
-    ):
-        existing = set(await admin.list_topics())
+    async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
+        existing = sorted(
+            {name for names in reads.values() for name in names} & set(await admin.list_topics())
+        )
+        async with reading(settings, existing, committed_only=False) as consumer:
+            partitions = sorted(consumer.assignment())
+            ends = await consumer.end_offsets(partitions)
+            starts = await consumer.beginning_offsets(partitions)
         for group, names in reads.items():
             members, committed = await _group(admin, group)
-            for name in sorted(existing.intersection(names)):
-                [described] = await admin.describe_topics([name])
-                partitions = [TopicPartition(name, p["partition"]) for p in described["partitions"]]
-                ends = await consumer.end_offsets(partitions)
-                starts = await consumer.beginning_offsets(partitions)
-                done = {p: committed.get(p, -1) for p in partitions}
-                lag = sum(ends[p] - (done[p] if done[p] >= 0 else starts[p]) for p in partitions)
-                events = sum(ends.values())
+            for name in sorted(set(names).intersection(existing)):
+                mine = [p for p in partitions if p.topic == name]
+                done = {p: committed.get(p, -1) for p in mine}
+                lag = sum(ends[p] - (done[p] if done[p] >= 0 else starts[p]) for p in mine)
+                events = sum(ends[p] for p in mine)
                 rows.append({"group": group, "members": members, "topic": name, "events": events, "lag": lag})
-        return rows
+    return rows
 
 
 async def _group(admin: AIOKafkaAdminClient, group: str) -> tuple[int, dict[TopicPartition, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -17,47 +17,19 @@ import httpx
 import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from streams.connections import kafka_client_options
 from streams.demo.measures import ExperienceSeen, VersionSeen
 from streams.inference.api import ModelDetail
-from streams.kafka.clients import started
-from streams.kafka.topics import MAX_RECORD_BYTES, Topics
+from streams.kafka.reader import reading, records_to_end
+from streams.kafka.topics import Topics
 from streams.settings import Settings
 
 POLL_S = 0.5
 
 
-@contextlib.asynccontextmanager
-async def _reader(
-    settings: Settings, topics: Iterable[str]
-) -> AsyncIterator[tuple[AIOKafkaConsumer, list[TopicPartition]]]:
-    """A consumer without a group on all partitions of the topics."""
-    consumer = AIOKafkaConsumer(
-        **kafka_client_options(settings),
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-        isolation_level="read_committed",
-        max_partition_fetch_bytes=MAX_RECORD_BYTES,
-    )
-    async with started(consumer):
-        partitions = []
-        for topic in topics:
-            numbers = consumer.partitions_for_topic(topic) or await _partitions(consumer, topic)
-            partitions += [TopicPartition(topic, n) for n in sorted(numbers)]
-        consumer.assign(partitions)
-        yield consumer, partitions
-
-
-async def _partitions(consumer: AIOKafkaConsumer, topic: str) -> set[int]:
-    consumer._client.add_topic(topic)
-    await consumer._client.force_metadata_update()
-    return consumer.partitions_for_topic(topic) or set()
-
-
 async def end_offsets(settings: Settings, *topics: str) -> dict[TopicPartition, int]:
     """The next offset of every partition of the topics."""
-    async with _reader(settings, topics) as (consumer, partitions):
-        ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
+    async with reading(settings, topics) as consumer:
+        ends: dict[TopicPartition, int] = await consumer.end_offsets(sorted(consumer.assignment()))
         return ends
 
 
@@ -73,15 +45,12 @@ async def ids_logged(
     topics = Topics.of(settings)
     names = {topics.interactions: "interaction_id", topics.replies: "reply_id"}
     found: set[str] = set()
-    async with _reader(settings, names) as (consumer, partitions):
-        ends = await consumer.end_offsets(partitions)
-        for partition in partitions:
+    async with reading(settings, names) as consumer:
+        for partition in consumer.assignment():
             consumer.seek(partition, since.get(partition, 0))
-        while any([await consumer.position(p) < ends[p] for p in partitions]):
-            for partition, records in (await consumer.getmany(timeout_ms=500)).items():
-                for record in records:
-                    if (record.key or b"").startswith(conversations.encode()):
-                        found.add(orjson.loads(record.value)[names[partition.topic]])
+        async for record in records_to_end(consumer, settings):
+            if (record.key or b"").startswith(conversations.encode()):
+                found.add(orjson.loads(record.value)[names[record.topic]])
     return frozenset(found)
 
 
@@ -103,8 +72,8 @@ class ExperienceReader:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> ExperienceReader:
-        consumer, partitions = await self._stack.enter_async_context(_reader(self.settings, [self.topic]))
-        for partition, offset in (await consumer.end_offsets(partitions)).items():
+        consumer = await self._stack.enter_async_context(reading(self.settings, [self.topic]))
+        for partition, offset in (await consumer.end_offsets(sorted(consumer.assignment()))).items():
             consumer.seek(partition, offset)
         self._task = asyncio.create_task(self._read(consumer))
         return self

@@ -215,7 +215,7 @@ class Service:
         await self._publisher.start()
         self._state("weights", "being read")
         await self._follower.start()
-        await self._follower.caught_up.wait()
+        await self._follower.until_caught_up()
         self._state("weights", None)
 
     async def _swap(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:

@@ -138,11 +138,11 @@ class CortexModel(nn.Module):
     def freeze(self) -> CortexModel:
         """Prepares the model for serving and makes it immutable; returns it.
 
-        Everything that a decision derives from the weights is computed here, so that the first decision is as
-        quick as the next ones and any number of threads may decide at once. A trial decision is part of it.
+        Computes everything that decisions derive from the weights, so that the first decision is as fast as
+        the others and threads may decide concurrently. Then makes a trial decision.
 
         Raises:
-            WeightsError: no decision can be made with these weights; finite but absurd ones give none.
+            WeightsError: the trial decision failed, e.g. because weights are finite but too large.
         """
         self.eval()
         self.requires_grad_(False)
@@ -162,19 +162,19 @@ class CortexModel(nn.Module):
             trial.confidence,
         ]
         if not np.isfinite(numbers).all():
-            raise WeightsError("the trial decision gave NaN or infinity: the weights are finite but unusable")
+            raise WeightsError("the trial decision gave NaN or infinity, although the weights are finite")
         self._frozen = True
         return self
 
     @property
     def frozen(self) -> bool:
-        """Whether the model is immutable: it decides and does not learn."""
+        """Whether the model is immutable: it can decide, but not be trained."""
         return self._frozen
 
     def train(self, mode: bool = True) -> CortexModel:
-        """As `nn.Module.train`; raises `RuntimeError` on a frozen model."""
+        """Like `nn.Module.train`; raises `RuntimeError` for a frozen model."""
         if mode and self._frozen:
-            raise RuntimeError("the model is frozen: make another from its snapshot to train it")
+            raise RuntimeError("the model is frozen: to train, create a new model from its snapshot")
         return super().train(mode)
 
     @torch.no_grad()
@@ -191,7 +191,7 @@ class CortexModel(nn.Module):
     ) -> Decision:
         """Selects strategy and memories for one request; takes under 2 ms for 200 memories.
 
-        Safe to call from many threads on a frozen model; else from one, while others train other instances.
+        Thread-safe for a frozen model; otherwise one thread may call it while others train other instances.
 
         Args:
             message_emb: (D,).

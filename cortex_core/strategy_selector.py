@@ -116,7 +116,7 @@ class StrategySelector(nn.Module):
         self.reset_parameters()
 
     def freeze(self) -> None:
-        """Computes what decisions read and makes it read-only: threads may share this from here on."""
+        """Computes everything that decisions read and makes it read-only, so that threads may share it."""
         self.commit()
         self.landmarks.freeze()
         self._covariance().flags.writeable = False
@@ -213,7 +213,7 @@ class StrategySelector(nn.Module):
         """
         sigma = self._covariance()[strategy]
         if not sigma.flags.writeable:
-            raise ValueError("the selector is frozen and cannot be trained")
+            raise ValueError("the selector is frozen: read-only, cannot be trained")
         self._changed.add(strategy)
         gain = sigma @ phi
         variance = float(phi @ gain)

@@ -12,12 +12,12 @@ from typing import Any
 import httpx
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
 from rich.console import Console
 from rich.table import Table
 
-from streams.connections import backoff, kafka_client_options, redis_client
+from streams.connections import kafka_client_options, redis_client
 from streams.kafka.clients import started
+from streams.kafka.groups import committed_offsets
 from streams.kafka.reader import reading
 from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer, model_ids
@@ -105,18 +105,11 @@ async def _groups(settings: Settings) -> list[dict[str, Any]]:
 
 async def _group(admin: AIOKafkaAdminClient, group: str) -> tuple[int, dict[TopicPartition, int]]:
     """Members of a consumer group, and the next offset that it will read of each partition."""
-    async for _ in backoff():
-        try:
-            await admin.find_coordinator(group)
-            break
-        except KafkaError as error:
-            if not error.retriable:  # a new broker first makes the topic that coordinates groups
-                raise
+    committed = await committed_offsets(admin, group)
     answers = await admin.describe_consumer_groups([group])
     # A group is described as (error, id, state, protocol type, protocol, members, …).
     members = sum(len(described[5]) for answer in answers for described in answer.groups)
-    offsets = await admin.list_consumer_group_offsets(group)
-    return members, {partition: at.offset for partition, at in offsets.items()}
+    return members, committed
 
 
 async def _replay(settings: Settings) -> list[dict[str, Any]]:

@@ -8,10 +8,14 @@
     ├── WeightsError         a snapshot is damaged, forged or of a different architecture
     └── UnavailableError     a broker, a store or a service does not answer
 
-A message gives the value received, the value expected and the remedy. This module has no imports.
+A message gives the value received, the value expected and the remedy. Only the standard library is imported.
 """
 
 from __future__ import annotations
+
+import reprlib
+from itertools import islice
+from typing import Any
 
 
 class CortexError(Exception):
@@ -46,3 +50,19 @@ class WeightsError(CortexError):
 
 class UnavailableError(CortexError, ConnectionError):
     """A broker, a store or a service did not answer in time; retry later."""
+
+
+class _Shown(reprlib.Repr):
+    """Costs the same however large the value is."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)  # which sorts
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write whole numbers of more than 4,300 digits.
+        return super().repr_int(x, level) if x.bit_length() < 256 else f"a number of {x.bit_length()} bits"
+
+
+def shown(value: object) -> str:
+    """A value for a message: its `repr`, cut to some 60 characters; cheap for a value of any size."""
+    return _Shown().repr(value)

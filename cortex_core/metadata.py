@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cortex_core.arrays import FloatArray
-from cortex_core.errors import InputError, NonFiniteError
+from cortex_core.errors import InputError, NonFiniteError, shown
 
 METADATA_KEYS: tuple[str, ...] = (
     "hour_sin",
@@ -77,9 +77,11 @@ def _number(data: Mapping[str, Any], key: str, low: float, high: float | None) -
         return None
     expected = f"a number ≥ {low:g}" + (f" and < {high:g}" if high is not None else "")
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"metadata[{key!r}] is {value!r}, expected {expected}") from None
+    except (TypeError, ValueError, OverflowError):  # a whole number may have any number of digits
+        raise InputError(f"metadata[{key!r}] is {shown(value)}, expected {expected}") from None
     if not math.isfinite(number):
         raise NonFiniteError(f"metadata[{key!r}]")
     if number < low or (high is not None and number >= high):

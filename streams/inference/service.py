@@ -66,10 +66,8 @@ class Service:
         self._follower = WeightsFollower(settings, self._swap, on_state=self._follower_state)
         self._models = Models(model_config(settings), settings.models_in_memory, self._fetch)
         self._decider: Decider | None = None
-        self._interactions: IdempotentPublisher[DecideResponse] = IdempotentPublisher(
-            "interaction_id", self._publisher
-        )
-        self._replies: IdempotentPublisher[ReplyResponse] = IdempotentPublisher("reply_id", self._publisher)
+        self._interactions = IdempotentPublisher(DecideResponse, "interaction_id", self._publisher)
+        self._replies = IdempotentPublisher(ReplyResponse, "reply_id", self._publisher)
         self._latest: OrderedDict[str, str] = OrderedDict()
 
     async def start(self) -> None:
@@ -158,9 +156,7 @@ class Service:
                 text=request.text,
                 rating=request.rating,
                 embedding=await decider.embed(request.text) if request.text.strip() else None,
-                message=interaction.made.result().message
-                if interaction and interaction.made.done()
-                else None,
+                message=interaction.message if interaction else None,
             )
             return Record(
                 ReplyResponse(reply_id=reply_id, occurred_at=event.occurred_at),
@@ -170,7 +166,10 @@ class Service:
             )
 
         return await self._replies.answer(
-            reply_id, request.conversation_id, request.model_dump_json().encode(), make
+            reply_id,
+            request.conversation_id,
+            hashlib.blake2b(request.model_dump_json().encode(), digest_size=16).digest(),
+            make,
         )
 
     def models(self) -> ModelList:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from cachetools import LRUCache
 
 from cortex_core.arrays import FloatArray, unit
 from cortex_core.errors import ConfigError, InputError
@@ -147,15 +147,14 @@ class CachedEncoder:
         self.name = inner.name
         self.hits = 0
         self.misses = 0
-        self._rows: OrderedDict[str | bytes, FloatArray] = OrderedDict()
+        self._rows: LRUCache[str | bytes, FloatArray] = LRUCache(capacity)
         self._lock = threading.Lock()
 
     def cached(self, text: str) -> FloatArray | None:
         """(D,) embedding if it is cached, else None. Never encodes, so it can be called on an event loop."""
         with self._lock:
-            row = self._rows.get(key := _cache_key(text))
+            row = self._rows.get(_cache_key(text))
             if row is not None:
-                self._rows.move_to_end(key)
                 self.hits += 1
             return row
 
@@ -177,8 +176,6 @@ class CachedEncoder:
                     found[text] = kept = row.copy()  # a view would keep the batch in memory
                     kept.setflags(write=False)
                     self._rows[_cache_key(text)] = kept
-                while len(self._rows) > self.capacity:
-                    self._rows.popitem(last=False)
         return np.stack([found[text] for text in texts])
 
 

@@ -232,11 +232,20 @@ class ReplyEvent(Event):
 
     @model_validator(mode="after")
     def _kind_has_its_value(self) -> ReplyEvent:
-        if self.kind == "text" and not self.text.strip():
-            raise ValueError("a reply of kind text needs a text that is not blank")
-        if self.kind != "text" and self.rating is None:
-            raise ValueError(f"a reply of kind {self.kind} needs a rating in [-1, 1]")
+        require_value(self.kind, self.text, self.rating)
         return self
+
+
+def require_value(kind: str, text: str, rating: float | None) -> None:
+    """Checks that a reply has what its kind is about.
+
+    Raises:
+        ValueError: a reply of kind text without text, or any other without a rating.
+    """
+    if kind == "text" and not text.strip():
+        raise ValueError("a reply of kind text needs a text that is not blank")
+    if kind != "text" and rating is None:
+        raise ValueError(f"a reply of kind {kind} needs a rating in [-1, 1]")
 
 
 class Signal(BaseModel):

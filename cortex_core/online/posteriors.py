@@ -6,11 +6,12 @@ buffers.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 
 from cortex_core.arrays import FloatArray, unit
 from cortex_core.confidence_estimator import ConfidenceEstimator
@@ -79,7 +80,7 @@ class Posteriors:
         self.gate = gate
         self.replay = replay
         self._ring = FeatureReplay(selector.landmarks.size, gate.landmarks.size)
-        self._known: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._known: LRUCache[str, tuple[float, float]] = LRUCache(KNOWN)
         self._contexts: deque[tuple[list[float], float, float]] = deque(maxlen=CALIBRATION_WINDOW)
         # A fixed seed: the same experiences give the same weights.
         self._rng = np.random.default_rng(0)
@@ -150,11 +151,9 @@ class Posteriors:
         fresh: list[int] = []
         for row, entry in enumerate(entries):
             w, y = float(weight[row]), float(label[row])
-            before = self._known.pop(entry.id, None) if entry.id else None
+            before = self._known.get(entry.id) if entry.id else None
             if entry.id:
                 self._known[entry.id] = (y, w)
-            if len(self._known) > KNOWN:
-                self._known.popitem(last=False)
             if before is not None:
                 # An amended reward changes the label of a point that the posterior already contains.
                 change = (y * w - before[0] * before[1]) / max(w, before[1], 1e-6)

@@ -27,7 +27,7 @@ from pydantic import (
 
 from cortex_core.arrays import FloatArray
 from cortex_core.errors import InputError, shown
-from streams.events import Embedding, Id, Rating, Unit
+from streams.events import Embedding, Id, Rating, Unit, require_value
 
 MAX_TOP_K = 100
 MAX_ITEMS = 10_000
@@ -271,10 +271,7 @@ class ReplyRequest(_Request):
 
     @model_validator(mode="after")
     def _kind_has_its_value(self) -> ReplyRequest:
-        if self.kind == "text" and not self.text.strip():
-            raise ValueError("a reply of kind text needs a text that is not blank")
-        if self.kind != "text" and self.rating is None:
-            raise ValueError(f"a reply of kind {self.kind} needs a rating in [-1, 1]")
+        require_value(self.kind, self.text, self.rating)
         return self
 
 

@@ -17,9 +17,9 @@ from streams.kafka.publisher import Publisher
 
 R = TypeVar("R", bound=BaseModel)
 
-RECENT = 10_000
+IDS_REMEMBERED = 10_000
 """Interactions and replies, each, that a repetition is recognised among."""
-RECENT_BYTES = 24_000_000
+BYTES_REMEMBERED = 24_000_000
 """Most that they take, interactions and replies each; 2 KB each as a rule."""
 OWN_BYTES = 1_000
 """What an id takes beside its answer and its event."""
@@ -66,8 +66,8 @@ class IdempotentPublisher(Generic[R]):
         response: type[R],
         what: str,
         publisher: Publisher,
-        capacity: int = RECENT,
-        capacity_bytes: int = RECENT_BYTES,
+        capacity: int = IDS_REMEMBERED,
+        capacity_bytes: int = BYTES_REMEMBERED,
     ) -> None:
         self._response = response
         self._what = what

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 
 import structlog
 from aiokafka.errors import KafkaError
+from cachetools import LRUCache
 
 from cortex_core.errors import UnavailableError, WeightsError
 from cortex_core.model import CortexModel
@@ -36,7 +37,7 @@ from streams.inference.api import (
 )
 from streams.inference.decider import Decider
 from streams.inference.models import Models
-from streams.inference.once import RECENT, IdempotentPublisher, Record
+from streams.inference.once import IDS_REMEMBERED, IdempotentPublisher, Record
 from streams.kafka.publisher import Publisher
 from streams.kafka.topics import Topics
 from streams.settings import Settings
@@ -68,7 +69,8 @@ class Service:
         self._decider: Decider | None = None
         self._interactions = IdempotentPublisher(DecideResponse, "interaction_id", self._publisher)
         self._replies = IdempotentPublisher(ReplyResponse, "reply_id", self._publisher)
-        self._latest: OrderedDict[str, str] = OrderedDict()
+        self._latest: LRUCache[str, str] = LRUCache(IDS_REMEMBERED)
+        """The latest interaction of each conversation."""
 
     async def start(self) -> None:
         """Returns when everything is there; waits for a Kafka that is away, with backoff.
@@ -119,9 +121,6 @@ class Service:
             interaction_id, request.conversation_id, _fingerprint(request), make
         )
         self._latest[request.conversation_id] = interaction_id
-        self._latest.move_to_end(request.conversation_id)
-        while len(self._latest) > RECENT:
-            self._latest.popitem(last=False)
         return response
 
     async def reply(self, request: ReplyRequest) -> ReplyResponse:

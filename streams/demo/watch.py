@@ -1,7 +1,4 @@
-"""What the demo sees of the system from outside: topics, replay and the inference workers' answers.
-
-It only reads. What it makes of it stands in `measures.py`.
-"""
+"""Observes the system from outside: reads topics, and polls the inference workers."""
 
 from __future__ import annotations
 
@@ -39,8 +36,8 @@ async def ids_logged(
     """Ids of all interactions and replies in their topics, from the given offsets to the end.
 
     Args:
-        since: first offset to read of each partition.
-        conversations: what the ids of the conversations wanted begin with.
+        since: first offset to read in each partition.
+        conversations: prefix of the conversation ids.
     """
     topics = Topics.of(settings)
     names = {topics.interactions: "interaction_id", topics.replies: "reply_id"}
@@ -55,7 +52,7 @@ async def ids_logged(
 
 
 class ExperienceReader:
-    """Reads every experience of one model, as they come.
+    """Reads all experiences of one model as they arrive.
 
     async with ExperienceReader(settings, model_id) as reader:
         reader.seen
@@ -66,7 +63,7 @@ class ExperienceReader:
         self.topic = Topics.of(settings).experiences
         self.seen: list[ExperienceSeen] = []
         self.reply_ids: set[str] = set()
-        """Replies that stand behind some experience."""
+        """Ids of all replies that an experience includes."""
         self._key = model_id.encode()
         self._stack = contextlib.AsyncExitStack()
         self._task: asyncio.Task[None] | None = None
@@ -108,8 +105,8 @@ class ExperienceReader:
 
 
 @dataclass(slots=True)
-class WorkerSeen:
-    """One inference worker, as it describes a model."""
+class WorkerState:
+    """The state of a model in one inference worker."""
 
     name: str
     url: str
@@ -122,11 +119,11 @@ class WorkerSeen:
 
 
 class WorkerWatch:
-    """Asks every inference worker again and again which weights it decides with."""
+    """Polls every inference worker for the weights version that it serves."""
 
     def __init__(self, urls: Iterable[str], model_id: str) -> None:
         self.model_id = model_id
-        self.workers = [WorkerSeen(f"inference-{n}", url) for n, url in enumerate(urls, 1)]
+        self.workers = [WorkerState(f"inference-{n}", url) for n, url in enumerate(urls, 1)]
         self._http = httpx.AsyncClient(timeout=5.0)
         self._task: asyncio.Task[None] | None = None
 
@@ -142,29 +139,29 @@ class WorkerWatch:
 
     async def _poll(self) -> None:
         while True:
-            await self.look()
+            await self.poll_once()
             await asyncio.sleep(POLL_S)
 
-    async def look(self) -> None:
-        """Asks each worker once; one that does not answer keeps what was known of it."""
-        await asyncio.gather(*(self._look_at(worker) for worker in self.workers))
+    async def poll_once(self) -> None:
+        """Polls each worker once; a worker that does not answer keeps its last state."""
+        await asyncio.gather(*(self._poll_worker(worker) for worker in self.workers))
 
-    async def _look_at(self, worker: WorkerSeen) -> None:
+    async def _poll_worker(self, worker: WorkerState) -> None:
         try:
             answer = await self._http.get(f"{worker.url}/v1/models/{self.model_id}")
         except httpx.HTTPError:
             return
         if answer.status_code == 200:
-            take(worker, ModelDetail.model_validate_json(answer.content))
+            update(worker, ModelDetail.model_validate_json(answer.content))
 
     @property
-    def newest(self) -> WorkerSeen:
+    def newest(self) -> WorkerState:
         """The worker that serves the newest version."""
         return max(self.workers, key=lambda w: w.version)
 
 
-def take(worker: WorkerSeen, model: ModelDetail) -> None:
-    """Notes what a worker says of the model."""
+def update(worker: WorkerState, model: ModelDetail) -> None:
+    """Updates a worker's state from its answer."""
     worker.version = model.version
     worker.updates = model.updates
     worker.learned = model.interactions

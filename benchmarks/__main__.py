@@ -1,4 +1,4 @@
-"""Runs all benchmarks, or those named, in sequence: `python -m benchmarks [NAME …]`."""
+"""All benchmarks, one after the other: `python -m benchmarks [NAME …]`. Each is also a command of its own."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ALL = (
     "reply_to_weights",
     "inference_latency",
 )
-"""Quality benchmarks first; then timings, which need an idle machine."""
+"""Quality first; then what needs a machine with nothing else to do."""
 
 
 def main(names: list[str]) -> int:
-    """Runs the named benchmarks, or all; returns the number of failures."""
+    """Runs those named, or all; returns how many failed."""
     unknown = set(names) - set(ALL)
     if unknown:
-        print(f"unknown benchmark {', '.join(sorted(unknown))}, expected one of {', '.join(ALL)}")
+        print(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
         return 2
     failed = 0
     for name in names or ALL:

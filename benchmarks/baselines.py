@@ -1,8 +1,8 @@
-"""Baselines for strategies: contextual bandits over sentence embeddings, with tuned settings.
+"""What people would use instead: contextual bandits over sentence embeddings, each at its best.
 
-All get the same `Feedback` as the learner. They use the sign of the reward as label and the reader's
-confidence as sample weight, and skip replies without explicit feedback. Their settings were chosen on seeds
-100–102, which no table uses.
+All of them are told the same `Feedback` as the learner itself. They make `contentment` of it: the sign
+of the reward, weighed by the reader's confidence. Replies that say nothing about the answer are passed over.
+Their settings were chosen on seeds 100–102, which no table uses.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from cortex_core.arrays import DoubleArray, FloatArray
 from cortex_core.feedback_collector import Feedback
 
 
-def label_of(feedback: Feedback) -> tuple[float, float] | None:
-    """(1 for a satisfied user, else 0; weight in (0, 1]); None without explicit feedback."""
+def contentment(feedback: Feedback) -> tuple[float, float] | None:
+    """(1 content or 0 not, weight in (0, 1]); None where the user said nothing about the answer."""
     if not feedback.explicit or feedback.reward == 0.0 or feedback.confidence <= 0.0:
         return None
     return float(feedback.reward > 0.0), feedback.confidence
 
 
 class Uniform:
-    """Uniform choice of a strategy and of three memories."""
+    """Chance: every strategy, and any three memories, alike."""
 
     name = "uniform"
 
@@ -40,11 +40,11 @@ class Uniform:
         return Answer(int(self._rng.integers(self._strategies)), tuple(shown))
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """Learns nothing."""
+        """Nothing to learn."""
 
 
 class _Linear:
-    """Disjoint ridge regressions, one per arm, on [x, 1/2]: shared by LinUCB and Thompson sampling."""
+    """Disjoint ridge regressions, one an arm, on [x, 1/2]: shared by LinUCB and Thompson sampling."""
 
     def __init__(self, task: Task, seed: int, ridge: float, prior: float) -> None:
         self._rng = np.random.default_rng(seed)
@@ -56,17 +56,17 @@ class _Linear:
         self._prior = prior
 
     def _moments(self, x: DoubleArray) -> tuple[DoubleArray, DoubleArray]:
-        """(A,) mean and standard deviation of each arm's P(satisfied user), up to the noise scale."""
+        """(A,) mean and standard deviation of each arm's contentment, up to the noise's scale."""
         mean: DoubleArray = self._prior + self._theta @ x
         spread: DoubleArray = np.sqrt((self._inverse @ x) @ x)
         return mean, spread
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """Sherman–Morrison update of the chosen arm."""
-        labelled = label_of(feedback)
-        if labelled is None:
+        """Sherman–Morrison update of the answer's arm."""
+        seen = contentment(feedback)
+        if seen is None:
             return
-        y, weight = labelled
+        y, weight = seen
         arm, x = answer.strategy, _with_bias(request)
         inverse = self._inverse[arm]
         v = inverse @ x
@@ -92,9 +92,9 @@ class LinUCB(_Linear):
 
 
 class Thompson(_Linear):
-    """Linear Thompson sampling (Agrawal & Goyal 2013, alg. 1), one posterior per arm.
+    """Linear Thompson sampling (Agrawal & Goyal 2013, alg. 1), one posterior an arm.
 
-    x·θ of a Gaussian θ is Gaussian: drawing one number per arm has the same distribution as drawing θ.
+    x·θ of a Gaussian θ is Gaussian: one number an arm is drawn in place of a vector, with the same law.
     """
 
     name = "Thompson sampling"
@@ -111,10 +111,10 @@ class Thompson(_Linear):
 
 
 class KernelUCB:
-    """GP-UCB with an RBF kernel and one Gaussian process per arm: the strongest baseline.
+    """GP-UCB with an RBF kernel and one Gaussian process an arm: the strong reference.
 
     Valko et al. 2013, "Finite-Time Analysis of Kernelised Contextual Bandits"; Srinivas et al. 2010. Exact:
-    the inverse of K + noise/weight grows by one row per reply (block inversion, O(n²)).
+    the inverse of K + noise/weight grows by one row with each reply (block inversion, O(n²)).
     """
 
     name = "kernel UCB"
@@ -137,7 +137,7 @@ class KernelUCB:
         self._arms = [_Process(dim, capacity) for _ in range(task.settings.strategies)]
 
     def moments(self, x: DoubleArray) -> tuple[DoubleArray, DoubleArray]:
-        """(A,) posterior mean and variance of each arm's P(satisfied user)."""
+        """(A,) posterior mean and variance of each arm's contentment."""
         both = np.array([arm.moments(self._kernel(arm, x)) for arm in self._arms])
         return self._prior + both[:, 0], both[:, 1]
 
@@ -147,11 +147,11 @@ class KernelUCB:
         return Answer(arm, confidence=float(np.clip(mean[arm], 0.0, 1.0)))
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """Adds a point to the chosen arm."""
-        labelled = label_of(feedback)
-        if labelled is None:
+        """One more point of the answer's arm."""
+        seen = contentment(feedback)
+        if seen is None:
             return
-        y, weight = labelled
+        y, weight = seen
         arm, x = self._arms[answer.strategy], request.message.astype(np.float64)
         arm.add(x, y - self._prior, self._kernel(arm, x), self._noise / weight)
 
@@ -163,7 +163,7 @@ class KernelUCB:
 
 
 class _Process:
-    """A Gaussian process with incremental inverse Gram matrix; drops the oldest points above `capacity`."""
+    """One Gaussian process whose inverse Gram matrix grows; the oldest points leave over `capacity`."""
 
     def __init__(self, dim: int, capacity: int) -> None:
         self._n = 0
@@ -234,11 +234,11 @@ class VowpalWabbit:
         return Answer(arm, extra=float(probabilities[arm]))
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """Learns one example: the cost and the propensity of the chosen action."""
-        labelled = label_of(feedback)
-        if labelled is None:
+        """One example with the cost of the chosen action and its propensity."""
+        seen = contentment(feedback)
+        if seen is None:
             return
-        y, weight = labelled
+        y, weight = seen
         cost = -weight * (2.0 * y - 1.0)
         rows = [f"|a {i}" for i in range(self._arms)]
         rows[answer.strategy] = f"0:{cost:.4f}:{answer.extra:.6f} {rows[answer.strategy]}"
@@ -250,7 +250,7 @@ class VowpalWabbit:
 
 
 class FullLabels:
-    """Logistic regression on the preferred strategy of every request: the upper bound."""
+    """Logistic regression that is told the preferred strategy of every request: the ceiling."""
 
     name = "full labels"
 
@@ -273,7 +273,7 @@ class FullLabels:
         return Answer(arm)
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """Learns nothing: `decide` has recorded the label."""
+        """It was told already."""
 
     def _refit(self) -> None:
         n = len(self._y)
@@ -290,6 +290,6 @@ def _with_bias(request: Request) -> DoubleArray:
 
 
 def _argmax(values: Sequence[float] | DoubleArray, rng: np.random.Generator) -> int:
-    """Index of the highest value, ties broken at random."""
+    """The place of the highest value, ties broken by chance."""
     array = np.asarray(values)
     return int(rng.choice(np.flatnonzero(array >= array.max() - 1e-12)))

@@ -1,6 +1,7 @@
-"""Labelled replies: what each says about the preceding answer.
+"""The labelled replies: what each says about the answer before it.
 
-The semantic head is trained on `train`; `test` and `dialogue` are used only for evaluation.
+`train` is what the semantic head learns from; `test` and `dialogue` are written in other words and are only
+ever measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Literal
 Part = Literal["train", "test", "dialogue"]
 
 CLASSES = ("positive", "negative", "correction", "confusion", "neutral")
-"""The four explicit signals, and "neutral" for replies that do not concern the answer."""
+"""The four explicit signals, and "neutral": nothing said of the answer."""
 POLARITY = {"positive": 1, "negative": -1, "correction": -1, "confusion": -1, "neutral": 0}
 
 _DATA = Path(__file__).parent / "data"
@@ -32,11 +33,11 @@ class Reply:
 
 
 WRITERS = 6
-"""Number of writers of `train`, one file each; holding one out measures generalisation to new writers."""
+"""`train` is by as many writers, a file each: holding one out tells how strangers are read."""
 
 
 def load(part: Part) -> list[Reply]:
-    """The replies of one part, in file order."""
+    """The replies of one part, in the order of its file or files."""
     if part == "train":
         return [reply for writer in range(1, WRITERS + 1) for reply in written_by(writer)]
     return _parsed(f"feedback_{part}.txt", starred=True)
@@ -57,7 +58,7 @@ def _parsed(file: str, starred: bool) -> list[Reply]:
         if heading:
             label = heading[1]
             if label not in CLASSES:
-                raise ValueError(f"{file} has a section {label!r}, expected one of {CLASSES}")
+                raise ValueError(f"{file} has a section {label!r}, wanted one of {CLASSES}")
             continue
         hard = starred and line.startswith("*")
         replies.append(Reply(line.removeprefix("*" if hard else "").replace("\\n", "\n"), label, hard))
@@ -65,5 +66,5 @@ def _parsed(file: str, starred: bool) -> list[Reply]:
 
 
 def normal(text: str) -> str:
-    """Normalised text, without case and most punctuation, to find duplicates."""
+    """Without case and most punctuation: two replies with the same are the same reply."""
     return " ".join(re.findall(r"\w+|[^\w\s.,;!\"'-]", text.lower())) or text.strip()

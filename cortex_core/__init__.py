@@ -1,6 +1,6 @@
-"""The learner: selects memories and a strategy, predicts confidence, and trains on users' replies.
+"""The learner: which memories, which strategy, how confident; taught by users' replies alone.
 
-Names load on first use, so that `import cortex_core` is fast and does not load torch.
+Names are loaded on first use, so that `import cortex_core` is instant and loads no torch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULES = {
+_HOME = {
     "CalibrationLoss": "confidence_estimator",
     "ConfidenceEstimator": "confidence_estimator",
     "ContextSummary": "confidence_estimator",
@@ -32,16 +32,16 @@ _MODULES = {
     "WeightsSnapshot": "weights",
 }
 
-__all__ = sorted(_MODULES)  # noqa: PLE0605 - one table of names and their modules
+__all__ = sorted(_HOME)  # noqa: PLE0605 - a table, so that a name and its home stand together
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _HOME:
         raise AttributeError(
-            f"module 'cortex_core' has no attribute {name!r}; it has {', '.join(sorted(_MODULES))}"
+            f"module 'cortex_core' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}"
         )
-    return getattr(importlib.import_module(f"cortex_core.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(f"cortex_core.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+    return sorted([*globals(), *_HOME])

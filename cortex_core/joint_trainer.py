@@ -1,4 +1,4 @@
-"""JointTrainer: trains all four components jointly on labelled samples."""
+"""JointTrainer: all four components at once, from labelled samples."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from cortex_core.strategy_selector import Belief, StrategySelector
 
 @dataclass(slots=True)
 class TrainingSample:
-    """A labelled example. Embeddings may be tensors, numpy arrays or lists."""
+    """One labelled example. Embeddings may be tensors, numpy arrays or lists."""
 
     message_emb: Any
     """(D,)"""
     history_emb: Any
     """(D,)"""
     metadata: Mapping[str, Any] | FloatArray
-    """the argument of `metadata_features`, or its (F,) result"""
+    """as `metadata_features` reads it, or its (F,) result"""
     memory_embs: Any
     """(N, D) candidates; N may be 0"""
     relevant_indices: set[int]
-    """rows of the relevant memories in `memory_embs`"""
+    """rows of `memory_embs` that help"""
     strategy_id: str
     outcome: float
-    """[0, 1]: outcome with this strategy; 1 is good, 0 is bad"""
+    """[0, 1]: 1 was good with this strategy, 0 bad"""
 
 
 @dataclass(slots=True)
 class JointMetrics:
-    """Mean losses per epoch."""
+    """Mean losses by epoch."""
 
     total: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
@@ -55,7 +55,7 @@ class JointMetrics:
         return len(self.total)
 
     def summary(self) -> str:
-        """The losses of the first and the last epoch, one line per loss."""
+        """First and last epoch of each loss, one line each."""
         lines = [f"Joint Training: {self.epochs} epochs"]
         for name, values in (
             ("Total loss:", self.total),
@@ -70,16 +70,16 @@ class JointMetrics:
 
 @dataclass(slots=True)
 class _Data:
-    """Samples as tensors; N is the largest number of candidates."""
+    """All samples as tensors; N is the largest number of candidates."""
 
     message: Tensor
     history: Tensor
     metadata: Tensor
     memories: Tensor
     relevant: Tensor
-    """(B, N) 1 for a relevant memory, else 0"""
+    """(B, N) 1 for relevant, 0 for not"""
     mask: Tensor
-    """(B, N) 1 for a candidate, 0 for padding"""
+    """(B, N) 1 where a candidate is"""
     strategy: Tensor
     outcome: Tensor
 
@@ -88,21 +88,17 @@ class _Data:
 
 
 class JointTrainer:
-    """Minimises L = w₁·L_memory + w₂·L_strategy + w₃·L_confidence through the shared Situation Encoder.
+    """L = w₁·L_memory + w₂·L_strategy + w₃·L_confidence, through the shared Situation Encoder.
 
-    L_memory is contrastive with a margin. L_strategy is the cross-entropy of the strategy for a good outcome,
-    and −log(1 − p) for a bad one. L_confidence is BCE + soft ECE of the outcome. The optimizer is Adam with a
-    cosine schedule and gradient clipping.
+    Memory: contrastive with a margin. Strategy: cross-entropy for samples with a good outcome, and
+    −log(1 − p) for one that turned out bad (the same cross-entropy, of the event "this strategy pleases").
+    Confidence: BCE + soft ECE of the outcome. Adam with a cosine schedule, gradients clipped.
 
     Args:
-        lr: initial learning rate.
-        batch_size: samples per step.
-        memory_weight: w₁.
-        strategy_weight: w₂.
-        confidence_weight: w₃.
-        max_norm: maximum L2 norm of the gradients.
-        margin: margin of the contrastive loss; untrained scores are cosines.
-        seed: determines the order of the samples and dropout.
+        lr: Adam's, at the start of the schedule.
+        batch_size: samples in a step.
+        margin: of the contrastive loss, on scores that are cosines at birth.
+        seed: order of the samples and dropout.
     """
 
     def __init__(
@@ -124,8 +120,7 @@ class JointTrainer:
     ) -> None:
         if lr <= 0 or batch_size < 1 or max_norm <= 0:
             raise ConfigError(
-                "JointTrainer expects positive lr, batch_size and max_norm; "
-                f"got {lr}, {batch_size}, {max_norm}"
+                f"JointTrainer wants positive lr, batch_size and max_norm; got {lr}, {batch_size}, {max_norm}"
             )
         self.encoder = encoder
         self.gate = gate
@@ -142,19 +137,17 @@ class JointTrainer:
 
     @classmethod
     def for_model(cls, model: CortexModel, **options: Any) -> JointTrainer:
-        """A trainer that trains the components of a model in place."""
+        """A trainer of a model's components."""
         return cls(model.encoder, model.gate, model.selector, model.estimator, model.registry, **options)
 
     def train(self, samples: Sequence[TrainingSample], epochs: int = 100) -> JointMetrics:
-        """Trains in place; returns the losses.
+        """Trains in place and returns the losses.
 
         Raises:
-            InputError: no samples, or an invalid one; nothing is trained.
+            InputError: no samples, or one that is unusable; nothing is trained then.
         """
         if not samples or epochs < 1:
-            raise InputError(
-                f"joint training expects samples and epochs ≥ 1, got {len(samples)} and {epochs}"
-            )
+            raise InputError(f"joint training wants samples and epochs ≥ 1, got {len(samples)} and {epochs}")
         data = self._collate(samples)
         modules = (self.encoder, self.gate, self.selector, self.estimator)
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -191,22 +184,22 @@ class JointTrainer:
 
     @torch.no_grad()
     def _condition(self, data: _Data) -> None:
-        """Conditions the selector's posterior on the labels.
+        """Tells the posterior what the labels said of every strategy.
 
-        This lowers the variance around the means that the head has learned, so that the first noisy replies
-        after deployment do not override what was learned from the labels.
+        It leaves the means where the head has them and takes away the doubt around them, so that the first
+        noisy replies after deployment move what was learned from labels by as little as they should.
         """
         situations = self.encoder(data.message, data.history, data.metadata)
         rows = (data.message.numpy(), situations.numpy(), self.selector.prior(situations).numpy())
         for message, situation, row, strategy, outcome in zip(
             *rows, data.strategy.tolist(), data.outcome.tolist(), strict=True
         ):
-            point = self.selector.kernel_input(message, situation)
-            if point is None:
+            met = self.selector.kernel_input(message, situation)
+            if met is None:
                 return
-            point = unit(point)
-            self.selector.landmarks.admit(point)
-            phi = self.selector.landmarks.features(point[None])[0]
+            met = unit(met)
+            self.selector.landmarks.admit(met)
+            phi = self.selector.landmarks.features(met[None])[0]
             labels = (
                 {strategy: outcome}
                 if outcome < 0.5
@@ -217,15 +210,15 @@ class JointTrainer:
                 self.selector.condition(phi, index, label - predicted)
 
     def loss(self, data: _Data) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """The weighted total and its three terms, from one forward pass."""
+        """The weighted total, and the three parts: one forward pass for the batch."""
         situation = self.encoder(data.message, data.history, data.metadata)
         scores = self.gate.score_memories(situation, data.memories)  # (B, N)
         memory = self._contrastive(scores, data)
         logits = self.selector(situation)
         log_p = F.log_softmax(logits, dim=-1)
         chosen = log_p.gather(1, data.strategy[:, None]).squeeze(1)
-        not_chosen = torch.log1p(-chosen.exp().clamp(max=1 - 1e-6))
-        strategy = -(data.outcome * chosen + (1 - data.outcome) * not_chosen).mean()
+        missed = torch.log1p(-chosen.exp().clamp(max=1 - 1e-6))
+        strategy = -(data.outcome * chosen + (1 - data.outcome) * missed).mean()
         with torch.no_grad():
             context = self._contexts(situation, scores, data)
         confidence = self.calibration(self.estimator(situation, context), data.outcome)
@@ -233,7 +226,7 @@ class JointTrainer:
         return w[0] * memory + w[1] * strategy + w[2] * confidence, (memory, strategy, confidence)
 
     def _contrastive(self, scores: Tensor, data: _Data) -> Tensor:
-        """`MemoryGate.contrastive_loss` of each row, averaged over the rows with at least one pair."""
+        """`MemoryGate.contrastive_loss` for each row at once, averaged over the rows that have pairs."""
         positive = data.relevant * data.mask
         negative = (1 - data.relevant) * data.mask
         pairs = positive[:, :, None] * negative[:, None, :]  # (B, N, N)
@@ -243,7 +236,7 @@ class JointTrainer:
         return per_row.sum() / (count > 0).sum().clamp_min(1)
 
     def _contexts(self, situation: Tensor, scores: Tensor, data: _Data, top_k: int = 3) -> Tensor:
-        """(B, 7) context summaries of the current weights' decisions with the given strategies."""
+        """(B, 7) summaries of the decisions that the present weights would make with the given strategies."""
         prior = self.selector.prior(situation)
         rows = []
         for i in range(len(prior)):
@@ -253,8 +246,8 @@ class JointTrainer:
             ranked = scores[i][inside][order].tolist()
             best = scores[i][inside][order][:top_k]
             logit = float(self.gate.log_odds(best, torch.ones(len(best))))
-            unselected = ranked[top_k] if len(ranked) > top_k else None
-            slate = Slate(order[:top_k].tolist(), ranked[:top_k], [], logit, unselected)
+            passed = ranked[top_k] if len(ranked) > top_k else None
+            slate = Slate(order[:top_k].tolist(), ranked[:top_k], [], logit, passed)
             rows.append(summarize(belief, int(data.strategy[i]), slate).to_tensor())
         return torch.stack(rows)
 
@@ -282,12 +275,12 @@ class JointTrainer:
             outside = [i for i in sample.relevant_indices if not 0 <= i < len(embs)]
             if outside:
                 raise InputError(
-                    f"sample {row}: relevant_indices {outside} are out of range for {len(embs)} memories"
+                    f"sample {row}: relevant_indices {outside} lie outside its {len(embs)} memories"
                 )
             if not 0.0 <= sample.outcome <= 1.0:
-                raise InputError(f"sample {row}: outcome is {sample.outcome}, expected a number in [0, 1]")
+                raise InputError(f"sample {row}: outcome is {sample.outcome}, wanted a number in [0, 1]")
             if embs.shape[1] != dim:
-                raise InputError(f"sample {row}: memory_embs has {embs.shape[1]} columns, expected {dim}")
+                raise InputError(f"sample {row}: memory_embs has {embs.shape[1]} columns, wanted {dim}")
             padded[row, : len(embs)] = embs
             mask[row, : len(embs)] = 1.0
             relevant[row, list(sample.relevant_indices)] = 1.0

@@ -40,6 +40,7 @@ _RATING = re.compile(
     r"(?<![\d./-])(\d{1,3}(?:[.,]\d)?)\s?(?:/|out of)\s?(5|10|100)(?![\d/])"
     r"|(?<![\d.])([0-5])\s?(?:-\s?)?stars?\b"
 )
+_DIGIT = re.compile(r"\d")
 _GRADE = re.compile(r"^\W*(?:grade:?\s*)?([a-df])([+-]?)(?: (?:work|job|answer|grade work))?\W*$")
 _STARS = {"one star": 1, "two stars": 2, "three stars": 3, "four stars": 4, "five stars": 5}
 _KIND = ""
@@ -125,8 +126,10 @@ def _spaceless() -> tuple[re.Pattern[str], dict[str, str]]:
     return re.compile("|".join(sorted(map(re.escape, kinds), key=len, reverse=True))), kinds
 
 
-def read(text: str) -> tuple[list[Hit], Cues]:
+def read(text: str, *, evidence: bool = True) -> tuple[list[Hit], Cues]:
     """What `text` says by its words: the phrases that count, in order, and what else was seen.
+
+    Without `evidence` the hits do not carry the words of the reply.
 
     Rules: a negator turns praise and criticism round ("not perfect", "not bad"); what is asked, wished or
     feared is not said ("is that right?", "if it works"); quotation and code are not the user's words; what is
@@ -139,13 +142,7 @@ def read(text: str) -> tuple[list[Hit], Cues]:
         return [rating], scope.cues
     kept = list(scope.pictures)
     if not text.isascii():
-        pattern, kinds = _spaceless()
-        for match in pattern.finditer(scope.plain):
-            kind = kinds[match.group()]
-            scope.cues.foreign = True
-            if kind != "0":
-                at = len(scope.words)
-                kept.append(Hit(kind, 1, at, at, 0, 0, match.group()))
+        kept += _find_spaceless(scope)
     whole = table.WHOLE.get(" ".join(scope.words)) if 0 < len(scope.words) <= 4 else None
     if whole is not None:
         kept.append(Hit(whole, 1, 0, len(scope.words), 0, 0))
@@ -165,9 +162,20 @@ def read(text: str) -> tuple[list[Hit], Cues]:
     kept.sort(key=lambda hit: hit.start)
     if len(kept) > 1:
         kept = _relate(scope, kept)
-    for hit in kept:
-        hit.evidence = scope.evidence(hit)
+    if evidence:
+        for hit in kept:
+            hit.evidence = scope.evidence(hit)
     return kept, scope.cues
+
+
+def _find_spaceless(scope: Scope) -> Iterator[Hit]:
+    pattern, kinds = _spaceless()
+    at = len(scope.words)
+    for match in pattern.finditer(scope.plain):
+        kind = kinds[match.group()]
+        scope.cues.foreign = True
+        if kind != "0":
+            yield Hit(kind, 1, at, at, 0, 0, match.group())
 
 
 def _find(scope: Scope) -> Iterator[Hit]:
@@ -297,10 +305,10 @@ def _rating(scope: Scope) -> Hit | None:
     told = not table.REPORTED.isdisjoint(scope.words)  # "the hotel has 4 stars"
     if told or len(scope.words) > 10 or scope.asked or (scope.cues.requests and "give" not in scope.words):
         return None
-    named = next((n for n in _STARS if n in plain), None)
+    named = next((n for n in _STARS if n in plain), None) if "star" in plain else None
     if named:
         return _rated(_STARS[named] / 5, named)
-    found = list(_RATING.finditer(plain)) if any(c.isdigit() for c in plain) else []
+    found = list(_RATING.finditer(plain)) if _DIGIT.search(plain) else []
     if found:
         first = found[-1]  # "10/10 for style, 0/10 for truth": the last word counts
         value, scale = (first[1], float(first[2])) if first[1] else (first[3], 5.0)

@@ -10,6 +10,7 @@ numpy alone: no torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from cortex_core.arrays import FloatArray
+from cortex_core.arrays import DoubleArray, FloatArray
 from cortex_core.errors import WeightsError
 from cortex_core.feedback.scope import Cues, Hit
-from cortex_core.feedback.tokens import PADDING, Vocabulary, tokens
+from cortex_core.feedback.tokens import PADDING, Vocabulary, tokens, words
 
 CLASSES = ("positive", "negative", "correction", "confusion", "neutral")
 """What the head tells apart; "neutral" says nothing of the answer."""
@@ -30,47 +31,57 @@ HEAD = Path(__file__).parent / "data" / "head.safetensors"
 ENCODER = "all-MiniLM-L6-v2"
 """The sentence encoder whose embeddings the head knows."""
 
+WEIGHT_GRID = 2.0**-24
+"""Every float16 is a multiple of it."""
+INPUT_GRID, WINDOW_GRID, UNIT_GRID = 2.0**-20, 2.0**-19, 2.0**-16
+"""What is rounded to multiples of them: inputs; the weights of windows; channels and hidden units."""
+MOST_ACTIVE = 256.0
+"""Where a hidden unit saturates: far beyond what replies reach."""
+MOST_FEATURE = 3.0
+
 _KINDS = "PSTZNFIXxQq"
+_PLACE = {kind: place for place, kind in enumerate(_KINDS)}
 FEATURES = 3 * len(_KINDS) + 14
 
 
-def pattern_features(hits: Sequence[Hit], cues: Cues) -> FloatArray:
+def pattern_features(hits: Sequence[Hit], cues: Cues) -> list[float]:
     """(FEATURES,) what the patterns saw: matches by kind that count, were cancelled or gave way; and cues."""
-    out = np.zeros(FEATURES, dtype=np.float32)
     n = len(_KINDS)
+    kinds = [0.0] * (3 * n)
     for hit in hits:
-        out[_KINDS.index(hit.kind)] += min(hit.weight, 2) * (0.7 if hit.flipped else 1.0)
-    for kind in cues.cancelled:
-        out[n + _KINDS.index(kind)] += 1.0
-    for kind in cues.conceded:
-        out[2 * n + _KINDS.index(kind)] += 1.0
-    out[: 3 * n] = np.minimum(out[: 3 * n], 3.0)
-    out[3 * n :] = (
+        place = _PLACE[hit.kind]
+        kinds[place] = min(kinds[place] + min(hit.weight, 2) * (0.7 if hit.flipped else 1.0), MOST_FEATURE)
+    for first, seen in ((n, cues.cancelled), (2 * n, cues.conceded)):
+        for kind in seen:
+            kinds[first + _PLACE[kind]] = min(kinds[first + _PLACE[kind]] + 1.0, MOST_FEATURE)
+    return [
+        *kinds,
         min(cues.words, 30) / 10,
-        cues.words <= 3,
+        float(cues.words <= 3),
         min(cues.sentences, 4) / 2,
         min(cues.questions, 2),
         min(cues.exclamations, 2),
         min(cues.negators, 3),
         min(cues.requests, 2),
-        cues.contrast,
-        cues.leading_no,
-        cues.leading_yes,
-        cues.code,
-        cues.quoted,
-        cues.possessive,
-        not hits,
-    )
-    return out
+        float(cues.contrast),
+        float(cues.leading_no),
+        float(cues.leading_yes),
+        float(cues.code),
+        float(cues.quoted),
+        float(cues.possessive),
+        float(not hits),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
     """What the head makes of one reply."""
 
-    probabilities: npt.NDArray[np.float64]
+    probabilities: tuple[float, ...]
     """(C,) calibrated, of `CLASSES`"""
-    evidence: tuple[str, str]
+    share: float
+    """Share of the embedding within the head's `basis`, in [0, 1]."""
+    evidence: tuple[str, str] = ("", "")
     """The words of the reply that spoke most for praise, and those that spoke most against; "" for none."""
 
 
@@ -79,76 +90,103 @@ class Head:
     """An ensemble of networks, averaged in logits; the first M of them see words.
 
     D embedding, F features, V words of W components, K channels, H hidden units of each of the M, T of all,
-    C classes.
+    C classes, B directions of the basis.
+
+    What it computes does not depend on the batch, on the order in which a BLAS adds up, or on the machine:
+    inputs of each product are fixed-point numbers so short that every partial sum is exact in its float type.
+    The shipped weights are float16, hence multiples of 2**-24; the rest is rounded to `INPUT_GRID` and its
+    like, which are finer than float16 is.
     """
 
-    embedding_weight: FloatArray
-    """(D, T)"""
-    feature_weight: FloatArray
-    """(F, T)"""
-    hidden_bias: FloatArray
-    """(T,)"""
+    input_weight: DoubleArray
+    """(D + F + 1, T + B): of the embedding, the features and a constant 1; then the basis, (D, B) orthonormal
+    directions that hold most of any sentence of the known encoder, over zeros."""
     window_weight: FloatArray
     """(3 * W, M * K), of a word and its neighbours, the earlier first"""
     window_bias: FloatArray
     """(M * K,)"""
-    channel_weight: FloatArray
+    channel_weight: DoubleArray
     """(M, K, H)"""
-    output_weight: FloatArray
+    output_weight: DoubleArray
     """(T, C), divided by the number of networks and by the temperature"""
-    output_bias: FloatArray
+    output_bias: DoubleArray
     """(C,)"""
-    basis: FloatArray
-    """(D, B) orthonormal directions that hold most of any sentence of the known encoder"""
     word_vectors: npt.NDArray[np.int8]
     """(V + 2, W): padding, the unknown word, and each of the vocabulary; their scale is in `window_weight`"""
     vocabulary: Vocabulary
+    dim: int
+    """D"""
     least_share: float
-    """Share of a unit embedding within `basis` below which it is of another encoder, or another language."""
+    """`Meaning.share` below which an embedding is of another encoder, or of another language."""
 
-    @property
-    def dim(self) -> int:
-        return int(self.embedding_weight.shape[0])
+    def read(
+        self, texts: Sequence[str], embeddings: FloatArray, features: FloatArray, *, evidence: bool = True
+    ) -> list[Meaning]:
+        """What n replies mean, by their words, (n, D) embeddings of any length and (n, F) pattern features.
 
-    def knows(self, embedding: FloatArray) -> bool:
-        """Whether `embedding` (D,), of length 1, looks like one of the encoder that the head knows."""
-        if embedding.shape != (self.dim,):
-            return False
-        inside = embedding @ self.basis
-        return float(inside @ inside) >= self.least_share
+        Without `evidence` none is looked for.
+        """
+        rows = [self.vocabulary.rows(words(text)) for text in texts]
+        channels, strongest = self._channels(rows, locate=evidence)
+        inputs = np.ones((len(texts), len(self.input_weight)))
+        inputs[:, : self.dim] = embeddings
+        norms = [math.sqrt(row @ row) for row in inputs[:, : self.dim]]
+        inputs[:, : self.dim] /= np.array([norm if norm > 0 else 1.0 for norm in norms])[:, None]
+        inputs[:, self.dim : -1] = features
+        summed = _rounded(inputs, INPUT_GRID) @ self.input_weight
+        members, _, width = self.channel_weight.shape
+        of_words = np.matmul(channels.reshape(len(texts), members, -1).swapaxes(0, 1), self.channel_weight)
+        for member in range(members):
+            summed[:, member * width : (member + 1) * width] += of_words[member]
+        units = len(self.output_weight)
+        active = _rounded(summed[:, :units].clip(0.0, MOST_ACTIVE), UNIT_GRID)
+        logits = active @ self.output_weight + self.output_bias
+        inside = _rounded(summed[:, units:], INPUT_GRID)
+        shares = (inside * inside).sum(1).tolist()
+        meanings = []
+        for i, (row, share) in enumerate(zip(logits.tolist(), shares, strict=True)):
+            most = max(row)
+            odds = [math.exp(logit - most) for logit in row]
+            total = math.fsum(odds)
+            found = ("", "")
+            if evidence:
+                found = self._evidence(texts[i], strongest[i], channels[i], active[i] > 0)
+            meanings.append(Meaning(tuple([p / total for p in odds]), share, found))
+        return meanings
 
-    def read(self, text: str, embedding: FloatArray, features: FloatArray) -> Meaning:
-        """What a reply means, by its words, its (D,) embedding and the (F,) features of its patterns."""
-        words, spans = tokens(text)
-        rows = np.full(len(words) + 2, PADDING)
-        rows[1:-1] = self.vocabulary.rows(words)
-        vectors = self.word_vectors[rows].astype(np.float32)
-        hidden = embedding @ self.embedding_weight + features @ self.feature_weight + self.hidden_bias
-        where = None
-        channels = np.zeros(self.window_bias.shape, dtype=np.float32)
-        if words:
-            windows = np.concatenate((vectors[:-2], vectors[1:-1], vectors[2:]), axis=1) @ self.window_weight
-            where = windows.argmax(0)
-            channels = np.maximum(windows.max(0) + self.window_bias, 0.0)
-        of_words = np.matmul(channels.reshape(len(self.channel_weight), 1, -1), self.channel_weight).ravel()
-        hidden[: len(of_words)] += of_words
-        active = np.maximum(hidden, 0.0)
-        logits = (active @ self.output_weight + self.output_bias).astype(np.float64)
-        odds = np.exp(logits - logits.max())
-        evidence = ("", "")
-        if where is not None:
-            evidence = self._evidence(text, spans, where, channels, hidden > 0)
-        return Meaning(odds / odds.sum(), evidence)
+    def _channels(
+        self, rows: Sequence[Sequence[int]], locate: bool
+    ) -> tuple[DoubleArray, list[npt.NDArray[np.intp]]]:
+        """(n, M * K) each channel's strongest window of n replies; to `locate` it, at which word it stands.
+
+        Replies of one length go through the convolution together.
+        """
+        out = np.zeros((len(rows), len(self.window_bias)))
+        where = [np.zeros(0, dtype=np.intp)] * len(rows)
+        for length in {len(r) for r in rows} - {0}:
+            members = [i for i, r in enumerate(rows) if len(r) == length]
+            padded = np.array([[PADDING, *rows[i], PADDING] for i in members])
+            vectors = self.word_vectors[padded].astype(np.float32)
+            windows = np.concatenate((vectors[:, :-2], vectors[:, 1:-1], vectors[:, 2:]), axis=2)
+            moved = windows.reshape(-1, windows.shape[2]) @ self.window_weight
+            moved = moved.reshape(len(members), length, -1)
+            out[members] = moved.max(1) + self.window_bias.astype(np.float64)
+            if locate:
+                for i, at in zip(members, moved.argmax(1), strict=True):
+                    where[i] = at
+        return _rounded(out.clip(0.0), UNIT_GRID), where
 
     def _evidence(
         self,
         text: str,
-        spans: Sequence[tuple[int, int]],
         where: npt.NDArray[np.intp],
-        channels: FloatArray,
+        channels: DoubleArray,
         active: npt.NDArray[np.bool_],
     ) -> tuple[str, str]:
         """The windows whose channels, through the hidden units, moved praise against complaint most."""
+        _, spans = tokens(text)
+        if not spans:
+            return "", ""
         tilt = self.output_weight[:, 0] - self.output_weight[:, 1:4].mean(1)
         members, _, units = self.channel_weight.shape
         through = (active * tilt)[: members * units].reshape(members, units, 1)
@@ -160,6 +198,31 @@ class Head:
             first, last = max(best - 1, 0), min(best + 1, len(spans) - 1)
             found.append(text[spans[first][0] : spans[last][1]] if sign * of_word[best] > 0 else "")
         return found[0], found[1]
+
+    def is_exact(self) -> bool:
+        """Whether no partial sum can have more digits than its float type: 53 bits, 24 in the convolution."""
+        embedding = np.sqrt((self.input_weight[: self.dim] ** 2).sum(0))  # of a vector of length 1
+        others = np.abs(self.input_weight[self.dim :]).sum(0) * MOST_FEATURE
+        word = float(np.sqrt((self.word_vectors.astype(np.float64) ** 2).sum(1).max()))
+        window = 3**0.5 * word * np.sqrt((self.window_weight.astype(np.float64) ** 2).sum(0))
+        channel = np.maximum(window + self.window_bias, 0.0).reshape(len(self.channel_weight), -1, 1)
+        of_words = (channel * np.abs(self.channel_weight)).sum(1)
+        output = MOST_ACTIVE * np.abs(self.output_weight).sum(0)
+        return bool(
+            (1.01 * embedding + others).max() < 2**53 * INPUT_GRID * WEIGHT_GRID
+            and window.max() < 2**24 * WINDOW_GRID
+            and of_words.max() < 2**53 * UNIT_GRID * WEIGHT_GRID
+            and output.max() < 2**53 * UNIT_GRID * WEIGHT_GRID
+        )
+
+
+def _rounded(values: DoubleArray, grid: float) -> DoubleArray:
+    """`values` as multiples of `grid`, which is a power of two."""
+    # Adding pushes the digits beyond the grid out of the float: twice as fast as multiplying and `rint`.
+    shift = 1.5 * 2.0**52 * grid
+    rounded: DoubleArray = values + shift
+    rounded -= shift
+    return rounded
 
 
 @cache
@@ -173,17 +236,34 @@ def load_head(path: Path = HEAD) -> Head:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        words = Vocabulary(arrays.pop("words").tobytes().decode().split(" "))
-        vectors = arrays.pop("word_vectors")
-        floats = {name: array.astype(np.float32) for name, array in arrays.items()}
-        head = Head(
-            least_share=float(metadata["least_share"]), vocabulary=words, word_vectors=vectors, **floats
+        floats = {name: array.astype(np.float64) for name, array in arrays.items() if name != "words"}
+        embedding, features, bias = (
+            floats[name] for name in ("embedding_weight", "feature_weight", "hidden_bias")
         )
+        head = Head(
+            input_weight=np.hstack(
+                (
+                    np.vstack((embedding, features, bias)),
+                    np.pad(floats["basis"], ((0, len(features) + 1), (0, 0))),
+                )
+            ),
+            window_weight=_rounded(floats["window_weight"], WINDOW_GRID).astype(np.float32),
+            window_bias=floats["window_bias"].astype(np.float32),
+            channel_weight=floats["channel_weight"],
+            output_weight=floats["output_weight"],
+            output_bias=floats["output_bias"],
+            word_vectors=arrays["word_vectors"],
+            vocabulary=Vocabulary(arrays["words"].tobytes().decode().split(" ")),
+            dim=len(embedding),
+            least_share=float(metadata["least_share"]),
+        )
+        exact = head.is_exact()
     except Exception as error:
         raise WeightsError(f"the feedback head {path} cannot be read: {error}") from error
-    if metadata.get("classes") != ",".join(CLASSES) or head.feature_weight.shape[0] != FEATURES:
+    if metadata.get("classes") != ",".join(CLASSES) or len(features) != FEATURES or not exact:
         raise WeightsError(
-            f"the feedback head {path} has {head.feature_weight.shape[0]} features, wanted {FEATURES}; "
-            "train it again with `python -m benchmarks.train_feedback_head`"
+            f"the feedback head {path} has {len(features)} features, wanted {FEATURES}, and weights that are "
+            f"{'small enough' if exact else 'too large'} for exact sums; train it again with "
+            "`python -m benchmarks.train_feedback_head`"
         )
     return head

@@ -3,16 +3,14 @@
     tokens("Didn't work!")         # ["did", "not", "work", "!"] and where each stands in the reply
     Vocabulary(["did", "not"]).rows(["did", "nots"])   # [2, 3]: an unknown word by its stem
 
-Standard library and numpy alone.
+Standard library alone.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
+from functools import lru_cache
 
 from cortex_core.feedback import words as table
 
@@ -30,16 +28,22 @@ _ENDINGS = (
 )  # fmt: skip
 """Endings that an unknown word may lose, and what takes their place."""
 _LONGEST = 2000
+_HALF = MOST // 2
 
 Span = tuple[int, int]
 
 
-def tokens(text: str) -> tuple[list[str], list[Span]]:
-    """Words and marks, lower case, contractions and chat spelling opened; and the span of each in `text`.
+def words(text: str) -> list[str]:
+    """Words and marks, lower case, contractions and chat spelling opened; at most `MOST`."""
+    if len(text) > _LONGEST:
+        return tokens(text)[0]
+    found = [word for token in _TOKEN.findall(text.translate(_MARKS).lower()) for word in _opened(token)]
+    return found if len(found) <= MOST else found[:_HALF] + found[-_HALF:]
 
-    At most `MOST`; several may share one span ("didn't" is two words).
-    """
-    if len(text) > _LONGEST:  # what lies between is pasted material, as in `feedback_scope`
+
+def tokens(text: str) -> tuple[list[str], list[Span]]:
+    """`words`, and the span of each in `text`; several may share one span ("didn't" is two words)."""
+    if len(text) > _LONGEST:  # what lies between is pasted material, as in `feedback.scope`
         head, head_spans = tokens(text[: _LONGEST // 2])
         shift = len(text) - _LONGEST // 2
         tail, tail_spans = tokens(text[shift:])
@@ -47,21 +51,20 @@ def tokens(text: str) -> tuple[list[str], list[Span]]:
         return _ends(head + tail, head_spans + tail_spans)
     out: list[str] = []
     spans: list[Span] = []
-    lowered = text.translate(_MARKS).lower()
-    for match in _TOKEN.finditer(lowered):
-        words = _opened(match.group())
-        out += words
-        spans += [match.span()] * len(words)
+    for match in _TOKEN.finditer(text.translate(_MARKS).lower()):
+        opened = _opened(match.group())
+        out += opened
+        spans += [match.span()] * len(opened)
     return _ends(out, spans)
 
 
 def _ends(words: list[str], spans: list[Span]) -> tuple[list[str], list[Span]]:
     if len(words) <= MOST:
         return words, spans
-    half = MOST // 2
-    return words[:half] + words[-half:], spans[:half] + spans[-half:]
+    return words[:_HALF] + words[-_HALF:], spans[:_HALF] + spans[-_HALF:]
 
 
+@lru_cache(10_000)
 def _opened(token: str) -> tuple[str, ...]:
     first = token[0]
     opened = table.EXPANSIONS.get(token)
@@ -90,17 +93,15 @@ class Vocabulary:
     def __init__(self, words: Sequence[str]) -> None:
         self._row = {word: row for row, word in enumerate(words, start=2)}
 
-    def row(self, word: str) -> int:
-        """The row of `word`, else of what is left of it without its ending, else `UNKNOWN`."""
-        row = self._row.get(word)
-        if row is None:
-            for ending, instead in _ENDINGS:
-                if word.endswith(ending) and len(word) - len(ending) >= 3:
-                    row = self._row.get(word[: len(word) - len(ending)] + instead)
-                    if row is not None:
-                        break
-        return UNKNOWN if row is None else row
+    def rows(self, words: Sequence[str]) -> list[int]:
+        """The row of each word, else of what is left of it without its ending, else `UNKNOWN`."""
+        known = self._row.get
+        return [known(word) or self._stemmed(word) for word in words]
 
-    def rows(self, words: Sequence[str]) -> npt.NDArray[np.int64]:
-        """(n,) the rows of n words."""
-        return np.array([self.row(word) for word in words], dtype=np.int64)
+    def _stemmed(self, word: str) -> int:
+        for ending, instead in _ENDINGS:
+            if word.endswith(ending) and len(word) - len(ending) >= 3:
+                row = self._row.get(word[: len(word) - len(ending)] + instead)
+                if row is not None:
+                    return row
+        return UNKNOWN

@@ -1,4 +1,4 @@
-"""Results of an online training step."""
+"""What an online training step reports: to metrics, to callers, and to the step itself."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OnlineUpdate:
-    """Metrics of one training step."""
+    """One training step, as metrics want it."""
 
     update: int
-    """number of this step since initialisation"""
+    """number of this step since birth"""
     loss: float
     strategy_loss: float
     confidence_loss: float
@@ -29,35 +29,34 @@ class OnlineUpdate:
     fresh: int
     """experiences trained on for the first time"""
     replayed: int
-    """experiences sampled from replay"""
     skipped: bool = False
-    """the loss or a gradient was not finite, and the weights are unchanged"""
+    """the loss or a gradient was not finite, and the weights are as before"""
     rolled_back: bool = False
-    """the last good weights were restored after the step"""
+    """the step ended in going back to the last good weights"""
 
 
 @dataclass(frozen=True, slots=True)
 class InteractionOutcome:
-    """The result of `OnlineTrainer.record_interaction`."""
+    """What a user's reply was taken to mean."""
 
     entry: ReplayEntry
     reward: float
     signals: Sequence[FeedbackSignal]
     update: OnlineUpdate | None
-    """the training step that this interaction triggered, if any"""
+    """the training step this interaction completed, if it did"""
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Losses of one batch, and intermediate results."""
+    """Of one batch."""
 
     total: Tensor
     reward: Tensor
-    """loss of the reward model of strategy and memories"""
+    """of strategy and memories, which explain one reward together"""
     calibration: Tensor
     prior: Tensor
-    """(B,) prior means of the chosen strategies"""
+    """(B,) the strategies' estimates before any neighbour's reply"""
     scores: Tensor
     """(B,) mean bilinear score of the memories shown"""
     bilinear: Tensor
-    """(B,) log-odds that the memories add"""
+    """(B,) log-odds that they add"""

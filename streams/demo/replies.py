@@ -1,7 +1,7 @@
-"""Reply texts of the simulated users: templates with slots, by tone.
+"""What simulated users say when they are content, when they are not, and when one cannot tell.
 
-Written like chat messages, independently of the extractors' word lists: some praise is faint, some complaints
-are polite, and some replies do not concern the answer.
+Banks of phrasings with slots. Written as people write in a chat, without an eye on any reader's word list:
+some praise is faint, some complaints are polite, and some replies say nothing about the answer before.
 """
 
 from __future__ import annotations

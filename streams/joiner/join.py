@@ -4,7 +4,8 @@
     conversation = Conversation()
     changes = Changes()
     join.on_interaction(conversation, interaction, arrived, changes)
-    join.on_reply(conversation, join.read(reply), arrived, changes)
+    [heard] = join.read([reply])
+    join.on_reply(conversation, heard, arrived, changes)
     join.on_timer(conversation, now, changes)
     changes.effects          # what to write and publish, in order
     changes.counts           # what happened, for the metrics
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -35,12 +36,13 @@ import numpy as np
 import orjson
 
 from cortex_core.feedback_collector import (
-    OTHER_TOPIC,
-    SAME_MEANING,
     Aggregation,
     Feedback,
     FeedbackCollector,
+    TextReading,
+    Turn,
     aggregate_rewards,
+    turn_between,
 )
 from streams.events import SCHEMA_VERSION, ExperienceEvent, InteractionEvent, ReplyEvent
 from streams.joiner.conversation import LATE_S, Conversation, Heard, Known
@@ -201,37 +203,38 @@ class Join:
 
     # -- readings and experiences --------------------------------------------------------------------------
 
-    def read(self, reply: ReplyEvent) -> Heard:
-        """Reads a reply once, for good: what it says is a function of the reply alone.
+    def read(self, replies: Sequence[ReplyEvent]) -> list[Heard]:
+        """Reads each reply once, for good: what it says is a function of the reply alone.
 
         Whether it switched the topic, or asks the same again, depends on the interaction as well, which may
         not be known yet: where that would make a difference the other readings are kept too, and the
         embedding that decides between them.
         """
-        at, otherwise, embedding = reply.occurred_at.timestamp(), None, None
-        if reply.kind == "text":
-            vector = _f32(reply.embedding)
-            feedback = self.collector.extract(reply.text, topic_switched=False, embedding=vector)
-            # What says something explicit says it whatever came before: most replies are read once.
-            if vector is not None and vector.ndim == 1 and not feedback.explicit:
-                turns = {
-                    name: self.collector.extract(reply.text, embedding=vector, previous_embedding=before)
-                    for name, before in (("switched", -vector), ("again", vector))
-                }
-                otherwise = {n: self._reading(reply, f) for n, f in turns.items() if f != feedback} or None
-                embedding = vector.astype("<f2").tobytes() if otherwise else None
-        else:
-            assert reply.rating is not None, "ReplyEvent requires it"
-            feedback = self.collector.from_rating(reply.rating)
-        names = reply.interaction_id
+        texts = [reply for reply in replies if reply.kind == "text"]
+        read = iter(self.collector.read([r.text for r in texts], [r.embedding for r in texts]))
+        return [
+            self._text(reply, next(read)) if reply.kind == "text" else self._rating(reply)
+            for reply in replies
+        ]
+
+    def _text(self, reply: ReplyEvent, read: TextReading) -> Heard:
+        feedback, otherwise, embedding = read.feedback(), None, reply.embedding
+        if embedding is not None and not read.explicit:
+            turns = {turn: read.feedback(turn) for turn in (Turn.SWITCHED, Turn.REPEATED)}
+            otherwise = {str(t): self._reading(reply, f) for t, f in turns.items() if f != feedback} or None
         return Heard(
             reply.reply_id,
-            at,
-            names,
+            reply.occurred_at.timestamp(),
+            reply.interaction_id,
             self._reading(reply, feedback),
             otherwise=otherwise,
-            embedding=embedding,
+            embedding=embedding.tobytes() if otherwise and embedding is not None else None,
         )
+
+    def _rating(self, reply: ReplyEvent) -> Heard:
+        assert reply.rating is not None, "ReplyEvent requires it"
+        reading = self._reading(reply, self.collector.from_rating(reply.rating))
+        return Heard(reply.reply_id, reply.occurred_at.timestamp(), reply.interaction_id, reading)
 
     def _reading(self, reply: ReplyEvent, feedback: Feedback) -> dict[str, Any]:
         return {
@@ -265,9 +268,9 @@ class Join:
                 if message is None:
                     message = np.frombuffer(
                         base64.b64decode(orjson.loads(body)["message"]["f16"]), dtype="<f2"
-                    )
-                turn = _turn(np.frombuffer(reply.embedding, dtype="<f2"), message)
-                reading = reply.otherwise.get(turn, reading)
+                    ).astype(np.float32)
+                embedding = np.frombuffer(reply.embedding, dtype="<f2").astype(np.float32)
+                reading = reply.otherwise.get(turn_between(message, embedding), reading)
             readings.append(reading)
         return readings
 
@@ -320,20 +323,6 @@ class Join:
 def _iso(moment: datetime) -> str:
     # As pydantic writes it, so that a reading is the same bytes whether fresh or read back from replay.
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
-
-
-def _f32(vector: Any) -> Any:
-    return None if vector is None else vector.astype(np.float32)
-
-
-def _turn(a: Any, b: Any) -> str:
-    """How a message stands to the one before it, by their embeddings: "switched", "again" or ""."""
-    if a.shape != b.shape:
-        return ""
-    a, b = a.astype(np.float32), b.astype(np.float32)
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    cosine = float(a @ b) / norms if norms > 0 else 0.5
-    return "switched" if cosine < OTHER_TOPIC else "again" if cosine >= SAME_MEANING else ""
 
 
 def _occurred_at(body: bytes) -> str:

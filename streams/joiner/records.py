@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from datetime import datetime
 from typing import Any
 
 from aiokafka import TopicPartition
 
 from cortex_core.errors import InputError
-from cortex_core.feedback_collector import FeedbackCollector
+from cortex_core.feedback_collector import DEFAULT_EXTRACTOR, FeedbackCollector
 from streams.events import InteractionEvent, ReplyEvent, parse
-from streams.joiner.conversation import Conversation, Heard
-from streams.joiner.effects import Step, Task
+from streams.joiner.conversation import Conversation
+from streams.joiner.effects import Step
 from streams.joiner.join import Changes, Join
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
@@ -23,64 +23,39 @@ ROOM = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Received:
-    """An event, and the record that it came in."""
+class Read:
+    """A record that could be read."""
 
-    record: Any
-    event: InteractionEvent | ReplyEvent
-
-
-Refuse = Callable[[Any, str], None]
-"""Takes a record that cannot be joined, and the reason for its dead letter."""
+    conversation_id: str
+    occurred_at: datetime
+    step: Step
+    """What it does to its conversation."""
 
 
-def read(records: Iterable[Any], topics: Topics, refuse: Refuse) -> list[Received]:
-    """The events in records of the two topics."""
-    received = []
-    for record in records:
-        size = len(record.value or b"")
-        try:
-            if size > MAX_RECORD_BYTES - ROOM:
-                raise InputError(
-                    f"the event has {size} bytes, at most {MAX_RECORD_BYTES - ROOM} can be joined"
-                )
-            if record.topic == topics.interactions:
-                received.append(Received(record, parse(InteractionEvent, record.value)))
-            else:
-                received.append(Received(record, parse(ReplyEvent, record.value)))
-        except InputError as error:
-            refuse(record, str(error))
-    return received
+def read_record(join: Join, topics: Topics, record: Any) -> Read:
+    """Reads an interaction or a reply.
 
+    Raises:
+        InputError: it cannot be read; the message is the reason for its dead letter.
+    """
+    size = len(record.value or b"")
+    if size > MAX_RECORD_BYTES - ROOM:
+        raise InputError(f"the event has {size} bytes, at most {MAX_RECORD_BYTES - ROOM} can be joined")
+    arrived = record.timestamp / 1000
+    if record.topic == topics.interactions:
+        event = parse(InteractionEvent, record.value)
 
-def extract_feedback(received: Iterable[Received], join: Join, refuse: Refuse) -> list[Task]:
-    """What each event does to its conversation; the replies are read for what they say, once and for good."""
-    tasks = []
-    for it in received:
-        arrived = it.record.timestamp / 1000
-        if isinstance(it.event, InteractionEvent):
-            step: Step = partial(_interaction, join, it.event, arrived)
-        else:
-            try:
-                step = partial(_reply, join, join.read(it.event), arrived)
-            except InputError as error:
-                refuse(it.record, str(error))
-                continue
-            except Exception as error:  # a reader that fails on one reply costs that reply alone
-                refuse(it.record, f"reading it failed: {type(error).__name__}: {error}")
-                continue
-        tasks.append(Task(it.event.conversation_id, it.record.partition, step))
-    return tasks
+        def interaction(conversation: Conversation, changes: Changes) -> None:
+            join.on_interaction(conversation, event, arrived, changes)
 
+        return Read(event.conversation_id, event.occurred_at, interaction)
+    said = parse(ReplyEvent, record.value)
+    [heard] = join.read([said])
 
-def _interaction(
-    join: Join, event: InteractionEvent, arrived: float, conversation: Conversation, changes: Changes
-) -> None:
-    join.on_interaction(conversation, event, arrived, changes)
+    def reply(conversation: Conversation, changes: Changes) -> None:
+        join.on_reply(conversation, heard, arrived, changes)
 
-
-def _reply(join: Join, heard: Heard, arrived: float, conversation: Conversation, changes: Changes) -> None:
-    join.on_reply(conversation, heard, arrived, changes)
+    return Read(said.conversation_id, said.occurred_at, reply)
 
 
 def make_join(settings: Settings, extractor: str | None = None) -> Join:
@@ -89,7 +64,7 @@ def make_join(settings: Settings, extractor: str | None = None) -> Join:
     return Join(
         window_s=settings.join_window_s,
         aggregation=settings.reward_aggregation,
-        collector=FeedbackCollector(name) if name else FeedbackCollector(),
+        collector=FeedbackCollector(name or DEFAULT_EXTRACTOR, evidence=settings.store_text),
         store_text=settings.store_text,
     )
 

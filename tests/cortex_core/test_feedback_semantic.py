@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -15,10 +18,12 @@ from benchmarks.feedback import collected, scored
 from benchmarks.feedback_data import CLASSES, POLARITY, WRITERS, Part, load, normal, written_by
 from benchmarks.train_feedback_head import TEMPERATURE, Lessons, Member, composed, export, rows_of, table_of
 from cortex_core.errors import WeightsError
+from cortex_core.feedback.extractors import Semantic
 from cortex_core.feedback.patterns import read
 from cortex_core.feedback.semantic import FEATURES, HEAD, load_head, pattern_features
 from cortex_core.feedback.tokens import MOST, UNKNOWN, Vocabulary, tokens
-from cortex_core.feedback_collector import FeedbackCollector, Semantic
+from cortex_core.feedback.tokens import words as words_of
+from cortex_core.feedback_collector import FeedbackCollector, TextReading, Turn, turn_between
 from cortex_core.text_encoder import HashingEncoder, TextEncoder, load_encoder
 
 
@@ -69,12 +74,13 @@ class TestTokens:
         words, spans = tokens(text)
         assert len(words) == len(spans) <= MOST
         assert all(words)
+        assert words == words_of(text)
         assert all(0 <= a < b <= len(text) for a, b in spans)
         assert spans == sorted(spans)
 
     def test_an_unknown_word_is_looked_up_by_its_stem(self) -> None:
         vocabulary = Vocabulary(["crash", "tidy", "blame"])
-        assert vocabulary.rows(["crash", "crashes", "crashing", "tidies", "blamed", "zzz"]).tolist() == [
+        assert vocabulary.rows(["crash", "crashes", "crashing", "tidies", "blamed", "zzz"]) == [
             2, 2, 2, 3, 4, UNKNOWN,
         ]  # fmt: skip
 
@@ -84,10 +90,11 @@ class TestTheHead:
         assert HEAD.stat().st_size < 3_200_000
         head = load_head()
         assert head.dim == 384
-        assert head.feature_weight.shape[0] == FEATURES
-        for text in ("", "?!", "it works " * 500):
-            meaning = head.read(text, np.zeros(384, np.float32), np.zeros(FEATURES, np.float32))
-            assert meaning.probabilities.sum() == pytest.approx(1.0)
+        assert len(head.input_weight) == 384 + FEATURES + 1
+        texts = ("", "?!", "it works " * 500)
+        zeros = np.zeros((3, 384), np.float32), np.zeros((3, FEATURES), np.float32)
+        for text, meaning in zip(texts, head.read(texts, *zeros), strict=True):
+            assert sum(meaning.probabilities) == pytest.approx(1.0)
             assert all(evidence in text for evidence in meaning.evidence)
 
     def test_what_is_shipped_computes_what_was_trained(self, tmp_path: Path) -> None:
@@ -105,9 +112,42 @@ class TestTheHead:
             rows = rows_of(texts, Vocabulary(words))
             logits = torch.stack([member(x[: len(texts)], f, rows) for member in members]).mean(0)
             wanted = torch.softmax(logits / TEMPERATURE, 1).numpy()
-        for i, text in enumerate(texts):
-            got = load_head(file).read(text, x[i].numpy(), f[i].numpy()).probabilities
-            np.testing.assert_allclose(got, wanted[i], atol=2e-3)
+        read = load_head(file).read(texts, x[: len(texts)].numpy(), f.numpy())
+        for got, probabilities in zip(read, wanted, strict=True):
+            np.testing.assert_allclose(got.probabilities, probabilities, atol=2e-3)
+
+    def test_no_order_of_summation_changes_what_it_computes(self) -> None:
+        rng = np.random.default_rng(0)
+        texts = [r.text for r in load("test")[::20]]
+        x = rng.normal(size=(len(texts), 384)).astype(np.float32)
+        f = np.array([pattern_features(*read(text)) for text in texts], dtype=np.float32)
+        head = load_head()
+        wanted = head.read(texts, x, f)
+        d, k, units = rng.permutation(384), rng.permutation(192), rng.permutation(192)
+        mixed = head.input_weight.copy()
+        mixed[:384] = mixed[d]
+        mixed[:, :192] = mixed[:, units]
+        outputs = np.concatenate((head.output_weight[units], head.output_weight[192:]))
+        word = rng.permutation(head.word_vectors.shape[1])
+        windows = head.window_weight.reshape(3, len(word), 2, 192)[:, word][..., k].reshape(
+            head.window_weight.shape
+        )
+        channels = head.channel_weight[:, k]
+        channels[0] = channels[0][:, units]
+        other = replace(
+            head,
+            input_weight=mixed,
+            output_weight=outputs,
+            window_weight=windows,
+            window_bias=head.window_bias.reshape(2, 192)[:, k].ravel(),
+            channel_weight=channels,
+            word_vectors=head.word_vectors[:, word],
+        )
+        # The norm alone is added up in the order of the dimensions; so they are given unit vectors.
+        axes = np.eye(384, dtype=np.float32)[: len(texts)]
+        assert head.read(texts, axes, f) != wanted
+        for vectors, permuted in ((axes, axes[:, d]), (np.sign(x), np.sign(x)[:, d])):
+            assert other.read(texts, permuted, f) == head.read(texts, vectors, f)
 
     def test_a_damaged_or_foreign_head_is_refused(self, tmp_path: Path) -> None:
         damaged = tmp_path / "damaged.safetensors"
@@ -120,13 +160,18 @@ class TestTheHead:
         save_file(arrays, foreign, metadata={"least_share": "0.4", "classes": ",".join(CLASSES)})
         with pytest.raises(WeightsError, match="train it again"):
             load_head(foreign)
+        arrays = load_file(HEAD)
+        arrays["window_weight"] = arrays["window_weight"] * np.float16(8)
+        save_file(arrays, foreign, metadata={"least_share": "0.4", "classes": ",".join(CLASSES)})
+        with pytest.raises(WeightsError, match="too large for exact sums"):
+            load_head(foreign)
 
     def test_features_are_finite_and_bounded(self) -> None:
         for text in ("", "no " * 500, "perfect " * 500, "?!" * 500, "👍" * 100):
             features = pattern_features(*read(text))
-            assert features.shape == (FEATURES,)
+            assert len(features) == FEATURES
             assert np.isfinite(features).all()
-            assert features.max() <= 3.0
+            assert max(features) <= 3.0
 
     def test_an_embedding_it_does_not_know_leaves_the_patterns_alone(self) -> None:
         semantic, patterns = FeedbackCollector("semantic-2"), FeedbackCollector("patterns-1")
@@ -149,6 +194,44 @@ class TestTheHead:
         for text in ("2/5", "10/10", "👎", "Das ist falsch", "谢谢，解决了", "не работает"):
             got = semantic.extract(text, embedding=encoder.encode(text))
             assert got.signals == patterns.extract(text).signals
+
+
+class TestReadingMany:
+    TEXTS = (*(r.text for r in load("test")[::10]), "", "2/5", "no entiendo", "ok " * 1500)
+
+    @given(data=st.data())
+    @settings(max_examples=10, deadline=None)
+    def test_a_reply_is_read_alike_alone_and_in_every_batch(self, data: st.DataObject) -> None:
+        rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+        known = load_head().input_weight[:384, -128:].T
+        texts = list(data.draw(st.permutations(self.TEXTS)))
+        vectors = [(rng.normal(size=128) @ known + 0.02 * rng.normal(size=384)).astype("f2") for _ in texts]
+        embeddings = [None if rng.random() < 0.1 else v for v in vectors]
+        collector = FeedbackCollector("semantic-2")
+        alone = [collector.read([t], [e])[0] for t, e in zip(texts, embeddings, strict=True)]
+        cuts = [0, *sorted(data.draw(st.sets(st.integers(1, len(texts) - 1), max_size=6))), len(texts)]
+        batches = [slice(a, b) for a, b in itertools.pairwise(cuts)]
+        assert [r for cut in batches for r in collector.read(texts[cut], embeddings[cut])] == alone
+        unproven = FeedbackCollector("semantic-2", evidence=False).read(texts, embeddings)
+        assert [without_evidence(r) for r in unproven] == [without_evidence(r) for r in alone]
+
+    def test_what_a_turn_makes_of_a_reading_is_what_extract_says(self, encoder: TextEncoder) -> None:
+        collector = FeedbackCollector("semantic-2")
+        texts = [r.text for r in load("dialogue")[::4]]
+        x = encoder.encode_many(texts)
+        turns = Counter[Turn]()
+        for text, vector, reading in zip(texts, x, collector.read(texts, list(x)), strict=True):
+            for before in (vector, -vector, np.roll(x, 1, 0)[0]):
+                turn = turn_between(before, vector)
+                turns[turn] += 1
+                extracted = collector.extract(text, embedding=vector, previous_embedding=before)
+                assert reading.feedback(turn) == extracted
+        assert len(turns) == 3
+
+
+def without_evidence(reading: TextReading) -> TextReading:
+    signals = tuple(replace(signal, evidence="") for signal in reading.signals)
+    return replace(reading, signals=signals)
 
 
 class TestReading:

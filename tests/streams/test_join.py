@@ -44,7 +44,8 @@ class World:
         if isinstance(event, InteractionEvent):
             self.join.on_interaction(work, event, self.now, changes)
         else:
-            self.join.on_reply(work, self.join.read(event), self.now, changes)
+            [reply] = self.join.read([event])
+            self.join.on_reply(work, reply, self.now, changes)
         return self._apply(work, changes)
 
     def timer(self, now_s: float) -> World:

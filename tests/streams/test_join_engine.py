@@ -66,7 +66,8 @@ def _interaction(join: Join, event: InteractionEvent, conversation: Conversation
 
 
 def _reply(join: Join, event: ReplyEvent, conversation: Conversation, changes: Changes) -> None:
-    join.on_reply(conversation, join.read(event), START, changes)
+    [reply] = join.read([event])
+    join.on_reply(conversation, reply, START, changes)
 
 
 @pytest.fixture

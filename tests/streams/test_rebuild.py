@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import pytest
@@ -9,7 +9,8 @@ import redis
 
 from cortex_core import feedback_collector
 from cortex_core.errors import UnavailableError
-from cortex_core.feedback_collector import FeedbackSignal, Reading, SignalType
+from cortex_core.feedback.extractors import Extraction
+from cortex_core.feedback_collector import FeedbackSignal, SignalType
 from streams.events import Event, InteractionEvent, utc_now
 from streams.joiner.rebuild import console_progress, rebuild
 from streams.kafka.topics import Topics
@@ -171,8 +172,8 @@ async def test_from_a_point_in_time_and_one_model_alone(settings: Settings, clie
 async def test_another_extractor_reads_the_replies_anew(
     settings: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def grumpy(text: str, embedding: object) -> Reading:
-        return Reading([FeedbackSignal.of(SignalType.NEGATIVE, 0.0, text)], 0.9)
+    def grumpy(texts: Sequence[str], embeddings: object, *, evidence: bool) -> list[Extraction]:
+        return [Extraction([FeedbackSignal.of(SignalType.NEGATIVE, 0.0, text)], 0.9) for text in texts]
 
     monkeypatch.setitem(feedback_collector.EXTRACTORS, "grumpy-1", lambda: grumpy)
     await send(

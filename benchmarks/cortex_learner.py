@@ -1,8 +1,8 @@
-"""The learner of this project in the benchmark, run as the inference worker and the trainer worker run it.
+"""This project's learner in the benchmark, run as the inference worker and the trainer worker run it.
 
-One model serves, another one learns. What the serving one knows came to it as bytes: each training step's
-weights travel as a snapshot that is split, joined and verified, and the features of a decision are rounded as
-they are on the wire. If anything that the decision needs were lost on that way, it would show here.
+One model serves, another one is trained. After each training step the weights go from one to the other as a
+snapshot that is split, joined and verified, and the features of a decision are rounded as on the wire, so
+that the benchmark includes whatever serialisation loses.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from cortex_core.metadata import metadata_features
 from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry
 from cortex_core.strategy_registry import StrategyRegistry
 
-PASSED_OVER = 5
-"""Memories logged beside the retrieved ones, as the inference service does by default."""
+LOGGED_NEGATIVES = 5
+"""Number of memories logged besides the retrieved ones, as by default in the inference service."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ablation:
-    """What is taken away."""
+    """Components to disable."""
 
     replay: bool = True
     encoder_gradient: bool = True
@@ -33,12 +33,12 @@ class Ablation:
 
 
 class CortexLearner:
-    """`CortexModel.decide` and `OnlineTrainer.observe` with their defaults."""
+    """`CortexModel.decide` and `OnlineTrainer.observe` with default settings."""
 
     name = "cortex"
 
     def __init__(self, task: Task, seed: int, *, ablation: Ablation | None = None) -> None:
-        import torch  # noqa: PLC0415 - seconds, which baselines need not pay
+        import torch  # noqa: PLC0415 - takes seconds; not needed by the baselines
 
         from cortex_core.model import CortexModel, ModelConfig  # noqa: PLC0415
         from cortex_core.online_trainer import OnlineTrainer  # noqa: PLC0415
@@ -77,9 +77,9 @@ class CortexLearner:
         retrieved = decision.memory_indices
         logged: FloatArray | None = None
         if self._memories is not None:
-            left = np.setdiff1d(np.arange(len(self._memories)), retrieved)
-            passed = self._rng.choice(left, min(PASSED_OVER, len(left)), replace=False).tolist()
-            logged = _as_sent(self._memories[[*retrieved, *passed]])
+            others = np.setdiff1d(np.arange(len(self._memories)), retrieved)
+            negatives = self._rng.choice(others, min(LOGGED_NEGATIVES, len(others)), replace=False).tolist()
+            logged = _as_sent(self._memories[[*retrieved, *negatives]])
         entry = ReplayEntry(
             situation_emb=_as_sent(decision.situation),
             memory_indices=list(range(len(retrieved))),
@@ -101,7 +101,7 @@ class CortexLearner:
         return Answer(decision.strategy_index, tuple(retrieved), decision.confidence, extra=entry)
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """Into replay, then to the trainer; new weights go to the serving model."""
+        """Adds the experience to replay, trains, and sends new weights to the serving model."""
         del request
         entry = answer.extra
         assert isinstance(entry, ReplayEntry)
@@ -128,11 +128,11 @@ class CortexLearner:
 
 
 def strategy_ids(count: int) -> tuple[str, ...]:
-    """`count` ids: the generic set's, then numbered ones."""
+    """`count` ids: those of the generic set, then numbered ones."""
     ids = StrategyRegistry().ids
     return (*ids, *(f"strategy_{i}" for i in range(len(ids), count)))[:count]
 
 
 def _as_sent(array: FloatArray) -> FloatArray:
-    """Rounded as events carry it: little-endian float16."""
+    """Rounds to little-endian float16, as events do."""
     return array.astype("<f2").astype(np.float32)

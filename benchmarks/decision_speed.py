@@ -1,9 +1,9 @@
-"""How long a decision and an online step take, with default dimensions on one core.
+"""Duration of a decision, an online step and a snapshot, with default dimensions on one core.
 
     python -m benchmarks.decision_speed
 
-Prints milliseconds: median, 10th and 90th percentile. Run it on a machine that does nothing else: on a busy
-one the lowest percentile is the nearest to the truth.
+Prints milliseconds: median, 10th and 90th percentile. Run it on an idle machine; on a busy one the 10th
+percentile is the best estimate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy: its BLAS reads it once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before importing numpy, whose BLAS reads it once
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from cortex_core.weights import WeightsSnapshot
 
 
 def measure(memories: int, steps: int, seed: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each part, after the landmarks are full."""
+    """Milliseconds of each operation, measured with all landmarks in use."""
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed)
     model = CortexModel.create(model_id="speed")
@@ -75,10 +75,10 @@ def measure(memories: int, steps: int, seed: int) -> dict[str, dict[str, float]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decision_speed")
     parser.add_argument("--memories", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=1000, help="decisions that are measured")
+    parser.add_argument("--steps", type=int, default=1000, help="number of measured decisions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-"""How well replies are read: this project's extractors against VADER and a logistic regression.
+"""Accuracy of feedback extraction: this project's extractors against VADER and a logistic regression.
 
     python -m benchmarks.feedback [--json FILE] [--errors]
 
-On the held-out replies of `data/feedback_test.txt` (with the hard cases apart) and of
-`data/feedback_dialogue.txt`. A reading is the sign of the reward where the reply says something explicit,
-else 0. The logistic regression sees the same embeddings and the same training replies as the semantic head.
-Needs the extras `bench` and `embedded`.
+Evaluates on the held-out replies of `data/feedback_test.txt` (hard cases also separately) and of
+`data/feedback_dialogue.txt`. A prediction is the sign of the reward if there is an explicit signal, else 0.
+The logistic regression uses the same embeddings and training replies as the semantic head. Needs the extras
+`bench` and `embedded`.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ Ints = npt.NDArray[np.int64]
 
 
 class Readings:
-    """What one reader makes of n replies."""
+    """Predictions of one reader for n replies."""
 
     def __init__(self, signs: Sequence[int], scores: Sequence[float], classes: Sequence[str] | None) -> None:
         self.signs: Ints = np.asarray(signs, dtype=np.int64)
         """(n,) -1, 0, 1"""
         self.scores: DoubleArray = np.asarray(scores, dtype=np.float64)
-        """(n,) the larger the better the reply takes the answer"""
+        """(n,) larger for more positive replies"""
         self.classes = classes
-        """(n,) of `CLASSES`, for readers that tell them apart"""
+        """(n,) of `CLASSES`; None for readers without classes"""
 
 
 def sign_of(feedback: Feedback) -> int:
-    """The sign that a learner would see: 0 where the reply says nothing explicit."""
+    """Sign of the reward; 0 without an explicit signal."""
     return int(np.sign(feedback.reward)) if feedback.explicit else 0
 
 
 def class_of(feedback: Feedback) -> str:
-    """The class of its strongest explicit signal."""
+    """Class of the strongest explicit signal."""
     explicit = [s for s in feedback.signals if s.type.value in CLASSES]
     return max(explicit, key=lambda s: abs(s.reward)).type.value if explicit else "neutral"
 
 
 def collected(name: str, replies: Sequence[Reply], embeddings: FloatArray | None) -> Readings:
-    """By `FeedbackCollector`. The score weighs the reward by the confidence, as the learner does."""
+    """Predictions of `FeedbackCollector`; the score is reward times confidence."""
     collector = FeedbackCollector(name)
     read = [
         collector.extract(r.text, embedding=None if embeddings is None else embeddings[i])
@@ -67,7 +67,7 @@ def collected(name: str, replies: Sequence[Reply], embeddings: FloatArray | None
 
 
 def vader(replies: Sequence[Reply]) -> Readings:
-    """Hutto & Gilbert (2014), with the thresholds of its authors: compound at or beyond 0.05."""
+    """Hutto & Gilbert (2014), with the authors' thresholds: compound ≥ 0.05 or ≤ −0.05."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # noqa: PLC0415
 
     analyzer = SentimentIntensityAnalyzer()
@@ -89,7 +89,7 @@ def regression(train: Sequence[Reply], x: FloatArray) -> Callable[[FloatArray], 
 
 
 def scored(replies: Sequence[Reply], readings: Readings) -> dict[str, Any]:
-    """Every figure of one reader on one part."""
+    """All metrics of one reader on one part."""
     y = np.array([r.polarity for r in replies])
     hard = np.array([r.hard for r in replies])
     p = readings.signs
@@ -121,7 +121,7 @@ def scored(replies: Sequence[Reply], readings: Readings) -> dict[str, Any]:
 
 
 def microseconds(work: Callable[[], object], items: int, rounds: int = 9) -> float:
-    """Processor time per item, the best of some rounds."""
+    """CPU time per item, the best of `rounds`."""
     best = float("inf")
     for _ in range(rounds):
         start = time.process_time()
@@ -134,8 +134,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write every figure there")
-    parser.add_argument("--errors", action="store_true", help="list what the default extractor reads wrongly")
+    parser.add_argument("--json", type=Path, help="write all metrics to this file")
+    parser.add_argument("--errors", action="store_true", help="list the errors of the default extractor")
     args = parser.parse_args()
 
     encoder = load_encoder("minilm")

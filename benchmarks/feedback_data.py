@@ -1,7 +1,6 @@
-"""The labelled replies: what each says about the answer before it.
+"""Labelled replies: what each says about the preceding answer.
 
-`train` is what the semantic head learns from; `test` and `dialogue` are written in other words and are only
-ever measured.
+The semantic head is trained on `train`; `test` and `dialogue` are used only for evaluation.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Literal
 Part = Literal["train", "test", "dialogue"]
 
 CLASSES = ("positive", "negative", "correction", "confusion", "neutral")
-"""The four explicit signals, and "neutral": nothing said of the answer."""
+"""The four explicit signals, and "neutral" for replies that do not concern the answer."""
 POLARITY = {"positive": 1, "negative": -1, "correction": -1, "confusion": -1, "neutral": 0}
 
 _DATA = Path(__file__).parent / "data"
@@ -33,11 +32,11 @@ class Reply:
 
 
 WRITERS = 6
-"""`train` is by as many writers, a file each: holding one out tells how strangers are read."""
+"""Number of writers of `train`, one file each; holding one out measures generalisation to new writers."""
 
 
 def load(part: Part) -> list[Reply]:
-    """The replies of one part, in the order of its file or files."""
+    """The replies of one part, in file order."""
     if part == "train":
         return [reply for writer in range(1, WRITERS + 1) for reply in written_by(writer)]
     return _parsed(f"feedback_{part}.txt", starred=True)
@@ -58,7 +57,7 @@ def _parsed(file: str, starred: bool) -> list[Reply]:
         if heading:
             label = heading[1]
             if label not in CLASSES:
-                raise ValueError(f"{file} has a section {label!r}, wanted one of {CLASSES}")
+                raise ValueError(f"{file} has a section {label!r}, expected one of {CLASSES}")
             continue
         hard = starred and line.startswith("*")
         replies.append(Reply(line.removeprefix("*" if hard else "").replace("\\n", "\n"), label, hard))
@@ -66,5 +65,5 @@ def _parsed(file: str, starred: bool) -> list[Reply]:
 
 
 def normal(text: str) -> str:
-    """Without case and most punctuation: two replies with the same are the same reply."""
+    """Normalised text, without case and most punctuation, to find duplicates."""
     return " ".join(re.findall(r"\w+|[^\w\s.,;!\"'-]", text.lower())) or text.strip()

@@ -1,7 +1,8 @@
-"""The teacher of the semantic head: the sentence encoder itself, tuned to read replies. Never shipped.
+"""The teacher of the semantic head: the sentence encoder, fine-tuned to classify replies. Not shipped.
 
-Tang et al. (2019, "Distilling Task-Specific Knowledge from BERT into Simple Neural Networks"): a small
-network learns more from a tuned encoder's opinion of many altered replies than from the few labels alone.
+Knowledge distillation as in Tang et al. (2019, "Distilling Task-Specific Knowledge from BERT into Simple
+Neural Networks"): a small network learns more from the teacher's logits on many altered replies than from the
+labels only.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from cortex_core.text_encoder import SentenceTransformerEncoder
 
 EPOCHS, BATCH, RATE, LENGTH = 2, 64, 1.5e-4, 48
 SHARES = {"positive": 1.0, "negative": 0.6, "correction": 0.35, "confusion": 0.3, "neutral": 1.0}
-"""How much each class weighs in a loss, however many replies were written: the three that complain together
-weigh little more than praise."""
+"""Total weight of each class in the loss, independent of its number of replies."""
 
 
 def class_weights(y: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ def class_weights(y: torch.Tensor) -> torch.Tensor:
 
 
 def features_of(texts: Sequence[str]) -> torch.Tensor:
-    """(n, FEATURES) what the patterns see in each text."""
+    """(n, FEATURES) pattern features of each text."""
     return torch.from_numpy(np.stack([pattern_features(*read(text)) for text in texts]))
 
 
@@ -74,7 +74,7 @@ class Teacher(nn.Module):
 
 
 def tuned(replies: Sequence[Reply], seed: int) -> Teacher:
-    """A teacher of these replies. About ten minutes for 17,000 on one core."""
+    """Fine-tunes a teacher on labelled replies; about ten minutes for 17,000 on one core."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     teacher = Teacher(SentenceTransformerEncoder()).train()
@@ -93,7 +93,7 @@ def tuned(replies: Sequence[Reply], seed: int) -> Teacher:
     lengths = np.array([len(text) for text in texts])
     for epoch in range(EPOCHS):
         start = time.monotonic()
-        # Replies of like length share a batch, with some shuffling: little is padded.
+        # Batches of similar lengths need little padding; the noise shuffles them.
         order = np.array_split(np.argsort(lengths + 6.0 * rng.normal(size=len(y))), batches)
         for i in rng.permutation(batches):
             rows = order[i]
@@ -120,16 +120,16 @@ def opinions(teacher: Teacher, texts: Sequence[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def word_vectors(teacher: Teacher, words: Sequence[str]) -> FloatArray:
-    """(n, D) what the tuned encoder makes of each word alone."""
+    """(n, D) embeddings of single words by the fine-tuned encoder."""
     parts = [teacher.encoded(words[i : i + 256])[0] for i in range(0, len(words), 256)]
     vectors: FloatArray = torch.cat(parts).numpy()
     return vectors
 
 
 def altered(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """Up to `count` texts made of `texts`: words replaced by like ones, cut, joined, or with words lost.
+    """Up to `count` augmented texts: with words replaced by similar ones, cut, joined, or with words dropped.
 
-    They need not make sense; the teacher says what it thinks of each.
+    They need not make sense: the teacher labels them.
     """
     rng = random.Random(seed)
     often = Counter(word for text in texts for word in tokens(text)[0] if word.isalpha())

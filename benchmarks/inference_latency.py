@@ -1,18 +1,18 @@
-"""How long one decision takes over HTTP, acknowledged by Kafka, with 200 candidate memories.
+"""Latency of a decision over HTTP, acknowledged by Kafka, with 200 candidate memories.
 
     python -m benchmarks.inference_latency [--encoder minilm] [--requests 300] [--memories 200] [--json FILE]
 
-A Kafka (embedded, or that of `CORTEX_KAFKA`) and one inference worker run as processes of their own; this one
-asks through `CortexClient`, over one connection and over eight at once. Cases:
+Kafka (embedded, or that of `CORTEX_KAFKA`) and one inference worker run in their own processes; this one
+sends requests through `CortexClient`, with one and with eight concurrent callers. Cases:
 
-    all cached      the message and the memories' texts were seen before
-    new message     the message is new each time, the memories are not: what an agent does all day
+    all cached      message and memory texts are in the cache
+    new message     each message is new, the memories are cached: the usual case
     new memory      the message and ten memories are new each time
     embeddings      the message is new, the memories come with embeddings (base64 float16)
-    numbers         the same, as JSON lists of numbers, as other languages send them
+    numbers         the same, as JSON lists of numbers, as clients in other languages may send them
 
-Milliseconds from the call to the answer. The parts are the worker's own histograms: encoder calls, the
-model's decision, Kafka's acknowledgement. The load average says how busy the machine was with other work.
+Prints milliseconds from call to answer. The parts come from the worker's histograms: encoder, model, Kafka's
+acknowledgement. The load average shows how busy the machine was.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ Ask = Callable[[], Awaitable[object]]
 
 
 class Texts:
-    """Sentences of a dozen words; a new one each time, the same ones for a seed."""
+    """Distinct sentences of twelve words, determined by a seed."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -85,7 +85,7 @@ class Texts:
 def cases(
     client: CortexClient, http: httpx.AsyncClient, settings: Settings, count: int, texts: Texts
 ) -> dict[str, Ask]:
-    """One asking function for each case."""
+    """A function for each case that sends one request."""
     memories = {f"m-{i}": texts.new() for i in range(count)}
     rows = load_encoder(settings.encoder).encode_many(list(memories.values()))
     vectors = [{"id": id_, "embedding": row} for id_, row in zip(memories, rows, strict=True)]
@@ -113,7 +113,7 @@ def cases(
 
 
 async def measured(ask: Ask, requests: int, at_once: int) -> dict[str, float]:
-    """p50 and p99 in ms, and requests a second, of `at_once` callers that ask one after the other."""
+    """p50 and p99 in ms, and requests per second, of `at_once` concurrent callers."""
     took: list[float] = []
     left = itertools.count()
 
@@ -135,7 +135,7 @@ async def measured(ask: Ask, requests: int, at_once: int) -> dict[str, float]:
 
 
 async def parts(http: httpx.AsyncClient) -> dict[str, tuple[float, int]]:
-    """(seconds, times) that the worker has spent in each part so far."""
+    """(total seconds, number of calls) of each part in the worker so far."""
     text = (await http.get("/metrics")).text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     names = {
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--memories", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
     results = asyncio.run(run(arguments))
     print(f"load average {results['load_average']}, {results['machine']['cpus']} cpus")

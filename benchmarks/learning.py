@@ -1,9 +1,9 @@
-"""Does it learn, and better than what people would use instead?
+"""Quality of learning, compared with baselines.
 
     python -m benchmarks.learning --data ../shared/data/clinc150 --json learning.json --plot learning.png
 
-Delayed progressive validation: the decision first, the reply later; every figure is over decisions that were
-made before their reply was known. `benchmarks/README.md` says what the tasks and the figures are.
+Delayed progressive validation: every metric is over decisions that were made before their reply was known.
+`benchmarks/README.md` describes the tasks and metrics.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from cortex_core.evaluation import Learner, progressive_validation
 from cortex_core.feedback_collector import DEFAULT_EXTRACTOR, EXTRACTORS, Feedback
 
 Maker = Callable[[Task, int], Learner[Request, Answer, Feedback]]
-"""A learner for a task and a seed."""
+"""Creates a learner for a task and a seed."""
 
 BANDITS: dict[str, Maker] = {
     learner.name: learner for learner in (Uniform, LinUCB, Thompson, VowpalWabbit, KernelUCB)
@@ -59,7 +59,7 @@ CONFIDENCE = {learner.name: learner for learner in (ConstantConfidence, KernelAn
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One table: a world, who is judged in it, and by what."""
+    """One table: an environment, the learners and the metrics."""
 
     title: str
     world: World
@@ -91,8 +91,8 @@ BLOCKS: dict[str, Block] = {
         "combined",
         OURS | CONFIDENCE,
         measures.confidence_figures,
-        "content_final",
-        "content",
+        "satisfied_final",
+        "satisfied",
     ),
     "switch": Block(
         "Switch: preferences change at half time",
@@ -107,17 +107,17 @@ BLOCKS: dict[str, Block] = {
         "combined",
         OURS | ABLATIONS,
         measures.ablation_figures,
-        "content_final",
-        "content",
+        "satisfied_final",
+        "satisfied",
     ),
 }
 SWITCHING = 0.4
-"""Share of the kinds that change at half time in the task `switch`."""
+"""Fraction of the kinds that change at half time in the task `switch`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where sentences come from."""
+    """The source of the sentences."""
 
     data: Path | None
     encoder: str
@@ -125,7 +125,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One learner in one seed of one block."""
+    """One learner on one seed of one block."""
 
     block: str
     learner: str
@@ -136,22 +136,22 @@ class Job:
 
 @lru_cache(maxsize=2)
 def sentences_of(source: Source) -> Sentences:
-    """The sentences, once in a process."""
+    """The sentences, loaded once per process."""
     return load(source.data, encoder=source.encoder)
 
 
 def run(job: Job) -> Run:
-    """Judges one learner."""
+    """Evaluates one learner."""
     block = BLOCKS[job.block]
     task = make(block.world, sentences_of(job.source), job.settings, job.seed)
     learner = block.learners[job.learner](task, job.seed)
     steps = len(task.requests)
-    right, precision, content, chance, confidence = np.zeros((5, steps))
+    right, precision, satisfied, chance, confidence = np.zeros((5, steps))
     began = time.process_time()
     for step in progressive_validation(task.requests, learner, task.reply, delay=job.settings.delay):
         outcome = task.outcome(step.request, step.answer)
         i = step.step
-        right[i], precision[i], content[i] = outcome.right, outcome.precision, outcome.content
+        right[i], precision[i], satisfied[i] = outcome.right, outcome.precision, outcome.satisfied
         chance[i] = outcome.chance
         confidence[i] = np.nan if step.answer.confidence is None else step.answer.confidence
     return Run(
@@ -159,7 +159,7 @@ def run(job: Job) -> Run:
         seed=job.seed,
         right=right,
         precision=precision,
-        content=content,
+        satisfied=satisfied,
         chance=chance,
         confidence=confidence,
         changed=task.changed,
@@ -168,7 +168,7 @@ def run(job: Job) -> Run:
 
 
 def run_all(jobs: Sequence[Job], processes: int, console: Console) -> Iterator[tuple[Job, Run]]:
-    """Every job, in this process or in several. A progress bar, or a line for each run in a log."""
+    """Runs all jobs, in this process or in several, with a progress bar or, without a terminal, log lines."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("starting", total=len(jobs))
@@ -179,8 +179,8 @@ def run_all(jobs: Sequence[Job], processes: int, console: Console) -> Iterator[t
                 block = BLOCKS[job.block]
                 value = block.figures(result)[block.headline]
                 read = ", oracle" if job.settings.oracle else ""
-                said = f"{job.block}{read}, seed {job.seed}, {job.learner}: {block.headline} {value:.3f}"
-                console.print(f"{said}, {result.seconds:.0f} s", highlight=False)
+                line = f"{job.block}{read}, seed {job.seed}, {job.learner}: {block.headline} {value:.3f}"
+                console.print(f"{line}, {result.seconds:.0f} s", highlight=False)
 
         if processes == 1:
             for job in jobs:
@@ -189,7 +189,7 @@ def run_all(jobs: Sequence[Job], processes: int, console: Console) -> Iterator[t
                 done(job, result)
                 yield job, result
             return
-        # spawn: a forked process would inherit the threads of torch and BLAS half way through.
+        # spawn: forking while torch and BLAS threads run is unsafe.
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
             futures = {pool.submit(run, job): job for job in jobs}
             for future in as_completed(futures):
@@ -198,7 +198,7 @@ def run_all(jobs: Sequence[Job], processes: int, console: Console) -> Iterator[t
 
 
 def _one_thread() -> None:
-    from threadpoolctl import threadpool_limits  # noqa: PLC0415 - comes with scikit-learn, an extra
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415 - comes with scikit-learn, in the extra `bench`
 
     threadpool_limits(1)
 
@@ -217,9 +217,9 @@ def blocks_of(args: argparse.Namespace) -> dict[str, tuple[str, Settings]]:
         memories=args.memories,
         delay=args.delay,
     )
-    wanted = list(BLOCKS) if args.task == "all" else [args.task]
+    names = list(BLOCKS) if args.task == "all" else [args.task]
     out: dict[str, tuple[str, Settings]] = {}
-    for name in wanted:
+    for name in names:
         settings = replace(base, switch=SWITCHING) if name == "switch" else base
         out[name] = (name, settings)
         if args.oracle_replies:
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     blocks = blocks_of(args)
     only = None if args.only is None else {name.strip() for name in args.only.split(",")}
     if importlib.util.find_spec("vowpalwabbit") is None:
-        console.print("Vowpal Wabbit is left out: it comes with cortex-streams[bench]", style="yellow")
+        console.print("Skipping Vowpal Wabbit: install cortex-streams[bench]", style="yellow")
         only = (only or {name for block in BLOCKS.values() for name in block.learners}) - {VowpalWabbit.name}
     jobs: dict[Job, str] = {}
     for key, (name, settings) in blocks.items():
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if only is None or learner in only:
                     jobs[Job(name, learner, seed, settings, source)] = key
     if not jobs:
-        console.print(f"--only {args.only} names no learner of {', '.join(blocks)}")
+        console.print(f"--only {args.only} matches no learner of {', '.join(blocks)}")
         return 2
     runs: dict[str, list[Run]] = {key: [] for key in blocks}
     began = time.perf_counter()
@@ -288,28 +288,33 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.learning", description=(__doc__ or "").partition("\n")[0]
     )
     add = parser.add_argument
-    add("--data", type=Path, help="CLINC150's folder; without it sentences are generated")
+    add("--data", type=Path, help="folder of CLINC150; default: generated sentences")
     add("--task", choices=[*BLOCKS, "all"], default="all")
     add("--seeds", type=int, default=5)
     add("--first-seed", type=int, default=0)
     add("--steps", type=int, default=3000)
-    add("--only", help="learners to run, by name, separated by commas")
+    add("--only", help="comma-separated names of the learners to run")
     add("--strategies", type=int, default=7)
     add(
-        "--kinds", type=int, default=50, help="kinds of request in a seed, of CLINC150's 150 or 100 made ones"
+        "--kinds", type=int, default=50, help="kinds of request per seed, of 150 in CLINC150 or 100 generated"
     )
-    add("--groups", type=int, help="groups of kinds that share helpful memories; without it one an area")
+    add("--groups", type=int, help="groups of kinds that share helpful memories; default: one per area")
     add("--memories", type=int, default=200)
-    add("--silence", type=float, default=0.3, help="share of users who say nothing about the answer")
-    add("--noise", type=float, default=0.1, help="share of replies that contradict the truth")
-    add("--replies", choices=list(BANKS), default="plain", help="what the users type")
-    add("--extractor", choices=sorted(EXTRACTORS), default=DEFAULT_EXTRACTOR, help="what reads the replies")
-    add("--oracle-replies", action="store_true", help="a second block whose replies are read perfectly")
-    add("--delay", type=int, default=0, help="further decisions before a reply arrives")
+    add("--silence", type=float, default=0.3, help="fraction of users who do not comment on the answer")
+    add("--noise", type=float, default=0.1, help="fraction of replies that contradict the truth")
+    add("--replies", choices=list(BANKS), default="plain", help="bank of the users' replies")
+    add(
+        "--extractor",
+        choices=sorted(EXTRACTORS),
+        default=DEFAULT_EXTRACTOR,
+        help="extractor that reads the replies",
+    )
+    add("--oracle-replies", action="store_true", help="add a block whose replies are read without errors")
+    add("--delay", type=int, default=0, help="number of further decisions before a reply arrives")
     add("--encoder", default="minilm", help="minilm, hashing, hashing-DIM, a directory or a hub name")
-    add("--jobs", type=int, default=1, help="processes")
-    add("--json", type=Path, help="write all figures and curves here")
-    add("--plot", type=Path, help="write the learning curves here as PNG")
+    add("--jobs", type=int, default=1, help="number of processes")
+    add("--json", type=Path, help="write metrics and curves to this file")
+    add("--plot", type=Path, help="write the learning curves to this PNG file")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""From one run to its figures, and from the runs of several seeds to a table, a JSON file and a picture."""
+"""Metrics of a run, and their summary over seeds as table, JSON and plot."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ from cortex_core.evaluation import (
 
 MARKS = (100, 300, 1000, 3000)
 WINDOW = 200
-"""Steps behind each mark that its accuracy is the mean of; fewer at the first one."""
+"""Steps averaged for the accuracy at a mark; fewer at the first mark."""
 FINAL = 500
-"""Steps of the final accuracy, and of the accuracy before a switch."""
+"""Steps averaged for the final accuracy, and for the accuracy before a switch."""
 LAST = 1000
-"""Steps that the confidence is judged on, and that a learner has to recover in."""
+"""Last steps on which the confidence is evaluated; also the steps after a switch that count as loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one learner did in one seed of a task, step by step; each array is (steps,)."""
+    """The results of one learner on one seed of a task; each array is (steps,)."""
 
     learner: str
     seed: int
     right: DoubleArray
     """1 for the preferred strategy"""
     precision: DoubleArray
-    content: DoubleArray
+    satisfied: DoubleArray
     chance: DoubleArray
-    """P(content) given the answer, as the users know it"""
+    """true P(satisfied user) given the answer"""
     confidence: DoubleArray
-    """NaN where none was predicted"""
+    """NaN if none was predicted"""
     changed: npt.NDArray[np.bool_]
-    """whether the kind of request changes its preference at half time"""
+    """whether the preference of the request's kind changes at half time"""
     seconds: float
-    """of processor time"""
+    """CPU time"""
 
 
 def at_marks(values: DoubleArray, name: str) -> dict[str, float]:
-    """The windowed mean at each mark inside the run, and over the final steps."""
+    """The windowed mean at each mark, and over the final steps."""
     figures = {f"{name}_{mark}": window_mean(values, mark, WINDOW) for mark in MARKS if mark <= len(values)}
     return {**figures, f"{name}_final": window_mean(values, len(values), FINAL)}
 
 
 def strategy_figures(run: Run) -> dict[str, float | None]:
-    """Accuracy of the strategy, and how well the confidence foretells it."""
+    """Accuracy of the strategy, and calibration of the confidence."""
     return {**at_marks(run.right, "accuracy"), **_calibration(run)}
 
 
@@ -67,24 +67,25 @@ def memory_figures(run: Run) -> dict[str, float | None]:
 
 
 def confidence_figures(run: Run) -> dict[str, float | None]:
-    """Calibration over the last steps against true contentment, and what knowing its chance would give."""
-    content, chance = run.content[-LAST:], run.chance[-LAST:]
+    """Calibration over the last steps, beside that of the true probability."""
+    satisfied, chance = run.satisfied[-LAST:], run.chance[-LAST:]
     return {
         **_calibration(run),
-        "brier_of_true_chance": brier_score(chance, content),
-        "auroc_of_true_chance": auroc(chance, content),
-        "content_final": window_mean(run.content, len(run.content), FINAL),
+        "brier_of_true_chance": brier_score(chance, satisfied),
+        "auroc_of_true_chance": auroc(chance, satisfied),
+        "satisfied_final": window_mean(run.satisfied, len(run.satisfied), FINAL),
         "accuracy_final": window_mean(run.right, len(run.right), FINAL),
         "precision_final": window_mean(run.precision, len(run.precision), FINAL),
     }
 
 
 def switch_figures(run: Run) -> dict[str, float | None]:
-    """What a change of preferences at half time costs.
+    """The cost of a change of preferences at half time.
 
-    `recovery_steps` counts to the first window of 200 steps with 90% of the accuracy before; NaN-free: a run
-    that never recovers counts as all the steps it had. The losses are of the situations that did not change:
-    accuracy over the 500 steps before the switch, minus that over the 1,000 after it, and over the final 500.
+    `recovery_steps` is the number of steps to the first window of 200 steps with 90% of the accuracy before;
+    a run that never recovers counts with all its remaining steps. The losses are those of the kinds that did
+    not change: accuracy over the 500 steps before the switch, minus that over the 1,000 after it, and over
+    the final 500.
     """
     half = len(run.right) // 2
     steps = np.arange(len(run.right))
@@ -107,10 +108,10 @@ def switch_figures(run: Run) -> dict[str, float | None]:
 
 
 def ablation_figures(run: Run) -> dict[str, float | None]:
-    """All of it in short."""
+    """The main metrics of strategy, memories and confidence."""
     figures = confidence_figures(run)
-    wanted = ("accuracy_final", "precision_final", "content_final", "ece", "brier", "auroc")
-    return {name: figures[name] for name in wanted} | {
+    names = ("accuracy_final", "precision_final", "satisfied_final", "ece", "brier", "auroc")
+    return {name: figures[name] for name in names} | {
         "accuracy_300": window_mean(run.right, min(300, len(run.right)), WINDOW)
     }
 
@@ -122,7 +123,7 @@ def summarize(
     curve: str,
     ours: str = "cortex",
 ) -> dict[str, Any]:
-    """Per learner: each figure's mean, std, median and values; `ratio` of the headline's mean to ours."""
+    """Per learner: mean, std, median and values of each metric; `ratio` of the headline's mean to ours."""
     learners: dict[str, Any] = {}
     for name in dict.fromkeys(run.learner for run in runs):
         own = sorted((run for run in runs if run.learner == name), key=lambda r: r.seed)
@@ -141,7 +142,7 @@ def summarize(
 
 
 def table(title: str, block: Mapping[str, Any]) -> Table:
-    """mean ± std (median) of each figure, one learner a row."""
+    """Mean ± std (median) of each metric, one row per learner."""
     learners = block["learners"]
     names = list(next(iter(learners.values()))["metrics"])
     out = Table(title=title, title_justify="left", show_lines=False)
@@ -167,7 +168,7 @@ def table(title: str, block: Mapping[str, Any]) -> Table:
 
 
 def plot(blocks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Learning curves of every block as PNG: mean over seeds, with a band of one standard deviation.
+    """Writes the learning curves of every block as PNG: mean over seeds ± one standard deviation.
 
     Raises:
         ImportError: matplotlib is missing; it comes with cortex-streams[embedded].
@@ -186,7 +187,7 @@ def plot(blocks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.12, linewidth=0)
         axis.set_title(title)
         axis.set_xlabel("step")
-        axis.set_ylabel({"right": "accuracy", "precision": "precision@3"}.get(block["curve_of"], "content"))
+        axis.set_ylabel({"right": "accuracy", "precision": "precision@3"}.get(block["curve_of"], "satisfied"))
         axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", ncols=2, loc="lower right")
@@ -197,13 +198,13 @@ def plot(blocks: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def _calibration(run: Run) -> dict[str, float | None]:
-    content, confidence = run.content[-LAST:], run.confidence[-LAST:]
+    satisfied, confidence = run.satisfied[-LAST:], run.confidence[-LAST:]
     if np.isnan(confidence).any():
         return {"ece": None, "brier": None, "auroc": None}
     return {
-        "ece": expected_calibration_error(confidence, content),
-        "brier": brier_score(confidence, content),
-        "auroc": auroc(confidence, content),
+        "ece": expected_calibration_error(confidence, satisfied),
+        "brier": brier_score(confidence, satisfied),
+        "auroc": auroc(confidence, satisfied),
     }
 
 

@@ -1,4 +1,4 @@
-"""What people would use instead to retrieve memories, told the same feedback about the whole answer."""
+"""Baselines for memory retrieval, with the same feedback about the whole answer as the learner."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from benchmarks.baselines import KernelUCB, Uniform, contentment
+from benchmarks.baselines import KernelUCB, Uniform, label_of
 from benchmarks.tasks import Answer, Request, Task
 from cortex_core.arrays import DoubleArray, FloatArray
 from cortex_core.feedback_collector import Feedback
 
 
 class Cosine:
-    """The three memories nearest to the request; any strategy."""
+    """The three memories nearest to the request; a random strategy."""
 
     name = "cosine"
 
@@ -27,14 +27,14 @@ class Cosine:
         return Answer(int(self._rng.integers(self._strategies)), tuple(top.tolist()))
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """Nothing to learn."""
+        """Learns nothing."""
 
 
 class Bilinear:
-    """score = xᵀ W m with W the identity at birth, trained by logistic loss on the slate's mean score.
+    """score = xᵀ W m with W initialised to the identity, trained by logistic loss on the slate's mean score.
 
-    P(content) = σ(gain · mean score + b); one stochastic gradient step on W and b with each reply. It
-    explores by Gumbel noise on the scores (a Plackett–Luce draw).
+    P(satisfied user) = σ(gain · mean score + b); one stochastic gradient step on W and b per reply. Explores
+    by Gumbel noise on the scores (a Plackett–Luce draw).
     """
 
     name = "bilinear"
@@ -58,10 +58,10 @@ class Bilinear:
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
         """One gradient step."""
-        seen = contentment(feedback)
-        if seen is None:
+        labelled = label_of(feedback)
+        if labelled is None:
             return
-        y, weight = seen
+        y, weight = labelled
         x = request.message.astype(np.float64)
         mean = self._memories[list(answer.memories)].mean(0)
         error = weight * (_sigmoid(self._gain * float(x @ self._w @ mean) + self._b) - y)
@@ -70,7 +70,7 @@ class Bilinear:
 
 
 class KernelAndBilinear:
-    """Kernel UCB for the strategy beside `Bilinear` for the memories; confident as kernel UCB is."""
+    """Kernel UCB for strategy and confidence, `Bilinear` for the memories."""
 
     name = "kernel UCB + bilinear"
 
@@ -82,29 +82,29 @@ class KernelAndBilinear:
         return replace(self._kernel.decide(request), memories=self._bilinear.decide(request).memories)
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """Both are told."""
+        """Trains both."""
         self._kernel.learn(request, answer, feedback)
         self._bilinear.learn(request, answer, feedback)
 
 
 class ConstantConfidence:
-    """Chance, and always the share of content replies so far as its confidence."""
+    """Uniform choice; the confidence is the fraction of satisfied users so far."""
 
     name = "constant confidence"
 
     def __init__(self, task: Task, seed: int) -> None:
         self._uniform = Uniform(task, seed)
-        self._content, self._replies = 1.0, 2.0
+        self._satisfied, self._replies = 1.0, 2.0
 
     def decide(self, request: Request) -> Answer:
-        return replace(self._uniform.decide(request), confidence=self._content / self._replies)
+        return replace(self._uniform.decide(request), confidence=self._satisfied / self._replies)
 
     def learn(self, request: Request, answer: Answer, feedback: Feedback) -> None:
-        """Counts."""
-        seen = contentment(feedback)
-        if seen is not None:
-            self._content += seen[0] * seen[1]
-            self._replies += seen[1]
+        """Counts satisfied users."""
+        labelled = label_of(feedback)
+        if labelled is not None:
+            self._satisfied += labelled[0] * labelled[1]
+            self._replies += labelled[1]
 
 
 def _bank(task: Task) -> FloatArray:

@@ -1,7 +1,7 @@
-"""What the users of the benchmark type: two banks of replies that share no sentence.
+"""Replies of the benchmark's users: two banks without common sentences.
 
-Written as people type in a chat, without an eye on any reader's word list: much of it has no word that says
-"good" or "bad", some has the wrong one. `plain` is the default; `terse` is shorter, ruder and less readable.
+Written like chat messages, independently of the extractors' word lists: many have no word that says "good" or
+"bad", some have the wrong one. `plain` is the default; `terse` is shorter, ruder and harder to read.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ReplyBank:
-    """Replies of a content user, of one who is not, and of one who says nothing about the answer."""
+    """Replies of satisfied users, of dissatisfied users, and replies that do not concern the answer."""
 
-    content: tuple[str, ...]
-    discontent: tuple[str, ...]
+    satisfied: tuple[str, ...]
+    dissatisfied: tuple[str, ...]
     neutral: tuple[str, ...]
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """All of them."""
-        return (*self.content, *self.discontent, *self.neutral)
+        """All replies."""
+        return (*self.satisfied, *self.dissatisfied, *self.neutral)
 
 
 # fmt: off
 _PLAIN = ReplyBank(
-    content=(
+    satisfied=(
         "Thanks!", "Thank you so much", "thanks, that worked", "Perfect", "Perfect, thank you",
         "That's right", "Great, that's what I needed", "awesome", "Yes, exactly", "that helps a lot, thanks",
         "Great answer", "Works now, cheers", "That did the trick", "Brilliant", "Good, thanks",
@@ -52,7 +52,7 @@ _PLAIN = ReplyBank(
         "good catch", "well spotted", "Smart idea, I'd not have thought of it", "worth the wait",
         "my fault, your first answer was fine",
     ),
-    discontent=(
+    dissatisfied=(
         "That's wrong", "No, that's not right", "Not right", "that didn't work", "This is useless",
         "wrong answer", "No, I meant the other one", "Actually, I asked about something else", "What?",
         "I don't understand", "Can you clarify?", "That makes no sense", "👎", "Not helpful",
@@ -93,7 +93,7 @@ _PLAIN = ReplyBank(
 )
 
 _TERSE = ReplyBank(
-    content=(
+    satisfied=(
         "ty", "thx", "yes!", "yep", "nice", "cool cool", "sweet", "🙏", "🎉", "gr8", "works", "fixed",
         "solved it", "that's it", "spot on", "bingo", "cheers mate", "legend", "ace", "good stuff", "gold",
         "ez", "done deal", "runs fine", "up again", "passed", "it's in", "got the refund", "arrived today",
@@ -101,7 +101,7 @@ _TERSE = ReplyBank(
         "makes sense", "you rock", "A+", "smooth", "nailed it", "no more errors", "can't complain",
         "wasn't hard at all", "fair enough, agreed",
     ),
-    discontent=(
+    dissatisfied=(
         "nope", "nah", "no", "wrong one", "???", "eh?", "huh", "meh", "useless", "fail", "broken",
         "still broken", "same error", "404", "timed out", "dead link", "2/5", "D-", "🙄", "😡", "lol no",
         "not that", "other way round", "too vague", "way too long", "get to the point", "rubbish", "garbage",
@@ -118,4 +118,4 @@ _TERSE = ReplyBank(
 # fmt: on
 
 BANKS: Mapping[str, ReplyBank] = {"plain": _PLAIN, "terse": _TERSE}
-"""By the name that `--replies` takes."""
+"""Values of `--replies`."""

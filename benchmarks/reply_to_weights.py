@@ -1,17 +1,17 @@
-"""How long from a user's reply to weights that have learned from it, on real processes.
+"""Latency from a user's reply to weights that have learned from it, with real processes.
 
     python -m benchmarks.reply_to_weights [--idle 30] [--rate 50 --seconds 20 --models 4] [--json FILE]
 
-Kafka, Redis, a joiner and a trainer run as processes of their own, embedded or those of `CORTEX_KAFKA` and
-`CORTEX_REDIS_URL`. This process is the agent and the inference worker: it sends interactions and replies to
-Kafka, and follows the weights as every inference worker does. Two runs: idle (one reply at a time, on a
-system that waits) and under load (a steady rate of replies over several models). For each reply:
+Kafka, Redis, a joiner and a trainer run in their own processes (Kafka and Redis embedded, or those of
+`CORTEX_KAFKA` and `CORTEX_REDIS_URL`). This process is agent and inference worker: it sends interactions and
+replies to Kafka, and follows the weights. Two runs: idle (one reply at a time) and load (a constant rate of
+replies over several models). For each reply:
 
-    sent ──▶ experience     the joiner has joined it with its interaction, and published
-         ──▶ learned        the trainer has made the version that first contains it (`created_at`)
-         ──▶ serving        a follower has read, verified and built that version, and swapped it in
+    sent ──▶ experience     the joiner has joined it with its interaction and published the experience
+         ──▶ learned        the trainer has created the first version that contains it (`created_at`)
+         ──▶ serving        a follower has read, verified and loaded that version
 
-All by this machine's one clock, from the moment before the reply is handed to the producer.
+All times are from one machine's clock, since just before the reply is passed to the producer.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ REPLIES = ("thanks, that worked", "no, that's wrong", "perfect, exactly what I n
 
 @dataclass
 class Reply:
-    """One reply on its way; times in seconds since `sent`."""
+    """One reply; times in seconds since `sent`."""
 
     sent: float
     model_id: str
     place: tuple[str, int] | None = None
-    """"topic-partition" and offset of its experience."""
+    """"topic-partition" and offset of its experience"""
     after: dict[str, float] = field(default_factory=dict)
 
 
 class Agent:
-    """Sends interactions and replies, and notes when what becomes of them is seen."""
+    """Sends interactions and replies, and records when their experiences and weights arrive."""
 
     def __init__(self, settings: Settings, seed: int = 0) -> None:
         self.settings = settings
@@ -82,7 +82,7 @@ class Agent:
         await self._producer.start()
         await self._consumer.start()
         await self._follower.start()
-        await self._follower.caught_up.wait()
+        await self._follower.until_caught_up()
         self._reading = asyncio.create_task(self._read())
         return self
 
@@ -94,7 +94,7 @@ class Agent:
         await self._producer.stop()
 
     async def interact(self, model_id: str) -> tuple[str, str]:
-        """One decision, logged; (interaction_id, conversation_id)."""
+        """Sends one interaction; returns (interaction_id, conversation_id)."""
         message = self._unit()
         event = InteractionEvent(
             occurred_at=utc_now(),
@@ -121,7 +121,7 @@ class Agent:
         return event.interaction_id, event.conversation_id
 
     async def reply(self, interaction_id: str, conversation_id: str, model_id: str) -> None:
-        """The user's reply."""
+        """Sends a reply."""
         event = ReplyEvent(
             occurred_at=utc_now(),
             reply_id=new_id(),
@@ -136,7 +136,7 @@ class Agent:
         )
 
     async def all_done(self, timeout_s: float = 60.0) -> None:
-        """Returns when every reply sent is in weights that serve."""
+        """Waits until all replies sent are in weights that serve."""
         async with asyncio.timeout(timeout_s):
             await self._none_waiting.wait()
 
@@ -162,7 +162,7 @@ class Agent:
         self._settle()
 
     def _settle(self) -> None:
-        """A version may be seen before its experience is read here: both orders lead to this."""
+        """Matches experiences and versions, which may arrive here in either order."""
         for interaction_id, reply in list(self.waiting.items()):
             if reply.place is None:
                 continue
@@ -177,19 +177,19 @@ class Agent:
 
 
 async def idle(agent: Agent, replies: int) -> list[Reply]:
-    """One reply at a time, each on a system that has nothing to do."""
+    """Sends one reply at a time, each to an idle system."""
     for n in range(replies + 1):
         names = await agent.interact("idle")
         await asyncio.sleep(2 * agent.settings.publish_interval_s)
         await agent.reply(*names, "idle")
         await agent.all_done()
         if n == 0:
-            agent.done.clear()  # the first one also makes the model
+            agent.done.clear()  # the first reply also creates the model
     return agent.done
 
 
 async def load(agent: Agent, rate: float, seconds: float, models: int) -> list[Reply]:
-    """`rate` interactions and as many replies a second, over `models` models."""
+    """Sends `rate` replies per second, over `models` models."""
     count = int(rate * seconds)
     names = [f"load-{i}" for i in range(models)]
     asked = [(await agent.interact(names[n % models]), names[n % models]) for n in range(count)]
@@ -204,7 +204,7 @@ async def load(agent: Agent, rate: float, seconds: float, models: int) -> list[R
 
 
 def figures(replies: list[Reply]) -> dict[str, Any]:
-    """Milliseconds, p50, p99 and the longest, of each stage."""
+    """p50, p99 and maximum of each stage, in ms."""
     out: dict[str, Any] = {"replies": len(replies)}
     for stage in STAGES:
         ms = np.array([1000 * r.after[stage] for r in replies])
@@ -239,11 +239,11 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--idle", type=int, default=30, help="replies on an idle system")
-    parser.add_argument("--rate", type=float, default=50.0, help="replies a second under load")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of load")
-    parser.add_argument("--models", type=int, default=4, help="that the load is spread over")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--idle", type=int, default=30, help="number of replies to an idle system")
+    parser.add_argument("--rate", type=float, default=50.0, help="replies per second under load")
+    parser.add_argument("--seconds", type=float, default=20.0, help="duration of the load")
+    parser.add_argument("--models", type=int, default=4, help="number of models under load")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     results = asyncio.run(run(parser.parse_args()))
     print(f"{'ms after the reply':>22}  {'p50':>8}  {'p99':>8}  {'max':>8}")
     for name in ("idle", "load"):

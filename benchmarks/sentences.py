@@ -1,7 +1,7 @@
-"""Sentences of known kinds, and their embeddings: CLINC150 where its folder is given, else made here.
+"""Sentences of known kinds (intents), and their embeddings: CLINC150 if its folder is given, else generated.
 
 CLINC150: Larson et al., "An Evaluation Dataset for Intent Classification and Out-of-Scope Prediction",
-EMNLP 2019, CC BY 3.0; `data_full.json.gz` and `domains.json` in one folder. It is not part of this project.
+EMNLP 2019, CC BY 3.0; `data_full.json.gz` and `domains.json` in one folder. Not part of this project.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Sentences:
-    """n sentences, each of one kind; each kind in one area."""
+    """n sentences; each belongs to one kind, each kind to one area."""
 
     source: str
     encoder: str
-    """what embedded them"""
+    """text encoder of the embeddings"""
     texts: tuple[str, ...]
     kind: Ints
-    """(n,) 0 … kinds − 1; the users' hidden preference hangs on it"""
+    """(n,) 0 … kinds − 1; determines the hidden preference"""
     area: Ints
     """(kinds,) 0 … areas − 1"""
     embeddings: FloatArray
@@ -41,24 +41,26 @@ class Sentences:
 
     @property
     def kinds(self) -> int:
-        """How many kinds there are."""
+        """Number of kinds."""
         return len(self.area)
 
     @property
     def areas(self) -> int:
-        """How many areas there are."""
+        """Number of areas."""
         return int(self.area.max()) + 1
 
 
 def clinc150(folder: Path) -> tuple[list[str], list[int], list[int]]:
-    """(texts, kind of each, area of each kind) of CLINC150's training part.
+    """(texts, kind of each, area of each kind) of the training part of CLINC150.
 
     Raises:
-        SystemExit: the folder does not hold it.
+        SystemExit: the folder does not contain it.
     """
     data, domains = folder / "data_full.json.gz", folder / "domains.json"
     if not data.is_file() or not domains.is_file():
-        raise SystemExit(f"{folder} holds no {data.name} and {domains.name}; --data wants CLINC150's folder")
+        raise SystemExit(
+            f"{folder} does not contain {data.name} and {domains.name}; --data expects the folder of CLINC150"
+        )
     with gzip.open(data, "rt", encoding="utf-8") as file:
         rows: list[tuple[str, str]] = json.load(file)["train"]
     areas: dict[str, list[str]] = json.loads(domains.read_text("utf-8"))
@@ -124,7 +126,7 @@ SENTENCES_PER_KIND = 100
 
 
 def generated() -> tuple[list[str], list[int], list[int]]:
-    """(texts, kind of each, area of each kind): pairs of a thing and a wish about it; always the same."""
+    """(texts, kind of each, area of each kind) of combinations of objects and actions; deterministic."""
     things = [(area, names) for area, group in enumerate(_OBJECTS.values()) for names in group]
     pairs = list(itertools.product(things, _ACTIONS))
     rng = np.random.default_rng(0)
@@ -149,9 +151,9 @@ def load(
     """Sentences with their embeddings.
 
     Args:
-        data: CLINC150's folder; None makes sentences.
-        encoder: as `cortex_core.text_encoder.load_encoder` takes it.
-        note: told what takes a while.
+        data: the folder of CLINC150; None generates sentences.
+        encoder: argument of `cortex_core.text_encoder.load_encoder`.
+        note: called with progress messages.
     """
     texts, kind, area = generated() if data is None else clinc150(data)
     return Sentences(
@@ -165,9 +167,9 @@ def load(
 
 
 def some_kinds(sentences: Sentences, count: int, rng: np.random.Generator) -> tuple[Sentences, FloatArray]:
-    """The sentences of `count` kinds drawn by chance, numbered anew, and the embeddings of all others."""
+    """The sentences of `count` random kinds, renumbered, and the embeddings of the other sentences."""
     if not 2 <= count <= sentences.kinds:
-        raise SystemExit(f"--kinds is {count}, wanted 2 to {sentences.kinds} of {sentences.source}")
+        raise SystemExit(f"--kinds is {count}, expected 2 to {sentences.kinds} for {sentences.source}")
     kept = rng.choice(sentences.kinds, count, replace=False)
     number = np.full(sentences.kinds, -1)
     number[kept] = np.arange(count)
@@ -186,7 +188,7 @@ def some_kinds(sentences: Sentences, count: int, rng: np.random.Generator) -> tu
 def embed(
     texts: Sequence[str], encoder: str = "minilm", *, note: Callable[[str], None] = lambda message: None
 ) -> FloatArray:
-    """(n, D) embeddings, kept in the user's cache folder: a sentence encoder takes milliseconds a text."""
+    """(n, D) embeddings, cached on disk: a sentence encoder takes milliseconds per text."""
     digest = hashlib.sha256("\0".join([encoder, *texts]).encode()).hexdigest()[:20]
     path = cache_folder() / f"{digest}.npy"
     if path.is_file():

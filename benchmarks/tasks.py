@@ -1,7 +1,7 @@
-"""The worlds a learner is judged in: requests, hidden preferences, and users who reply in words.
+"""Simulated environments: requests, hidden preferences, and users who reply in words.
 
-A `Task` is one seed of one world. What a learner sees is in `Request` and `Feedback`; everything else here
-is the users' own. All chance is drawn before the run, so that every learner meets the same requests, and the
+A `Task` is one seed of one environment (`World`). A learner sees `Request` and `Feedback`; everything else is
+hidden. All random numbers are drawn before the run, so that every learner gets the same requests, and the
 same silence, noise and choice of words at the same step.
 """
 
@@ -28,18 +28,18 @@ from cortex_core.feedback_collector import (
 World = Literal["strategy", "memory", "combined"]
 
 MEMORY_CHANCE = (0.05, 0.35, 0.7, 0.95)
-"""memory: P(content) with 0, 1, 2, 3 helpful memories among the three"""
+"""memory: P(satisfied user) with 0, 1, 2, 3 helpful memories among the three"""
 COMBINED_CHANCE = (0.6, 0.85, 0.95, 0.98)
-"""combined: the same where the strategy is the preferred one"""
+"""combined: the same with the preferred strategy"""
 WRONG_STRATEGY_CHANCE = 0.03
-"""combined: P(content) where it is not"""
+"""combined: P(satisfied user) with a different strategy"""
 NO_REPLY = 2 / 3
-"""Share of the users silent about the answer who send nothing; the others go on about something else."""
+"""Fraction of the users silent about the answer who send no reply; the others change the subject."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a learner is shown."""
+    """A request, as the learner sees it."""
 
     step: int
     text: str
@@ -49,55 +49,55 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a learner decided."""
+    """A learner's decision."""
 
     strategy: int
     memories: tuple[int, ...] = ()
     """rows of `Task.memories`, best first"""
     confidence: float | None = None
-    """[0, 1] predicted probability of a content user; None where the learner predicts none"""
+    """predicted probability of a satisfied user, in [0, 1]; None if the learner does not predict it"""
     extra: object = None
-    """whatever the learner wants back with the feedback"""
+    """data that the learner gets back with the feedback"""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How good an answer was, as only the user knows."""
+    """The true quality of an answer, hidden from the learner."""
 
     right: bool
-    """the preferred strategy"""
+    """whether the strategy is the preferred one"""
     precision: float
-    """share of helpful memories among the first three; 0 without memories"""
+    """fraction of helpful memories among the first three; 0 without memories"""
     chance: float
-    """probability that this user is content"""
-    content: bool
+    """true probability of a satisfied user"""
+    satisfied: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What makes a world; see the flags of `benchmarks.learning`."""
+    """Parameters of an environment; see the flags of `benchmarks.learning`."""
 
     steps: int = 3000
     kinds: int = 50
-    """kinds of request, drawn anew in each seed"""
+    """kinds of request, drawn for each seed"""
     strategies: int = 7
     silence: float = 0.3
     noise: float = 0.1
     replies: str = "plain"
     extractor: str = DEFAULT_EXTRACTOR
-    """what reads the replies"""
+    """extractor that reads the replies"""
     oracle: bool = False
     memories: int = 200
     groups: int | None = None
-    """kinds of request that share their helpful memories: None, one group an area"""
+    """number of groups of kinds that share their helpful memories; None: one group per area"""
     switch: float = 0.0
-    """share of the kinds whose users change their mind at half time"""
+    """fraction of the kinds whose preference changes at half time"""
     delay: int = 0
 
 
 @dataclass(slots=True)
 class Task:
-    """One seed of one world."""
+    """One seed of one environment."""
 
     world: World
     settings: Settings
@@ -110,26 +110,26 @@ class Task:
     memories: FloatArray | None
     """(M, D), or None"""
     helpful: tuple[frozenset[int], ...] = ()
-    """for each kind"""
+    """rows of the helpful memories of each kind"""
     encoder: str = "minilm"
-    """what embedded requests and memories"""
+    """text encoder of requests and memories"""
     _chance: DoubleArray = field(default_factory=lambda: np.zeros((0, 5)))
-    """(steps, 5) uniform numbers: content, silent, silent in which way, noisy, which words"""
+    """(steps, 5) uniform random numbers for: satisfied, silent, kind of silence, noise, choice of words"""
     _reader: Reader | None = None
 
     def best(self, step: int) -> int:
-        """The strategy that this request's user prefers."""
+        """The preferred strategy at a step."""
         half = step >= len(self.requests) // 2
         return int(self.preferred[int(half), self.kinds[step]])
 
     @property
     def changed(self) -> npt.NDArray[np.bool_]:
-        """(steps,) whether the request's kind changes its preference at half time."""
+        """(steps,) whether the preference of the request's kind changes at half time."""
         moved: npt.NDArray[np.bool_] = (self.preferred[0] != self.preferred[1])[self.kinds]
         return moved
 
     def outcome(self, request: Request, answer: Answer) -> Outcome:
-        """How good the answer is."""
+        """The true quality of an answer."""
         right = answer.strategy == self.best(request.step)
         precision = 0.0
         if self.memories is not None:
@@ -144,7 +144,7 @@ class Task:
         return Outcome(right, precision, chance, bool(self._chance[request.step, 0] < chance))
 
     def reply(self, request: Request, answer: Answer) -> Feedback | None:
-        """What the user types, read. None: nothing came."""
+        """The feedback extracted from the user's reply; None without a reply."""
         _, silent, kind_of_silence, noisy, word = self._chance[request.step]
         bank = BANKS[self.settings.replies]
         meant: Literal[-1, 0, 1]
@@ -153,8 +153,8 @@ class Task:
                 return None
             texts, meant = bank.neutral, 0
         else:
-            good = self.outcome(request, answer).content != (noisy < self.settings.noise)
-            texts, meant = (bank.content, 1) if good else (bank.discontent, -1)
+            good = self.outcome(request, answer).satisfied != (noisy < self.settings.noise)
+            texts, meant = (bank.satisfied, 1) if good else (bank.dissatisfied, -1)
         if self.settings.oracle:
             return read_perfectly(meant)
         if self._reader is None:
@@ -163,7 +163,7 @@ class Task:
 
 
 def read_perfectly(meant: Literal[-1, 0, 1]) -> Feedback:
-    """The reading of someone who knows what the user meant (not whether it is true: noise stays noise)."""
+    """Feedback of an oracle that knows what the reply says; noisy replies stay noisy."""
     if meant == 0:
         return Feedback.of([FeedbackSignal.of(SignalType.ENGAGEMENT, 1.0, "[meant]")], 0.1, "oracle-1")
     kind = SignalType.POSITIVE if meant > 0 else SignalType.NEGATIVE
@@ -171,7 +171,7 @@ def read_perfectly(meant: Literal[-1, 0, 1]) -> Feedback:
 
 
 class Reader:
-    """The one `FeedbackCollector` for all learners, with the embedding that the joiner would give it."""
+    """Extracts feedback as the joiner does, with the reply's embedding; cached, shared by all learners."""
 
     def __init__(self, bank: ReplyBank, encoder: str, extractor: str = DEFAULT_EXTRACTOR) -> None:
         self._collector = FeedbackCollector(extractor)
@@ -187,10 +187,10 @@ class Reader:
 
 
 def make(world: World, sentences: Sentences, settings: Settings, seed: int) -> Task:
-    """The world of one seed.
+    """Creates the environment of one seed.
 
     Raises:
-        SystemExit: there are too few sentences for it.
+        SystemExit: there are too few sentences.
     """
     rng = np.random.default_rng([seed, {"strategy": 1, "memory": 2, "combined": 3}[world]])
     sentences, others = some_kinds(sentences, settings.kinds, rng)
@@ -202,9 +202,7 @@ def make(world: World, sentences: Sentences, settings: Settings, seed: int) -> T
         memories, helpful, used = _memory_bank(sentences, others, settings, order, rng)
     stream = order[~np.isin(order, used)]
     if len(stream) < settings.steps:
-        raise SystemExit(
-            f"{len(stream)} sentences are too few for {settings.steps} steps: a sentence is asked once"
-        )
+        raise SystemExit(f"{len(stream)} sentences are too few for {settings.steps} steps: each is used once")
     stream = stream[: settings.steps]
     before = rng.integers(settings.strategies, size=sentences.kinds)
     after = before.copy()
@@ -232,10 +230,10 @@ def make(world: World, sentences: Sentences, settings: Settings, seed: int) -> T
 def _memory_bank(
     sentences: Sentences, others: FloatArray, settings: Settings, order: Ints, rng: np.random.Generator
 ) -> tuple[FloatArray, tuple[frozenset[int], ...], Ints]:
-    """Memories are sentences that are never asked. A group of kinds has n = memories / groups of them:
+    """Memories are sentences that are not requests. A group of kinds has n = memories / groups of them:
 
-    - 3n/10 close by cosine and helpful, 3n/10 close and useless: sentences of the group's own kinds;
-    - 2n/10, at least 2, far and helpful, the rest far and useless: sentences of kinds that nobody asks about.
+    - 3n/10 close by cosine and helpful, 3n/10 close and useless: sentences of the group's kinds;
+    - 2n/10, at least 2, far and helpful, the rest far and useless: sentences of unused kinds.
     """
     groups = settings.groups or sentences.areas
     group_of = sentences.area if settings.groups is None else rng.permutation(sentences.kinds) % groups
@@ -245,7 +243,7 @@ def _memory_bank(
     far_bad = max(0, n - close_good - close_bad - far_good)
     if len(others) < groups * (far_good + far_bad):
         raise SystemExit(
-            f"--kinds {settings.kinds} leaves too few sentences that nobody asks about; try fewer"
+            f"--kinds {settings.kinds} leaves too few sentences of unused kinds for the memories; try fewer"
         )
     far = iter(rng.permutation(len(others)))
     good: list[frozenset[int]] = []

@@ -1,12 +1,12 @@
-"""Makes `cortex_core/feedback/data/head.safetensors`: the semantic head of the feedback reader.
+"""Trains `cortex_core/feedback/data/head.safetensors`, the semantic head of the feedback extractor.
 
     python -m benchmarks.train_feedback_head [--out FILE] [--hold-out WRITER] [--work DIR]
 
-It learns from `data/feedback_train_*.txt`, from replies composed of their parts (praise and the next request,
-courtesy and a complaint), and from what a teacher (`feedback_teacher.py`) thinks of altered ones.
+Training data are `data/feedback_train_*.txt`, replies composed of their parts (praise and the next request,
+courtesy and a complaint), and augmented replies labelled by a teacher (`feedback_teacher.py`).
 `feedback_test.txt` and `feedback_dialogue.txt` are never read. `--hold-out` leaves one writer out and
-measures on that writer's replies: so everything here was chosen. `--work` keeps the lessons for the next run.
-About 25 minutes on one core, most of it the teacher's.
+evaluates on that writer's replies: all settings here were chosen this way. `--work` keeps the training data
+for the next run. Takes about 25 minutes on one core, most of it for the teacher.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from cortex_core.feedback.tokens import MOST, Vocabulary, tokens
 from cortex_core.text_encoder import SentenceTransformerEncoder
 
 TAUGHT, HIDDEN, CHANNELS, WORD_DIM = 2, 192, 192, 56
-"""Members that see words and learn from the teacher."""
+"""Number and sizes of the ensemble members that see words and learn from the teacher."""
 PLAIN_HIDDEN = 512
-"""Of the member that sees no words and learns from the labels alone: it errs differently."""
+"""Hidden size of the member without words, trained on the labels only: its errors are less correlated."""
 EPOCHS, PLAIN_EPOCHS, BATCH, RATE, DECAY = 10, 15, 256, 2e-3, 2e-2
 COMPOSED, ALTERED = 5_000, 30_000
 TEMPERATURE = 0.85
-"""Of the logits (Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 9), by held-out writers."""
+"""Temperature of the logits (Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 9), fitted on
+held-out writers."""
 BASIS = 128
 LEAST_SHARE = 0.47
-"""Nearly every sentence has more of itself in the first `BASIS` directions; a vector of another encoder has
-about a third."""
+"""Minimum share of the squared norm in the first `BASIS` directions. Nearly every sentence has more;
+embeddings of other encoders have about a third."""
 
 
 def composed(replies: Sequence[Reply], count: int, seed: int) -> list[Reply]:
-    """Replies of two parts, with the label that the parts imply, out of `replies` alone."""
+    """Replies composed of two parts of `replies`, with the label that the parts imply."""
     rng = random.Random(seed)
     by_label = {label: [r.text for r in replies if r.label == label] for label in CLASSES}
     short_praise = [t for t in by_label["positive"] if len(t.split()) <= 3 and t[:1].isalpha()]
@@ -94,8 +95,8 @@ def composed(replies: Sequence[Reply], count: int, seed: int) -> list[Reply]:
 
 
 def known_words(texts: Sequence[str]) -> list[str]:
-    """The vocabulary: whole words of the encoder's own, of VADER's list (its words alone) and of `texts`."""
-    import vaderSentiment.vaderSentiment as vader  # noqa: PLC0415 - an extra of the benchmarks
+    """The vocabulary: whole words of the encoder, of VADER's lexicon (words only) and of `texts`."""
+    import vaderSentiment.vaderSentiment as vader  # noqa: PLC0415 - needs the extra `bench`
 
     pieces = SentenceTransformerEncoder()._model.tokenizer.get_vocab()
     listed = (Path(vader.__file__).parent / "vader_lexicon.txt").read_text(encoding="utf-8").splitlines()
@@ -106,7 +107,7 @@ def known_words(texts: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Lessons:
-    """What the heads learn from: n written and composed replies, then m altered ones."""
+    """Training data of the heads: n written and composed replies, then m augmented ones."""
 
     texts: list[str]
     """n + m"""
@@ -120,7 +121,7 @@ class Lessons:
 
 
 def lessons(replies: Sequence[Reply], seed: int, kept: Path | None) -> Lessons:
-    """Has the teacher learn `replies`, and asks it; or takes what `kept` holds of an earlier run."""
+    """Trains the teacher on `replies` and labels the training data with it, or loads them from `kept`."""
     if kept is None or not kept.exists():
         composing = composed(replies, COMPOSED, seed)
         teacher = tuned([*replies, *composing[: COMPOSED // 5]], seed)
@@ -149,9 +150,9 @@ def lessons(replies: Sequence[Reply], seed: int, kept: Path | None) -> Lessons:
 
 
 def table_of(lesson: Lessons) -> torch.Tensor:
-    """(V + 2, WORD_DIM) principal components of the word vectors, scaled to 1, after two empty rows.
+    """(V + 2, WORD_DIM) principal components of the word vectors, with unit variance, after two zero rows.
 
-    The directions are those of the words that the texts use. Rounded to what int8 holds, as they are shipped.
+    The components are computed on the words that the texts use. Rounded to int8 steps, as they are shipped.
     """
     used = {word for text in lesson.texts for word in tokens(text)[0]}
     unit = nn.functional.normalize(lesson.vectors, dim=1)
@@ -165,8 +166,8 @@ def table_of(lesson: Lessons) -> torch.Tensor:
 
 
 class Member(nn.Module):
-    """One network of the ensemble: embedding, pattern features and, where there is a table of word vectors,
-    the strongest of its windows of three words."""
+    """One network of the ensemble. Inputs: embedding, pattern features and, with a table of word vectors, a
+    convolution over three words with max pooling."""
 
     def __init__(self, dim: int, table: torch.Tensor | None) -> None:
         super().__init__()
@@ -195,7 +196,7 @@ class Member(nn.Module):
 
 
 def rows_of(texts: Sequence[str], vocabulary: Vocabulary) -> torch.Tensor:
-    """(n, MOST) rows of each text's words, padded."""
+    """(n, MOST) vocabulary rows of each text's words, padded."""
     out = np.zeros((len(texts), MOST), np.int64)
     for i, text in enumerate(texts):
         rows = vocabulary.rows(tokens(text)[0])
@@ -204,11 +205,11 @@ def rows_of(texts: Sequence[str], vocabulary: Vocabulary) -> torch.Tensor:
 
 
 def fit(lesson: Lessons, labels: dict[str, str], table: torch.Tensor | None, seed: int) -> Member:
-    """Adam with decoupled decay, towards the labels of the replies that have one.
+    """Trains one member with AdamW.
 
-    With a table of word vectors also towards the teacher's opinion: half and half where there is a label,
-    alone where there is none. Now and then a row's features or its embedding are hidden, so that neither is
-    leaned on alone.
+    Without a table of word vectors the targets are the labels. With one they are the mean of label and
+    teacher, or the teacher where there is no label. Features and embeddings are dropped at random, so that
+    the network does not rely on one of them.
     """
     torch.manual_seed(seed)
     taught, epochs = table is not None, PLAIN_EPOCHS if table is None else EPOCHS
@@ -239,7 +240,7 @@ def fit(lesson: Lessons, labels: dict[str, str], table: torch.Tensor | None, see
 
 
 def export(members: Sequence[Member], lesson: Lessons, out: Path) -> None:
-    """Writes the ensemble as one wide network, taught members first, and the basis that tells encoders."""
+    """Writes the ensemble as one wide network, taught members first, and the encoder's basis."""
     m = len(members)
     _, _, vh = torch.linalg.svd(lesson.x[:4000], full_matrices=False)
     taught = [k for k in members if k.table is not None]
@@ -275,7 +276,7 @@ def export(members: Sequence[Member], lesson: Lessons, out: Path) -> None:
 
 @torch.no_grad()
 def measure(members: Sequence[Member], lesson: Lessons, replies: Sequence[Reply]) -> None:
-    """Prints how replies that were not learned from are read, and the temperature that fits them best."""
+    """Prints the accuracy on held-out replies, and the temperature that fits them best."""
     texts = [r.text for r in replies]
     x = torch.from_numpy(SentenceTransformerEncoder().encode_many(texts))
     f, rows = features_of(texts), rows_of(texts, Vocabulary(lesson.words))
@@ -299,10 +300,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="default: beside the reader; with --hold-out nowhere")
+    parser.add_argument(
+        "--out", type=Path, help="output file; default: the shipped file, with --hold-out none"
+    )
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--hold-out", type=int, default=0, help="writer, from 1; 0 for none")
-    parser.add_argument("--work", type=Path, help="keep the teacher's lessons there")
+    parser.add_argument(
+        "--hold-out", type=int, default=0, help="number of the held-out writer, from 1; 0 for none"
+    )
+    parser.add_argument("--work", type=Path, help="folder that keeps the training data")
     args = parser.parse_args()
     torch.set_num_threads(1)
 

@@ -1,6 +1,6 @@
-"""The learner: which memories, which strategy, how confident; taught by users' replies alone.
+"""The learner: selects memories and a strategy, predicts confidence, and trains on users' replies.
 
-Names are loaded on first use, so that `import cortex_core` is instant and loads no torch.
+Names load on first use, so that `import cortex_core` is fast and does not load torch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {
+_MODULES = {
     "CalibrationLoss": "confidence_estimator",
     "ConfidenceEstimator": "confidence_estimator",
     "ContextSummary": "confidence_estimator",
@@ -32,16 +32,16 @@ _HOME = {
     "WeightsSnapshot": "weights",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 - a table, so that a name and its home stand together
+__all__ = sorted(_MODULES)  # noqa: PLE0605 - one table of names and their modules
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(
-            f"module 'cortex_core' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}"
+            f"module 'cortex_core' has no attribute {name!r}; it has {', '.join(sorted(_MODULES))}"
         )
-    return getattr(importlib.import_module(f"cortex_core.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"cortex_core.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_MODULES])

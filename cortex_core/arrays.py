@@ -16,13 +16,13 @@ DoubleArray = npt.NDArray[np.float64]
 
 
 def as_float32(value: Any, what: str, ndim: int) -> FloatArray:
-    """A list, numpy array or tensor as a finite C-ordered float32 array with `ndim` axes.
+    """Converts a list, numpy array or tensor to a finite, C-ordered float32 array with `ndim` axes.
 
     Raises:
-        DimensionError: another number of axes.
-        NonFiniteError: NaN or infinity inside.
+        DimensionError: a different number of axes.
+        NonFiniteError: the array contains NaN or infinity.
     """
-    if hasattr(value, "detach"):  # a tensor, named without importing torch
+    if hasattr(value, "detach"):  # a tensor, recognised without importing torch
         value = value.detach().cpu().numpy()
     array = np.ascontiguousarray(value, dtype=np.float32)
     if array.ndim != ndim:

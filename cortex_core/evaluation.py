@@ -1,7 +1,7 @@
-"""Judging a learner: delayed progressive validation, and the measures that a decision is judged by.
+"""Evaluation of a learner: delayed progressive validation, and metrics of its decisions.
 
-numpy only. It judges whatever decides and learns; it knows neither this project's model nor torch.
-Off-policy estimates, which judge weights from logged data alone, are in `cortex_core.off_policy`.
+Uses numpy only, and works with any learner. Off-policy estimates, which evaluate weights from logged data,
+are in `cortex_core.off_policy`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ F_contra = TypeVar("F_contra", contravariant=True)
 
 
 class Learner(Protocol[Q_contra, A, F_contra]):
-    """Role: decides on a request, and is told later how the user took it."""
+    """Decides on a request and receives feedback later."""
 
     def decide(self, request: Q_contra, /) -> A:
-        """The decision, on what has been learned so far."""
+        """The decision for a request."""
 
     def learn(self, request: Q_contra, answer: A, feedback: F_contra, /) -> None:
-        """The feedback on an earlier decision."""
+        """Learns from the feedback on an earlier decision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Validated(Generic[Q, A, F]):
     request: Q
     answer: A
     feedback: F | None
-    """None: the user said nothing, and nothing was learned"""
+    """None: no reply, and nothing was learned"""
 
 
 def progressive_validation(
@@ -54,7 +54,7 @@ def progressive_validation(
     *,
     delay: int | Callable[[int], int] = 0,
 ) -> Iterator[Validated[Q, A, F]]:
-    """Runs a learner over requests in order: the decision first, what the user said about it later.
+    """Runs a learner over requests in order; the feedback on each decision arrives after a delay.
 
     This is delayed progressive validation (prequential evaluation), as in river's
     `iter_progressive_val_score`: every decision counts, and is made by a learner that has seen feedback on
@@ -64,12 +64,12 @@ def progressive_validation(
             correct.append(step.answer.strategy == step.request.best)
 
     Args:
-        requests: in the order of their time; read one at a time.
-        learner: what is judged.
-        reply: the user. Called once for each decision, at the time of the decision.
-        delay: how many further decisions are made before a reply arrives; or that number for each step. With
-            0 the reply is learned before the next decision. Replies that have not arrived after the last
-            decision are learned at the end, in the order of their arrival.
+        requests: in time order; read one at a time.
+        learner: the learner to evaluate.
+        reply: the user's feedback. Called once for each decision, at the time of the decision.
+        delay: number of further decisions before a reply arrives, or a function of the step. With 0 the
+            learner gets the reply before the next decision. Replies still outstanding after the last decision
+            are learned at the end, in the order of their arrival.
 
     Yields:
         Each decision before its reply is learned.
@@ -90,7 +90,7 @@ def progressive_validation(
         feedback = reply(request, answer)
         wait = delay(step) if callable(delay) else delay
         if wait < 0:
-            raise ConfigError(f"the delay at step {step} is {wait}, wanted 0 or more")
+            raise ConfigError(f"the delay at step {step} is {wait}, expected 0 or more")
         if feedback is not None:
             heapq.heappush(waiting, (step + wait, step, request, answer, feedback))
         yield Validated(step, request, answer, feedback)
@@ -98,35 +98,35 @@ def progressive_validation(
 
 
 def precision_at_k(retrieved: Sequence[int], relevant: Collection[int], k: int = 3) -> float:
-    """Share of the first `k` retrieved that are relevant, in [0, 1]; a missing slot counts as a miss.
+    """Fraction of the first `k` retrieved items that are relevant, in [0, 1]; an empty slot counts as a miss.
 
     Raises:
         ConfigError: k < 1.
-        InputError: a memory was retrieved twice.
+        InputError: an item was retrieved twice.
     """
     if k < 1:
-        raise ConfigError(f"k is {k}, wanted 1 or more")
+        raise ConfigError(f"k is {k}, expected 1 or more")
     first = list(itertools.islice(retrieved, k))
     if len(set(first)) != len(first):
-        raise InputError(f"a memory is retrieved twice in {first}; a slate holds each once")
+        raise InputError(f"an item is retrieved twice in {first}; a slate must contain each at most once")
     return sum(i in relevant for i in first) / k
 
 
 def expected_calibration_error(confidence: npt.ArrayLike, outcome: npt.ArrayLike, bins: int = 15) -> float:
     """ECE in [0, 1] over `bins` bins of equal width: Σ_b |b|/n · |mean confidence − mean outcome|.
 
-    Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3. A constant at the base rate has a
-    good one: read it beside `auroc`.
+    Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3. A constant prediction of the base rate
+    has a low ECE: read it together with `auroc`.
 
     Args:
         confidence: (n,) in [0, 1].
-        outcome: (n,) in [0, 1], mostly 0 or 1.
+        outcome: (n,) in [0, 1], usually 0 or 1.
 
     Raises:
-        DimensionError, NonFiniteError, InputError: unusable or empty arrays.
+        DimensionError, NonFiniteError, InputError: invalid or empty arrays.
     """
     if bins < 1:
-        raise ConfigError(f"bins is {bins}, wanted 1 or more")
+        raise ConfigError(f"bins is {bins}, expected 1 or more")
     p, y = _pair(confidence, outcome)
     place = np.minimum((p * bins).astype(int), bins - 1)
     gap = np.bincount(place, weights=p - y, minlength=bins)  # |b| · (mean confidence − mean outcome)
@@ -134,48 +134,47 @@ def expected_calibration_error(confidence: npt.ArrayLike, outcome: npt.ArrayLike
 
 
 def brier_score(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float:
-    """Mean of (confidence − outcome)² in [0, 1] (Brier 1950). Arguments: see `expected_calibration_error`."""
+    """Mean (confidence − outcome)², in [0, 1] (Brier 1950). Arguments: see `expected_calibration_error`."""
     p, y = _pair(confidence, outcome)
     return float(np.mean((p - y) ** 2))
 
 
 def auroc(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> float | None:
-    """Area under the ROC curve: P(confidence of a good outcome > that of a bad one), ties counted half.
+    """Area under the ROC curve: P(confidence of a good outcome > that of a bad one); ties count half.
 
-    As the Mann–Whitney U statistic over the ranks (Hanley & McNeil 1982). None where all outcomes are alike.
+    Computed as the Mann–Whitney U statistic (Hanley & McNeil 1982). None if all outcomes are equal.
 
     Raises:
         InputError: an outcome is neither 0 nor 1; else as in `expected_calibration_error`.
     """
     p, y = _pair(confidence, outcome)
     if not np.isin(y, (0.0, 1.0)).all():
-        raise InputError("auroc wants outcomes of 0 or 1 alone")
+        raise InputError("auroc expects outcomes of 0 or 1 only")
     good = int(y.sum())
     bad = len(y) - good
     if good == 0 or bad == 0:
         return None
-    ordered, inverse, counts = np.unique(p, return_inverse=True, return_counts=True)
-    del ordered
-    mean_rank = np.cumsum(counts) - (counts - 1) / 2.0  # of ties, ranks from 1
+    _, inverse, counts = np.unique(p, return_inverse=True, return_counts=True)
+    mean_rank = np.cumsum(counts) - (counts - 1) / 2.0  # ranks start at 1; ties share their mean rank
     rank_sum = float(mean_rank[inverse][y == 1.0].sum())
     return (rank_sum - good * (good + 1) / 2.0) / (good * bad)
 
 
 def window_mean(values: Sequence[float] | DoubleArray, end: int, window: int) -> float:
-    """Mean of the last `window` values before step `end`, of fewer where there are fewer.
+    """Mean of the last `window` values before step `end`; of fewer if there are fewer.
 
     Raises:
-        InputError: `end` lies outside the run.
+        InputError: `end` is out of range.
     """
     if not 1 <= end <= len(values):
-        raise InputError(f"end is {end}, wanted a step in [1, {len(values)}]")
+        raise InputError(f"end is {end}, expected a step in [1, {len(values)}]")
     return float(np.mean(values[max(0, end - window) : end]))
 
 
 def moving_mean(values: Sequence[float] | DoubleArray, window: int) -> DoubleArray:
     """(n,) mean of the last `window` values at each step; of fewer at the beginning."""
     if window < 1:
-        raise ConfigError(f"window is {window}, wanted 1 or more")
+        raise ConfigError(f"window is {window}, expected 1 or more")
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     ends = np.arange(1, len(sums))
     starts = np.maximum(ends - window, 0)
@@ -191,28 +190,30 @@ def steps_to_recover(
     window: int = 200,
     before: int = 500,
 ) -> int | None:
-    """Steps after `change` until the mean over a window reaches `share` of the mean before it.
+    """Steps after `change` until the mean over a window reaches `share` of the mean before the change.
 
-    The window lies wholly after the change and slides by one step, so that the answer is `window` at least.
-    None where that never happens.
+    The window lies entirely after the change and slides by one step, so that the result is at least `window`.
+    None if the mean never recovers.
 
     Args:
-        values: (n,) what is judged at each step, e.g. 1 for a right decision.
-        change: the first step at which the world is another.
-        share: of the mean over the `before` steps ahead of the change.
+        values: (n,) metric at each step, e.g. 1 for a correct decision.
+        change: the first step after the environment changed.
+        share: fraction of the mean over the `before` steps ahead of the change.
+        window: steps in the window.
+        before: steps averaged before the change.
 
     Raises:
-        InputError: nothing lies before the change, or no whole window after it.
+        InputError: no step before the change, or no complete window after it.
     """
     if not 0 < change <= len(values) - window:
         raise InputError(
-            f"change is {change}, wanted a step in [1, {len(values) - window}]: "
-            f"{len(values)} steps, a window of {window}"
+            f"change is {change}, expected a step in [1, {len(values) - window}] "
+            f"for {len(values)} steps and a window of {window}"
         )
-    wanted = share * window_mean(values, change, before)
+    threshold = share * window_mean(values, change, before)
     after = np.asarray(values[change:], dtype=np.float64)
     means = moving_mean(after, window)[window - 1 :]
-    reached = np.flatnonzero(means >= wanted - 1e-12)
+    reached = np.flatnonzero(means >= threshold - 1e-12)
     return int(reached[0]) + window if len(reached) else None
 
 
@@ -222,10 +223,12 @@ def _pair(confidence: npt.ArrayLike, outcome: npt.ArrayLike) -> tuple[DoubleArra
     if p.ndim != 1 or p.shape != y.shape:
         raise DimensionError("outcome", y.shape, f"{p.shape}, one for each confidence")
     if not len(p):
-        raise InputError("there is nothing to judge: no confidences")
+        raise InputError("there is nothing to evaluate: confidence is empty")
     for what, array in (("confidence", p), ("outcome", y)):
         if not np.isfinite(array).all():
             raise NonFiniteError(what)
         if array.min() < 0.0 or array.max() > 1.0:
-            raise InputError(f"{what} has {array.min():g} to {array.max():g}, wanted numbers in [0, 1]")
+            raise InputError(
+                f"{what} ranges from {array.min():g} to {array.max():g}, expected numbers in [0, 1]"
+            )
     return p, y

@@ -1,4 +1,4 @@
-"""JointTrainer: all four components at once, from labelled samples."""
+"""JointTrainer: trains all four components jointly on labelled samples."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from cortex_core.strategy_selector import Belief, StrategySelector
 
 @dataclass(slots=True)
 class TrainingSample:
-    """One labelled example. Embeddings may be tensors, numpy arrays or lists."""
+    """A labelled example. Embeddings may be tensors, numpy arrays or lists."""
 
     message_emb: Any
     """(D,)"""
     history_emb: Any
     """(D,)"""
     metadata: Mapping[str, Any] | FloatArray
-    """as `metadata_features` reads it, or its (F,) result"""
+    """the argument of `metadata_features`, or its (F,) result"""
     memory_embs: Any
     """(N, D) candidates; N may be 0"""
     relevant_indices: set[int]
-    """rows of `memory_embs` that help"""
+    """rows of the relevant memories in `memory_embs`"""
     strategy_id: str
     outcome: float
-    """[0, 1]: 1 was good with this strategy, 0 bad"""
+    """[0, 1]: outcome with this strategy; 1 is good, 0 is bad"""
 
 
 @dataclass(slots=True)
 class JointMetrics:
-    """Mean losses by epoch."""
+    """Mean losses per epoch."""
 
     total: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
@@ -55,7 +55,7 @@ class JointMetrics:
         return len(self.total)
 
     def summary(self) -> str:
-        """First and last epoch of each loss, one line each."""
+        """The losses of the first and the last epoch, one line per loss."""
         lines = [f"Joint Training: {self.epochs} epochs"]
         for name, values in (
             ("Total loss:", self.total),
@@ -70,16 +70,16 @@ class JointMetrics:
 
 @dataclass(slots=True)
 class _Data:
-    """All samples as tensors; N is the largest number of candidates."""
+    """Samples as tensors; N is the largest number of candidates."""
 
     message: Tensor
     history: Tensor
     metadata: Tensor
     memories: Tensor
     relevant: Tensor
-    """(B, N) 1 for relevant, 0 for not"""
+    """(B, N) 1 for a relevant memory, else 0"""
     mask: Tensor
-    """(B, N) 1 where a candidate is"""
+    """(B, N) 1 for a candidate, 0 for padding"""
     strategy: Tensor
     outcome: Tensor
 
@@ -88,17 +88,21 @@ class _Data:
 
 
 class JointTrainer:
-    """L = w₁·L_memory + w₂·L_strategy + w₃·L_confidence, through the shared Situation Encoder.
+    """Minimises L = w₁·L_memory + w₂·L_strategy + w₃·L_confidence through the shared Situation Encoder.
 
-    Memory: contrastive with a margin. Strategy: cross-entropy for samples with a good outcome, and
-    −log(1 − p) for one that turned out bad (the same cross-entropy, of the event "this strategy pleases").
-    Confidence: BCE + soft ECE of the outcome. Adam with a cosine schedule, gradients clipped.
+    L_memory is contrastive with a margin. L_strategy is the cross-entropy of the strategy for a good outcome,
+    and −log(1 − p) for a bad one. L_confidence is BCE + soft ECE of the outcome. The optimizer is Adam with a
+    cosine schedule and gradient clipping.
 
     Args:
-        lr: Adam's, at the start of the schedule.
-        batch_size: samples in a step.
-        margin: of the contrastive loss, on scores that are cosines at birth.
-        seed: order of the samples and dropout.
+        lr: initial learning rate.
+        batch_size: samples per step.
+        memory_weight: w₁.
+        strategy_weight: w₂.
+        confidence_weight: w₃.
+        max_norm: maximum L2 norm of the gradients.
+        margin: margin of the contrastive loss; untrained scores are cosines.
+        seed: determines the order of the samples and dropout.
     """
 
     def __init__(
@@ -120,7 +124,8 @@ class JointTrainer:
     ) -> None:
         if lr <= 0 or batch_size < 1 or max_norm <= 0:
             raise ConfigError(
-                f"JointTrainer wants positive lr, batch_size and max_norm; got {lr}, {batch_size}, {max_norm}"
+                "JointTrainer expects positive lr, batch_size and max_norm; "
+                f"got {lr}, {batch_size}, {max_norm}"
             )
         self.encoder = encoder
         self.gate = gate
@@ -137,17 +142,19 @@ class JointTrainer:
 
     @classmethod
     def for_model(cls, model: CortexModel, **options: Any) -> JointTrainer:
-        """A trainer of a model's components."""
+        """A trainer that trains the components of a model in place."""
         return cls(model.encoder, model.gate, model.selector, model.estimator, model.registry, **options)
 
     def train(self, samples: Sequence[TrainingSample], epochs: int = 100) -> JointMetrics:
-        """Trains in place and returns the losses.
+        """Trains in place; returns the losses.
 
         Raises:
-            InputError: no samples, or one that is unusable; nothing is trained then.
+            InputError: no samples, or an invalid one; nothing is trained.
         """
         if not samples or epochs < 1:
-            raise InputError(f"joint training wants samples and epochs ≥ 1, got {len(samples)} and {epochs}")
+            raise InputError(
+                f"joint training expects samples and epochs ≥ 1, got {len(samples)} and {epochs}"
+            )
         data = self._collate(samples)
         modules = (self.encoder, self.gate, self.selector, self.estimator)
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -184,22 +191,22 @@ class JointTrainer:
 
     @torch.no_grad()
     def _condition(self, data: _Data) -> None:
-        """Tells the posterior what the labels said of every strategy.
+        """Conditions the selector's posterior on the labels.
 
-        It leaves the means where the head has them and takes away the doubt around them, so that the first
-        noisy replies after deployment move what was learned from labels by as little as they should.
+        This lowers the variance around the means that the head has learned, so that the first noisy replies
+        after deployment do not override what was learned from the labels.
         """
         situations = self.encoder(data.message, data.history, data.metadata)
         rows = (data.message.numpy(), situations.numpy(), self.selector.prior(situations).numpy())
         for message, situation, row, strategy, outcome in zip(
             *rows, data.strategy.tolist(), data.outcome.tolist(), strict=True
         ):
-            met = self.selector.kernel_input(message, situation)
-            if met is None:
+            point = self.selector.kernel_input(message, situation)
+            if point is None:
                 return
-            met = unit(met)
-            self.selector.landmarks.admit(met)
-            phi = self.selector.landmarks.features(met[None])[0]
+            point = unit(point)
+            self.selector.landmarks.admit(point)
+            phi = self.selector.landmarks.features(point[None])[0]
             labels = (
                 {strategy: outcome}
                 if outcome < 0.5
@@ -210,15 +217,15 @@ class JointTrainer:
                 self.selector.condition(phi, index, label - predicted)
 
     def loss(self, data: _Data) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """The weighted total, and the three parts: one forward pass for the batch."""
+        """The weighted total and its three terms, from one forward pass."""
         situation = self.encoder(data.message, data.history, data.metadata)
         scores = self.gate.score_memories(situation, data.memories)  # (B, N)
         memory = self._contrastive(scores, data)
         logits = self.selector(situation)
         log_p = F.log_softmax(logits, dim=-1)
         chosen = log_p.gather(1, data.strategy[:, None]).squeeze(1)
-        missed = torch.log1p(-chosen.exp().clamp(max=1 - 1e-6))
-        strategy = -(data.outcome * chosen + (1 - data.outcome) * missed).mean()
+        not_chosen = torch.log1p(-chosen.exp().clamp(max=1 - 1e-6))
+        strategy = -(data.outcome * chosen + (1 - data.outcome) * not_chosen).mean()
         with torch.no_grad():
             context = self._contexts(situation, scores, data)
         confidence = self.calibration(self.estimator(situation, context), data.outcome)
@@ -226,7 +233,7 @@ class JointTrainer:
         return w[0] * memory + w[1] * strategy + w[2] * confidence, (memory, strategy, confidence)
 
     def _contrastive(self, scores: Tensor, data: _Data) -> Tensor:
-        """`MemoryGate.contrastive_loss` for each row at once, averaged over the rows that have pairs."""
+        """`MemoryGate.contrastive_loss` of each row, averaged over the rows with at least one pair."""
         positive = data.relevant * data.mask
         negative = (1 - data.relevant) * data.mask
         pairs = positive[:, :, None] * negative[:, None, :]  # (B, N, N)
@@ -236,7 +243,7 @@ class JointTrainer:
         return per_row.sum() / (count > 0).sum().clamp_min(1)
 
     def _contexts(self, situation: Tensor, scores: Tensor, data: _Data, top_k: int = 3) -> Tensor:
-        """(B, 7) summaries of the decisions that the present weights would make with the given strategies."""
+        """(B, 7) context summaries of the current weights' decisions with the given strategies."""
         prior = self.selector.prior(situation)
         rows = []
         for i in range(len(prior)):
@@ -246,8 +253,8 @@ class JointTrainer:
             ranked = scores[i][inside][order].tolist()
             best = scores[i][inside][order][:top_k]
             logit = float(self.gate.log_odds(best, torch.ones(len(best))))
-            passed = ranked[top_k] if len(ranked) > top_k else None
-            slate = Slate(order[:top_k].tolist(), ranked[:top_k], [], logit, passed)
+            unselected = ranked[top_k] if len(ranked) > top_k else None
+            slate = Slate(order[:top_k].tolist(), ranked[:top_k], [], logit, unselected)
             rows.append(summarize(belief, int(data.strategy[i]), slate).to_tensor())
         return torch.stack(rows)
 
@@ -275,12 +282,12 @@ class JointTrainer:
             outside = [i for i in sample.relevant_indices if not 0 <= i < len(embs)]
             if outside:
                 raise InputError(
-                    f"sample {row}: relevant_indices {outside} lie outside its {len(embs)} memories"
+                    f"sample {row}: relevant_indices {outside} are out of range for {len(embs)} memories"
                 )
             if not 0.0 <= sample.outcome <= 1.0:
-                raise InputError(f"sample {row}: outcome is {sample.outcome}, wanted a number in [0, 1]")
+                raise InputError(f"sample {row}: outcome is {sample.outcome}, expected a number in [0, 1]")
             if embs.shape[1] != dim:
-                raise InputError(f"sample {row}: memory_embs has {embs.shape[1]} columns, wanted {dim}")
+                raise InputError(f"sample {row}: memory_embs has {embs.shape[1]} columns, expected {dim}")
             padded[row, : len(embs)] = embs
             mask[row, : len(embs)] = 1.0
             relevant[row, list(sample.relevant_indices)] = 1.0

@@ -51,7 +51,7 @@ class Landmarks(nn.Module):
         self._frozen = False
 
     def freeze(self) -> None:
-        """Computes the derived arrays and makes them read-only: threads may share this from here on."""
+        """Computes the derived arrays and makes them read-only, so that threads may share them."""
         self._sync()
         self._rows.flags.writeable = self._inverse.flags.writeable = False
         self._frozen = True

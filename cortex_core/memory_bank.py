@@ -1,8 +1,7 @@
-"""What an agent remembers, kept in SQLite: texts with their embeddings, how often each was recalled, and how
-strong it still is. Maintenance is three calls: `decay`, `consolidate`, `prune`.
+"""MemoryBank: an agent's memories in SQLite, with embeddings, access counts and strengths.
 
-It does not encode text and does not decide what is relevant: the caller brings embeddings, and a Memory Gate
-where one is trained.
+It does not encode text and does not learn relevance: the caller passes embeddings and, optionally, a Memory
+Gate. Maintenance has three calls: `decay`, `consolidate`, `prune`.
 """
 
 from __future__ import annotations
@@ -27,34 +26,34 @@ from cortex_core.errors import ConfigError, DimensionError, InputError
 
 DAY_S = 86_400.0
 _BLOCK = 1024
-"""Rows of one similarity block: 1024 x 10,000 float32 are 40 MB."""
+"""Rows per block of the similarity matrix: 1024 x 10,000 float32 take 40 MB."""
 
 
 class Gate(Protocol):
-    """Scores memories for a situation; `MemoryGate` is one."""
+    """Scores memories for a situation, e.g. `MemoryGate`."""
 
     def score_memories(self, situation: Any, memories: Any) -> Any:
-        """(S,) and (N, D) to (N,) scores."""
+        """(N,) scores for an (S,) situation and (N, D) memories."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Memory:
-    """One remembered text."""
+    """A stored text."""
 
     id: str
     text: str
     embedding: FloatArray
-    """(D,) as it was given."""
+    """(D,) as passed to `add`."""
     importance: float
-    """Positive; its strength when it was last recalled."""
+    """Positive; the strength at the last retrieval."""
     strength: float
-    """What `decay` left of `importance`."""
+    """`importance` after `decay`."""
     access_count: int
-    """How often it was retrieved."""
+    """Number of retrievals."""
     created_at: float
     """Unix seconds."""
     last_access: float
-    """Unix seconds of the last retrieval, of the creation before any."""
+    """Unix seconds of the last retrieval, initially of the creation."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -67,7 +66,7 @@ class Recall:
 
 
 class MemoryBank:
-    """Memories of one agent, in a SQLite file or in memory.
+    """The memories of one agent, in a SQLite file or in memory.
 
         bank = MemoryBank("memories.db")
         bank.add("Deploys go through staging first", embedding)
@@ -75,9 +74,9 @@ class MemoryBank:
             ...
         bank.decay(); bank.consolidate(); bank.prune()
 
-    Threads may share one bank: calls are serialised. Processes may share one file: SQLite's write-ahead log
-    keeps them apart, and each sees the others' changes at its next call. Retrieval holds all embeddings in
-    memory, 1.5 KB each at D = 384.
+    Threads may share a bank: calls are serialised. Processes may share a file (SQLite write-ahead log); each
+    sees the others' changes at its next call. Retrieval keeps all embeddings in memory (1.5 KB each
+    at D = 384).
     """
 
     def __init__(
@@ -89,15 +88,15 @@ class MemoryBank:
     ) -> None:
         """
         Args:
-            path: the file, made with its folder when missing; ":memory:" keeps nothing.
-            dim: D, the size of every embedding.
-            clock: Unix seconds, used where a call is not given `now`.
+            path: the file, created with its folder if missing; ":memory:" stores nothing on disk.
+            dim: D, dimension of every embedding.
+            clock: returns Unix seconds; used if `now` is not passed.
 
         Raises:
-            ConfigError: an unusable dimension, or a file that holds embeddings of another.
+            ConfigError: an invalid dimension, or a file with embeddings of a different dimension.
         """
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise ConfigError(f"dim is {dim!r}, wanted a positive integer")
+            raise ConfigError(f"dim is {dim!r}, expected a positive integer")
         self.dim = dim
         self.clock = clock
         self._lock = threading.RLock()
@@ -123,12 +122,12 @@ class MemoryBank:
         (stored,) = self._db.execute("SELECT value FROM settings WHERE name = 'dim'").fetchone()
         if int(stored) != dim:
             self.close()
-            raise ConfigError(f"{path} holds embeddings of {stored} dimensions, and dim is {dim}")
+            raise ConfigError(f"{path} contains embeddings of {stored} dimensions, but dim is {dim}")
         self._cache: tuple[list[str], FloatArray, FloatArray] | None = None
         self._seen_version = -1
 
     def close(self) -> None:
-        """Closes the file; the bank is of no use after it."""
+        """Closes the file; the bank cannot be used afterwards."""
         self._close()
 
     def __enter__(self) -> MemoryBank:
@@ -151,19 +150,19 @@ class MemoryBank:
         memory_id: str | None = None,
         now: float | None = None,
     ) -> str:
-        """Remembers `text`; returns its id. An id that is known is replaced.
+        """Stores `text` and returns its id. An existing id is replaced.
 
         Raises:
-            DimensionError, NonFiniteError: an unusable embedding.
-            InputError: an importance that is not positive and finite, or metadata that JSON cannot hold.
+            DimensionError, NonFiniteError: an invalid embedding.
+            InputError: an importance that is not positive and finite, or metadata that is not JSON.
         """
         vector = self._vector(embedding, "embedding")
         if not (math.isfinite(importance) and importance > 0):
-            raise InputError(f"importance is {importance}, wanted a positive number")
+            raise InputError(f"importance is {importance}, expected a positive number")
         try:
             extra = json.dumps(metadata or {}, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise InputError(f"metadata cannot be kept as JSON: {error}") from error
+            raise InputError(f"metadata cannot be stored as JSON: {error}") from error
         at = self.clock() if now is None else now
         new_id = memory_id or uuid.uuid4().hex
         with self._lock:
@@ -175,19 +174,19 @@ class MemoryBank:
         return new_id
 
     def get(self, memory_id: str) -> Memory | None:
-        """The memory with this id, or None. Looking is no recall: it leaves the access count."""
+        """The memory with this id, or None. Does not change the access count."""
         with self._lock:
             row = self._db.execute(f"SELECT {_COLUMNS} FROM memories WHERE id = ?", (memory_id,)).fetchone()
         return None if row is None else _memory(row)
 
     def remove(self, memory_id: str) -> bool:
-        """Forgets one memory; returns whether it was there."""
+        """Deletes one memory; returns whether it existed."""
         with self._lock:
             self._cache = None
             return self._db.execute("DELETE FROM memories WHERE id = ?", (memory_id,)).rowcount > 0
 
     def all(self) -> list[Memory]:
-        """Every memory, oldest first."""
+        """All memories, oldest first."""
         with self._lock:
             rows = self._db.execute(f"SELECT {_COLUMNS} FROM memories ORDER BY created_at, id").fetchall()
         return [_memory(row) for row in rows]
@@ -195,19 +194,19 @@ class MemoryBank:
     def retrieve(
         self, query: Any, k: int = 5, *, gate: Gate | None = None, now: float | None = None
     ) -> list[Recall]:
-        """The `k` best memories for `query`, best first, each counted as recalled at `now`.
+        """The `k` best memories for `query`, best first; counts each as retrieved at `now`.
 
         Args:
-            query: (D,) embedding, or (S,) situation where a gate is given.
-            k: how many at most; fewer when fewer are stored.
-            gate: scores the memories; without one the score is the cosine.
+            query: (D,) embedding, or (S,) situation if a gate is given.
+            k: maximum number of memories.
+            gate: scores the memories; without a gate the score is the cosine similarity.
 
         Raises:
             InputError: `k` is negative.
-            DimensionError, NonFiniteError: an unusable query, or scores of the wrong number from the gate.
+            DimensionError, NonFiniteError: an invalid query, or an invalid result of the gate.
         """
         if k < 0:
-            raise InputError(f"k is {k}, wanted 0 or more")
+            raise InputError(f"k is {k}, expected 0 or more")
         at = self.clock() if now is None else now
         with self._lock:
             ids, matrix, norms = self._matrix()
@@ -230,15 +229,15 @@ class MemoryBank:
         return [Recall(found[ids[i]], float(scores[i])) for i in top]
 
     def decay(self, now: float | None = None, *, half_life_s: float = 30 * DAY_S) -> int:
-        """Sets every strength to what time has left of it; returns how many memories there are.
+        """Recomputes every strength; returns the number of memories.
 
             strength = importance * 2 ** (-(now - last_access) / (half_life_s * (1 + access_count)))
 
-        The forgetting curve of Zhong et al. (2023, "MemoryBank", eq. 1) with base 2: each recall starts it
-        afresh and makes it flatter by one half-life. Calling twice at the same time changes nothing.
+        The forgetting curve of Zhong et al. (2023, "MemoryBank", eq. 1) with base 2: each retrieval restarts
+        it and adds `half_life_s` to its half-life. Idempotent for the same `now`.
         """
         if not (math.isfinite(half_life_s) and half_life_s > 0):
-            raise InputError(f"half_life_s is {half_life_s}, wanted a positive number of seconds")
+            raise InputError(f"half_life_s is {half_life_s}, expected a positive number of seconds")
         at = self.clock() if now is None else now
         with self._lock:
             return self._db.execute(
@@ -247,16 +246,17 @@ class MemoryBank:
             ).rowcount
 
     def consolidate(self, threshold: float = 0.95) -> dict[str, str]:
-        """Merges near-duplicates; returns the id of every memory that went, and of the one it went into.
+        """Merges near-duplicates; returns a map from the id of each deleted memory to that of its leader.
 
-        Strong, often recalled, recent memories lead; each takes in those within cosine `threshold` of it, so
-        no chain of small steps joins what is unlike. The leader keeps its text, id and embedding, and takes
-        the highest importance, the sum of the recalls, the earliest creation and the latest access.
+        Leaders are chosen by strength, access count and recency. Each leader absorbs the memories within
+        cosine `threshold` of itself, so that chains of small steps do not merge dissimilar memories. The
+        leader keeps its text, id and embedding, and gets the highest importance, the sum of the access
+        counts, the earliest creation and the latest access.
 
         Cost: blocked matrix products, about 2 s for 10,000 memories of 384 dimensions on one core.
         """
         if not 0.0 < threshold <= 1.0:
-            raise InputError(f"threshold is {threshold}, wanted a cosine in (0, 1]")
+            raise InputError(f"threshold is {threshold}, expected a cosine in (0, 1]")
         with self._lock:
             memories = self.all()
             memories.sort(key=lambda m: (-m.strength, -m.access_count, -m.last_access, m.id))
@@ -286,7 +286,7 @@ class MemoryBank:
                             kept.id,
                         ),
                     )
-                self._db.executemany("DELETE FROM memories WHERE id = ?", [(gone,) for gone in merged])
+                self._db.executemany("DELETE FROM memories WHERE id = ?", [(deleted,) for deleted in merged])
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
@@ -295,31 +295,31 @@ class MemoryBank:
         return merged
 
     def prune(self, min_strength: float = 0.05, *, max_memories: int | None = None) -> int:
-        """Forgets what is weaker than `min_strength` (as of the last `decay`), then the weakest beyond
-        `max_memories`; returns how many went."""
+        """Deletes memories weaker than `min_strength` (as of the last `decay`), then the weakest ones above
+        `max_memories`; returns the number deleted."""
         if max_memories is not None and max_memories < 0:
-            raise InputError(f"max_memories is {max_memories}, wanted 0 or more")
+            raise InputError(f"max_memories is {max_memories}, expected 0 or more")
         with self._lock:
-            gone = self._db.execute("DELETE FROM memories WHERE strength < ?", (min_strength,)).rowcount
+            deleted = self._db.execute("DELETE FROM memories WHERE strength < ?", (min_strength,)).rowcount
             if max_memories is not None:
-                gone += self._db.execute(
+                deleted += self._db.execute(
                     "DELETE FROM memories WHERE id IN (SELECT id FROM memories "
                     "ORDER BY strength DESC, last_access DESC, id LIMIT -1 OFFSET ?)",
                     (max_memories,),
                 ).rowcount
             self._cache = None
-        return gone
+        return deleted
 
     def _vector(self, value: Any, what: str) -> FloatArray:
         vector = as_float32(value, what, 1)
         if vector.shape != (self.dim,):
-            raise DimensionError(what, vector.shape, (self.dim,), "The bank was made for this dimension.")
+            raise DimensionError(what, vector.shape, (self.dim,), "The bank was created with this dimension.")
         if not vector.any():
-            raise InputError(f"{what} is all zeros and has no direction to compare")
+            raise InputError(f"{what} is all zeros, expected a vector with a direction")
         return vector
 
     def _matrix(self) -> tuple[list[str], FloatArray, FloatArray]:
-        """All ids, embeddings and their lengths, read again after a change only, whoever made it."""
+        """All ids, embeddings and norms; reloaded only after a change by any process."""
         (version,) = self._db.execute("PRAGMA data_version").fetchone()
         if self._cache is None or version != self._seen_version:
             rows = self._db.execute("SELECT id, embedding FROM memories ORDER BY created_at, id").fetchall()
@@ -334,7 +334,7 @@ _COLUMNS = "id, text, embedding, importance, strength, access_count, created_at,
 
 
 def retention(now: float, last_access: float, access_count: int, half_life_s: float) -> float:
-    """[0, 1] what is left after the time since the last access; 1 where the clock went back."""
+    """[0, 1] fraction retained since the last access; 1 if the clock went backwards."""
     return float(2.0 ** (-max(now - last_access, 0.0) / (half_life_s * (1 + access_count))))
 
 
@@ -353,7 +353,7 @@ def _memory(row: tuple[Any, ...]) -> Memory:
 
 
 def _gated(gate: Gate, situation: FloatArray, memories: FloatArray) -> FloatArray:
-    import torch  # noqa: PLC0415 - only where a gate, which is a torch module, is given
+    import torch  # noqa: PLC0415 - needed only with a gate, which is a torch module
 
     with torch.no_grad():
         scores = gate.score_memories(torch.from_numpy(situation), torch.from_numpy(memories))
@@ -364,7 +364,7 @@ def _gated(gate: Gate, situation: FloatArray, memories: FloatArray) -> FloatArra
 
 
 def _leaders(embeddings: FloatArray, threshold: float) -> np.ndarray[Any, np.dtype[np.intp]]:
-    """(N,) for each row the row that leads it: the earliest leader within `threshold`, or itself."""
+    """(N,) index of each row's leader: the earliest leader within `threshold`, or the row itself."""
     rows = unit(embeddings)
     n = len(rows)
     leader = np.full(n, -1, dtype=np.intp)

@@ -1,6 +1,6 @@
-"""MemoryGate: how relevant each memory is to a situation.
+"""MemoryGate: scores how relevant each memory is to a situation, and selects memories.
 
-It scores and selects; it stores no memories. They live with the agent.
+It does not store memories; the agent does.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ from cortex_core.errors import ConfigError, DimensionError
 from cortex_core.landmarks import Landmarks
 
 GAIN = 2.0
-"""Log-odds of a content user for one unit of score, a cosine's whole range: what is believed at birth."""
+"""Log-odds of a satisfied user per unit of score: the untrained model's effect of a memory's cosine."""
 MEMORY_GAMMA = 4.0
-"""Of the memories' kernel: paraphrases of one memory share what is learned, memories of one topic do not."""
+"""γ of the memory kernel: paraphrases of a memory share what is learned, memories of one topic do not."""
 PRIOR_VARIANCE = 5.0
-"""Of the kernel part of one memory in one situation, in squared log-odds."""
+"""Prior variance of the kernel part of one memory's score, in squared log-odds."""
 STRATEGY_VARIANCE = 2.0
-"""Of what the strategy adds in one situation, in squared log-odds: replies are shared out between it and the
-memories by these two."""
+"""Prior variance of a strategy's effect, in squared log-odds. The ratio to PRIOR_VARIANCE divides the credit
+for a reply between strategy and memories."""
 BIAS_VARIANCE = 1.0
-"""Of how content users are on the whole."""
+"""Prior variance of the bias b, in squared log-odds."""
 TEMPERATURE = 0.012
-"""Of the draw of a slate, in units of score: near ties are drawn by chance, a lead of 0.05 is decisive."""
+"""Temperature of the slate's softmax, in units of score: near ties are random, a lead of 0.05 is decisive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slate:
-    """The memories drawn for one answer, slot by slot."""
+    """The memories drawn for one answer, in slot order."""
 
     indices: list[int]
     scores: list[float]
     propensities: list[float]
     """probability of each memory in its slot, given the slots before it"""
     logit: float
-    """log-odds that these memories add for a content user, against the usual slate"""
-    best_passed: float | None
-    """highest score that was passed over; None when nothing was"""
+    """log-odds of a satisfied user that these memories add, relative to an average slate"""
+    best_unselected: float | None
+    """highest score among the memories not selected; None if all were selected"""
 
 
 class MemoryGate(nn.Module):
     """score(situation, memory) = ŝᵀ W m̂ + φ(message)ᵀ V ψ(memory) / GAIN.
 
-    ŝ and m̂ have L2 norm 1; W is the identity and V zero at birth, so that an untrained gate is exactly cosine
-    similarity. W generalises to any memory; V learns quickly that this memory helps, or hurts, with requests
-    like that: it is the mean of a Gaussian process over (message, memory) with the product of two kernels, φ
-    the features of the selector's landmarks and ψ those of the gate's own. A slate's score is the sum of its
-    memories'. A user who got strategy a is content with log-odds b + U_aᵀφ + GAIN · (score − usual score): U
-    and b are fitted with V, so that memories are not credited with what the strategy did. Decisions on
-    strategies are the selector's.
+    ŝ and m̂ have L2 norm 1. W is initialised to the identity and V to zero, so that an untrained gate is
+    exactly cosine similarity. W generalises to any memory. V learns quickly that a memory helps or hurts with
+    similar requests: it is the mean of a Gaussian process over (message, memory) with the product of two
+    kernels; φ are the features of the selector's landmarks, ψ those of the gate's own. The score of a slate
+    is the sum of its memories' scores. After strategy a, the log-odds of a satisfied user are
+    b + U_aᵀφ + GAIN · (score − mean score). U and b are fitted jointly with V, so that memories get no credit
+    for the effect of the strategy; the selector does not use them.
 
     Args:
         situation_dim: S.
-        memory_dim: D of the memories' embeddings; None takes `situation_dim`.
-        features: number of the message's features φ.
-        landmarks: number of memories that V can tell apart.
+        memory_dim: D of the memory embeddings; None means `situation_dim`.
+        features: M, number of message features φ.
+        landmarks: L, number of memories that V can distinguish.
         strategies: A.
     """
 
     kernel_weight: Tensor
-    """(features, landmarks) V, in log-odds"""
+    """(M, L) V, in log-odds"""
     strategy_weight: Tensor
-    """(A, features + 1) U, and b in its last column, which all strategies share"""
-    usual: Tensor
-    """(2,) mean ŝᵀWm̂ of the memories shown so far, and how many slates that is the mean of"""
+    """(A, M + 1) U; the last column holds b, equal for all strategies"""
+    mean_score: Tensor
+    """(2,) mean ŝᵀWm̂ of the memories shown so far, and the number of slates in the mean"""
 
     def __init__(
         self,
@@ -84,22 +84,22 @@ class MemoryGate(nn.Module):
         super().__init__()
         memory_dim = situation_dim if memory_dim is None else memory_dim
         if min(situation_dim, memory_dim) < 1:
-            raise ConfigError(f"MemoryGate wants positive dimensions, got {situation_dim=}, {memory_dim=}")
+            raise ConfigError(f"MemoryGate expects positive dimensions, got {situation_dim=}, {memory_dim=}")
         self.situation_dim = situation_dim
         self.memory_dim = memory_dim
         self.weight = nn.Parameter(torch.eye(situation_dim, memory_dim))
         self.landmarks = Landmarks(memory_dim, landmarks, gamma=MEMORY_GAMMA, novelty=0.2)
         self.register_buffer("kernel_weight", torch.zeros(features, landmarks))
         self.register_buffer("strategy_weight", torch.zeros(strategies, features + 1))
-        self.register_buffer("usual", torch.zeros(2))
+        self.register_buffer("mean_score", torch.zeros(2))
 
     def reset_parameters(self, basis: Tensor | None = None) -> None:
-        """W back to birth: the identity, or (S, D) `basis` where situations are projections of texts."""
+        """Resets W to the identity, or to (S, D) `basis` if situations are projections of text embeddings."""
         with torch.no_grad():
             self.weight.copy_(torch.eye(self.situation_dim, self.memory_dim) if basis is None else basis)
 
     def score_memories(self, situation: Tensor, memories: Tensor) -> Tensor:
-        """(N,) ŝᵀWm̂ of (N, D) memories in one (S,) situation; (B, N) for (B, S) and (B, N, D) or (N, D)."""
+        """(N,) ŝᵀWm̂ of (N, D) memories for one (S,) situation; (B, N) for (B, S) and (B, N, D) or (N, D)."""
         return self._bilinear(situation, F.normalize(memories, dim=-1))
 
     def forward(self, situation: Tensor, memories: Tensor) -> Tensor:
@@ -107,16 +107,16 @@ class MemoryGate(nn.Module):
         return self.score_memories(situation, memories)
 
     def select_top_k(self, situation: Tensor, memories: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
-        """(indices, scores) of the `k` best, best first; fewer where there are fewer than `k`."""
+        """(indices, scores) of the `k` best memories, best first; fewer if there are fewer than `k`."""
         scores = self.score_memories(situation, memories)
         top = torch.topk(scores, min(max(k, 0), scores.shape[-1]), dim=-1)
         return top.indices, top.values
 
     def log_odds(self, scores: Tensor, mask: Tensor) -> Tensor:
-        """(B,) log-odds of a content user that slates add, with ŝᵀWm̂ (B, K) where `mask` (B, K) is 1."""
-        usual, slates = self.usual.tolist()
+        """(B,) log-odds of a satisfied user that slates add, for (B, K) scores ŝᵀWm̂ and their 0/1 `mask`."""
+        mean, slates = self.mean_score.tolist()
         gain = GAIN if slates else 0.0
-        out: Tensor = gain * ((scores - usual) * mask).sum(-1)
+        out: Tensor = gain * ((scores - mean) * mask).sum(-1)
         return out
 
     @torch.no_grad()
@@ -130,10 +130,10 @@ class MemoryGate(nn.Module):
         rng: np.random.Generator,
         phi: FloatArray | None = None,
     ) -> Slate:
-        """Draws `k` of (N, D) memories for one (S,) situation: Plackett–Luce over the scores.
+        """Draws `k` of (N, D) memories for one (S,) situation from a Plackett–Luce model of the scores.
 
-        Each slot is a softmax over what is left, so that every slot's propensity is exact. `phi` (M,) are the
-        message's features; without them W alone decides.
+        Each slot is a softmax over the remaining memories, so that its propensity is exact. `phi` (M,) are
+        the message features; without them the score is ŝᵀWm̂.
         """
         k = min(max(k, 0), len(memories))
         if k == 0:
@@ -149,22 +149,22 @@ class MemoryGate(nn.Module):
         order = np.argsort(-keys, kind="stable")
         indices = [int(i) for i in order[:k]]
         propensities: list[float] = []
-        left = np.exp((scores - scores.max()) / TEMPERATURE)
+        remaining = np.exp((scores - scores.max()) / TEMPERATURE)
         for chosen in indices:
-            propensities.append(max(float(left[chosen] / left.sum()), 1e-12) if explore else 1.0)
-            left[chosen] = 0.0
-        passed = scores[order[k:]]
-        usual = float(self.log_odds(bilinear[indices], torch.ones(k)))
+            propensities.append(max(float(remaining[chosen] / remaining.sum()), 1e-12) if explore else 1.0)
+            remaining[chosen] = 0.0
+        unselected = scores[order[k:]]
+        bilinear_logit = float(self.log_odds(bilinear[indices], torch.ones(k)))
         return Slate(
             indices,
             [float(scores[i]) for i in indices],
             propensities,
-            usual + float(kernel_part[indices].sum()),
-            float(passed.max()) if len(passed) else None,
+            bilinear_logit + float(kernel_part[indices].sum()),
+            float(unselected.max()) if len(unselected) else None,
         )
 
     def kernel_logit(self, phi: FloatArray, psi: FloatArray) -> FloatArray:
-        """(B,) the kernel part of slates with features (B, M) and summed memory features (B, L)."""
+        """(B,) kernel part of the log-odds, for (B, M) message features and (B, L) summed memory features."""
         out: FloatArray = ((phi @ self.kernel_weight.numpy()) * psi).sum(1)
         return out
 
@@ -175,27 +175,28 @@ class MemoryGate(nn.Module):
         psi: FloatArray,
         strategy: npt.NDArray[np.int64],
         bilinear: FloatArray,
-        content: FloatArray,
+        label: FloatArray,
         weight: FloatArray,
         dual: FloatArray,
     ) -> FloatArray:
         """Fits V, U and b to a block of replies: one Newton step in the dual.
 
-        Their posterior mode given all replies is a sum over them, V = PRIOR_VARIANCE · Σ αᵢ φᵢψᵢᵀ and U and b
-        likewise, with αᵢ = wᵢ(yᵢ − σ(logitᵢ)) (Rasmussen & Williams 2006, eq. 3.17). It is approached a block
-        at a time, the others' α as they are (Yu, Huang & Lin 2011, "Dual coordinate descent methods for
-        logistic regression", in blocks).
+        The posterior mode is a sum over all replies, V = PRIOR_VARIANCE · Σ αᵢ φᵢψᵢᵀ and U and b likewise,
+        with αᵢ = wᵢ(yᵢ − σ(logitᵢ)) (Rasmussen & Williams 2006, eq. 3.17). Each call updates the α of one
+        block and keeps the others (Yu, Huang & Lin 2011, "Dual coordinate descent methods for logistic
+        regression", in blocks).
 
         Args:
-            phi: (B, M); psi: (B, L) summed over a slate.
-            strategy: (B,) of the answers.
-            bilinear: (B,) what `log_odds` gave.
-            content: (B,) replies in [0, 1].
-            weight: (B,) their sureness in [0, 1].
-            dual: (B,) their α so far.
+            phi: (B, M) message features.
+            psi: (B, L) memory features, summed over each slate.
+            strategy: (B,) index of the strategy used.
+            bilinear: (B,) results of `log_odds`.
+            label: (B,) in [0, 1], 1 for a satisfied user.
+            weight: (B,) sample weights in [0, 1].
+            dual: (B,) current α.
 
         Returns:
-            (B,) their new α.
+            (B,) new α.
         """
         share = self.strategy_weight.numpy()[strategy]
         logit = bilinear + self.kernel_logit(phi, psi) + (share[:, :-1] * phi).sum(1) + share[:, -1]
@@ -206,7 +207,7 @@ class MemoryGate(nn.Module):
         kernel *= phi @ phi.T
         kernel += BIAS_VARIANCE
         kernel[np.diag_indices_from(kernel)] += 1.0 / spread
-        change = np.linalg.solve(kernel, (weight * (content - p) - dual) / spread).astype(np.float32)
+        change = np.linalg.solve(kernel, (weight * (label - p) - dual) / spread).astype(np.float32)
         with torch.no_grad():
             self.kernel_weight += torch.from_numpy(phi.T @ ((PRIOR_VARIANCE * change)[:, None] * psi))
             strategies = chosen.T @ ((STRATEGY_VARIANCE * change)[:, None] * phi)
@@ -225,7 +226,7 @@ class MemoryGate(nn.Module):
             negative: (Q, D) memories that did not.
 
         Returns:
-            A scalar; 0 where either side is empty.
+            A scalar; 0 if either set is empty.
         """
         positive = positive.reshape(-1, self.memory_dim)
         negative = negative.reshape(-1, self.memory_dim)
@@ -236,7 +237,7 @@ class MemoryGate(nn.Module):
         return F.relu(margin - good[:, None] + bad[None, :]).mean()
 
     def _bilinear(self, situation: Tensor, memories: Tensor) -> Tensor:
-        """`score_memories` of memories of norm 1."""
+        """`score_memories` for memories of norm 1."""
         if situation.ndim not in (1, 2) or situation.shape[-1] != self.situation_dim:
             raise DimensionError("situation", tuple(situation.shape), f"(…, {self.situation_dim})")
         if memories.ndim not in (2, 3) or memories.shape[-1] != self.memory_dim:

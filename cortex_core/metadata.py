@@ -1,7 +1,7 @@
-"""Metadata of a request as a short vector of features. Torch-free: the joiner's side reads it too.
+"""Metadata of a request as a feature vector. Does not import torch, which the joiner must not load.
 
-Only the keys named in `metadata_features` are read; others are ignored, because agents pass along what they
-have. A value that is present but unusable is an error: taking "noon" for midnight would teach nonsense.
+Only the keys listed in `metadata_features` are read; agents may pass others. An invalid value is an error,
+not a default: a wrong feature would train wrong weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cortex_core.arrays import FloatArray
-from cortex_core.errors import InputError, NonFiniteError
+from cortex_core.errors import InputError, NonFiniteError, shown
 
 METADATA_KEYS: tuple[str, ...] = (
     "hour_sin",
@@ -27,7 +27,7 @@ METADATA_KEYS: tuple[str, ...] = (
     "message_has_code",
     "history_turns",
 )
-"""Names of the F features, in their order; every feature lies in [-1, 1] and is 0 when unknown."""
+"""Names of the F features, in order; every feature is in [-1, 1], and 0 if unknown."""
 
 _CODE_MARKS = ("```", "def ", "class ", "();", "{", "};", "</", "SELECT ", "Traceback", "#include")
 
@@ -38,16 +38,16 @@ def metadata_features(
     """The features of one request.
 
     Args:
-        metadata: read from it, where present: `hour_of_day` [0, 24), `day_of_week` [0, 7) with 0 = Monday,
-            `conversation_length` in turns (≥ 0), `idle_s` seconds since the user's last message (≥ 0).
-        message: the user's text, for its length and form; may be empty when only its embedding is at hand.
+        metadata: the optional keys are `hour_of_day` [0, 24), `day_of_week` [0, 7) with 0 = Monday,
+            `conversation_length` in turns (≥ 0), and `idle_s`, seconds since the user's last message (≥ 0).
+        message: the user's text, for its length and form; may be empty if only its embedding is available.
         history: earlier turns, oldest first; only their number is used.
 
     Returns:
         (F,) float32 in the order of `METADATA_KEYS`.
 
     Raises:
-        InputError: a value is no number or outside its range.
+        InputError: a value is not a number or out of range.
         NonFiniteError: NaN or infinity.
     """
     data = metadata or {}
@@ -75,20 +75,22 @@ def _number(data: Mapping[str, Any], key: str, low: float, high: float | None) -
     value = data.get(key)
     if value is None:
         return None
-    wanted = f"a number ≥ {low:g}" + (f" and < {high:g}" if high is not None else "")
+    expected = f"a number ≥ {low:g}" + (f" and < {high:g}" if high is not None else "")
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"metadata[{key!r}] is {value!r}, wanted {wanted}") from None
+    except (TypeError, ValueError, OverflowError):  # a whole number may have any number of digits
+        raise InputError(f"metadata[{key!r}] is {shown(value)}, expected {expected}") from None
     if not math.isfinite(number):
         raise NonFiniteError(f"metadata[{key!r}]")
     if number < low or (high is not None and number >= high):
-        raise InputError(f"metadata[{key!r}] is {number:g}, wanted {wanted}")
+        raise InputError(f"metadata[{key!r}] is {number:g}, expected {expected}")
     return number
 
 
 def _on_circle(value: float | None, period: float) -> tuple[float, float]:
-    """23:00 and 1:00 are two hours apart, not twenty-two."""
+    """(sin, cos) of a periodic value: 23:00 and 1:00 are two hours apart; (0, 0) if unknown."""
     if value is None:
         return 0.0, 0.0
     angle = 2.0 * math.pi * value / period
@@ -96,5 +98,5 @@ def _on_circle(value: float | None, period: float) -> tuple[float, float]:
 
 
 def _saturating(value: float | None, half: float) -> float:
-    """0 → 0, `half` → 0.5, ∞ → 1: a count without an upper end inside [0, 1]."""
+    """Maps [0, ∞) to [0, 1): 0 → 0, `half` → 0.5."""
     return 0.0 if value is None else value / (value + half)

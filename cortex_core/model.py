@@ -1,4 +1,4 @@
-"""CortexModel: the four components as one, and the decision they make together."""
+"""CortexModel: the four components and the decisions that they make together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cortex_core.strategy_selector import Belief, StrategySelector
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Everything that fixes the shapes: the manifest's `architecture`."""
+    """Everything that determines the shapes: `architecture` in the weights manifest."""
 
     text_dim: int = 384
     situation_dim: int = 384
@@ -32,19 +32,19 @@ class ModelConfig:
     estimator_hidden_dim: int = 32
     dropout: float = 0.1
     landmarks: int = 384
-    """messages that the selector's posterior can tell apart"""
+    """number of messages that the selector's posterior can distinguish"""
     memory_landmarks: int = 256
-    """memories that the gate's kernel part can tell apart"""
+    """number of memories that the gate's kernel part can distinguish"""
     strategies: tuple[str, ...] = field(default_factory=lambda: StrategyRegistry().ids)
 
     def __post_init__(self) -> None:
         if not self.strategies or len(set(self.strategies)) != len(self.strategies):
             raise ConfigError(
-                f"ModelConfig.strategies wants distinct ids, at least one; got {self.strategies}"
+                f"ModelConfig.strategies expects at least one id, all distinct; got {self.strategies}"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The fields as JSON values."""
         return {**asdict(self), "strategies": list(self.strategies)}
 
     @classmethod
@@ -52,31 +52,31 @@ class ModelConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ConfigError: unknown or unusable fields. A newer architecture cannot be half loaded.
+            ConfigError: unknown or invalid fields. A newer architecture cannot be loaded partially.
         """
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
-            raise ConfigError(f"the architecture names {sorted(unknown)}, which this version does not know")
+            raise ConfigError(f"the architecture has fields {sorted(unknown)}, unknown to this version")
         try:
             return cls(**{**data, "strategies": tuple(data.get("strategies") or StrategyRegistry().ids)})
         except TypeError as error:
-            raise ConfigError(f"no usable architecture: {error}") from error
+            raise ConfigError(f"invalid architecture: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the model decided, in plain values: all that an InteractionEvent logs of it."""
+    """A decision of the model, as an InteractionEvent logs it."""
 
     situation: FloatArray
     """(S,)"""
     strategy_index: int
     strategy_id: str
     probabilities: FloatArray
-    """(A,) with which each strategy could have been chosen; sums to 1"""
+    """(A,) probability of choosing each strategy; sums to 1"""
     propensity: float
-    """the chosen strategy's"""
+    """probability of the chosen strategy"""
     memory_indices: list[int]
-    """(K,) rows of the candidates, slot by slot"""
+    """(K,) rows of the candidate memories, in slot order"""
     memory_scores: list[float]
     """(K,)"""
     memory_propensities: list[float]
@@ -89,7 +89,7 @@ class Decision:
 
 
 class CortexModel(nn.Module):
-    """SituationEncoder, MemoryGate, StrategySelector and ConfidenceEstimator of one model_id.
+    """The SituationEncoder, MemoryGate, StrategySelector and ConfidenceEstimator of one model_id.
 
     model = CortexModel.create(ModelConfig(), "support-bot")
     decision = model.decide(message, history, metadata, memories, rng=np.random.default_rng())
@@ -123,7 +123,7 @@ class CortexModel(nn.Module):
 
     @classmethod
     def create(cls, config: ModelConfig | None = None, model_id: str = "default") -> CortexModel:
-        """A new model at birth. The same id and config give the same bytes in every process."""
+        """A new, untrained model. The same id and config give the same weights in every process."""
         model = cls(config)
         seed = int.from_bytes(hashlib.sha256(model_id.encode()).digest()[:8], "little") >> 1
         generator = torch.Generator().manual_seed(seed)
@@ -131,18 +131,18 @@ class CortexModel(nn.Module):
         model.selector.reset_parameters(generator)
         model.estimator.reset_parameters(generator)
         if model.encoder.projection.numel():
-            # Memories stay in the texts' space: P makes the untrained score cosine there as well.
+            # Memories have D dimensions: with W = P the untrained score is a cosine there as well.
             model.gate.reset_parameters(model.encoder.projection)
         return model.eval()
 
     def freeze(self) -> CortexModel:
         """Prepares the model for serving and makes it immutable; returns it.
 
-        Everything that a decision derives from the weights is computed here, so that the first decision is as
-        quick as the next ones and any number of threads may decide at once. A trial decision is part of it.
+        Computes everything that decisions derive from the weights, so that the first decision is as fast as
+        the others and threads may decide concurrently. Then makes a trial decision.
 
         Raises:
-            WeightsError: no decision can be made with these weights; finite but absurd ones give none.
+            WeightsError: the trial decision failed, e.g. because weights are finite but too large.
         """
         self.eval()
         self.requires_grad_(False)
@@ -162,19 +162,19 @@ class CortexModel(nn.Module):
             trial.confidence,
         ]
         if not np.isfinite(numbers).all():
-            raise WeightsError("the trial decision gave NaN or infinity: the weights are finite but unusable")
+            raise WeightsError("the trial decision gave NaN or infinity, although the weights are finite")
         self._frozen = True
         return self
 
     @property
     def frozen(self) -> bool:
-        """Whether the model is immutable: it decides and does not learn."""
+        """Whether the model is immutable: it can decide, but not be trained."""
         return self._frozen
 
     def train(self, mode: bool = True) -> CortexModel:
-        """As `nn.Module.train`; raises `RuntimeError` on a frozen model."""
+        """Like `nn.Module.train`; raises `RuntimeError` for a frozen model."""
         if mode and self._frozen:
-            raise RuntimeError("the model is frozen: make another from its snapshot to train it")
+            raise RuntimeError("the model is frozen: to train, create a new model from its snapshot")
         return super().train(mode)
 
     @torch.no_grad()
@@ -189,21 +189,21 @@ class CortexModel(nn.Module):
         explore: bool = True,
         rng: np.random.Generator,
     ) -> Decision:
-        """Decides for one request; costs under 2 ms over 200 memories.
+        """Selects strategy and memories for one request; takes under 2 ms for 200 memories.
 
-        Safe to call from many threads on a frozen model; else from one, while others train other instances.
+        Thread-safe for a frozen model; otherwise one thread may call it while others train other instances.
 
         Args:
             message_emb: (D,).
-            history_emb: (D,) or None for none.
+            history_emb: (D,), or None without history.
             metadata: (F,) from `metadata_features`, or None.
-            memory_embs: (N, D) candidates; N may be 0, None means none.
-            top_k: K, how many memories to retrieve.
-            explore: False always takes what looks best; nothing new is then learned about the rest.
-            rng: where chance comes from.
+            memory_embs: (N, D) candidates; None means N = 0.
+            top_k: K, number of memories to retrieve.
+            explore: False always selects the highest estimates, so that the others are never tried.
+            rng: source of randomness.
 
         Raises:
-            DimensionError, NonFiniteError: an input is unusable.
+            DimensionError, NonFiniteError: an invalid array.
         """
         config = self.config
         message = self._checked(message_emb, "message_emb", (config.text_dim,))
@@ -247,16 +247,16 @@ class CortexModel(nn.Module):
 
 
 def summarize(belief: Belief, index: int, slate: Slate) -> ContextSummary:
-    """The estimator's view of a decision: strategy `index`, and the slate."""
+    """The context summary of a decision for strategy `index` and a slate."""
     chosen = float(belief.mean[index])
     others = float(np.delete(belief.mean, index).max()) if len(belief.mean) > 1 else chosen
-    scores = slate.scores
+    scores, unselected = slate.scores, slate.best_unselected
     return ContextSummary(
-        content_logit=math.log(chosen / (1.0 - chosen)),
+        satisfaction_logit=math.log(chosen / (1.0 - chosen)),
         strategy_margin=chosen - others,
         strategy_uncertainty=float(belief.deviation[index]),
         memory_logit=slate.logit,
         top_memory_score=max(scores, default=0.0),
-        memory_margin=min(scores) - slate.best_passed if scores and slate.best_passed is not None else 0.0,
+        memory_margin=min(scores) - unselected if scores and unselected is not None else 0.0,
         memory_count=len(scores) / (len(scores) + 3.0),
     )

@@ -1,14 +1,14 @@
-"""How good would other weights have been? Estimates from logged decisions alone, with intervals.
+"""Off-policy evaluation: the mean reward of other weights, estimated from logged decisions, with intervals.
 
-A log holds, for each decision, the action, the reward and the propensity with which it was chosen. A policy
-is judged by the probabilities with which it would have chosen each action in the same situations:
+A log contains the action, the reward and the propensity of each decision. A policy is given by its action
+probabilities in the same situations:
 
     log = LoggedDecisions(actions, rewards, propensities)
     report = compare(log, first=old_probabilities, second=new_probabilities, reward_model=predicted)
-    report.difference["dr"].low > 0      # the second policy is better, at the level asked for
+    report.difference["dr"].low > 0      # the second policy is better, at the given level
 
-numpy only. Each estimator is a mean of per-decision terms, its interval comes from their spread (central
-limit theorem), and a difference of two policies from the differences of their terms on the same decisions.
+Uses numpy only. Each estimator is a mean of per-decision terms; its interval follows from their variance
+(central limit theorem), and that of a difference from the differences of the terms on the same decisions.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ Method = Literal["ips", "snips", "dr"]
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """An estimated mean reward, or a difference of two, with its interval."""
+    """An estimated mean reward, or the difference of two, with its confidence interval."""
 
     value: float
     low: float
     high: float
     standard_error: float
     effective_n: float
-    """(Σw)² / Σw² (Kish 1965): how many decisions of one's own these are worth; for a difference the smaller
-    of the two. Far below the number of decisions no interval is to be trusted."""
+    """Effective sample size (Σw)² / Σw² (Kish 1965); for a difference, the smaller of the two. Do not trust
+    the interval if it is far below the number of decisions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two policies on one log; each mapping is by method."""
+    """Estimates of two policies on one log, by method."""
 
     first: Mapping[Method, Estimate]
     second: Mapping[Method, Estimate]
@@ -51,15 +51,15 @@ class Comparison:
 
 
 class LoggedDecisions:
-    """n decisions of any logging policy, which may have changed between them.
+    """n decisions of a logging policy, which may have changed over time.
 
     Args:
         actions: (n,) index of the action taken.
         rewards: (n,).
-        propensities: (n,) in (0, 1], with which that action was chosen when it was.
+        propensities: (n,) in (0, 1], probability of the action taken at the time of the decision.
 
     Raises:
-        InputError: unusable values; DimensionError, NonFiniteError: unusable arrays.
+        InputError, DimensionError, NonFiniteError: invalid arrays.
     """
 
     def __init__(self, actions: npt.ArrayLike, rewards: npt.ArrayLike, propensities: npt.ArrayLike) -> None:
@@ -67,16 +67,16 @@ class LoggedDecisions:
         self.rewards = _finite(rewards, "rewards", (len(raw),))
         self.propensities = _finite(propensities, "propensities", (len(raw),))
         if raw.ndim != 1 or not np.issubdtype(raw.dtype, np.integer):
-            raise InputError(f"actions has type {raw.dtype} and shape {raw.shape}, wanted (n,) integers")
+            raise InputError(f"actions has type {raw.dtype} and shape {raw.shape}, expected (n,) integers")
         self.actions = raw.astype(np.intp)
         if len(raw) < 2:
-            raise InputError(f"the log holds {len(raw)} decisions; an interval wants two at least")
+            raise InputError(f"the log has {len(raw)} decisions; an interval requires at least two")
         if self.actions.min() < 0:
-            raise InputError(f"an action is {self.actions.min()}, wanted an index of 0 or more")
+            raise InputError(f"an action is {self.actions.min()}, expected an index of 0 or more")
         if self.propensities.min() <= 0.0 or self.propensities.max() > 1.0:
             raise InputError(
-                f"propensities lie in [{self.propensities.min():g}, {self.propensities.max():g}], "
-                "wanted numbers in (0, 1]"
+                f"propensities range from {self.propensities.min():g} to {self.propensities.max():g}, "
+                "expected numbers in (0, 1]"
             )
 
     def __len__(self) -> int:
@@ -91,27 +91,27 @@ def evaluate(
     clip: float | None = None,
     level: float = 0.95,
 ) -> dict[Method, Estimate]:
-    """Mean reward that a policy would have had.
+    """Estimates the mean reward of a policy.
 
-    With w = π(a|x) / p, the importance weight of the action that was taken:
+    With the importance weight w = π(a|x) / p of the action taken:
 
-    - `ips`: mean of w·r (Horvitz & Thompson 1952). Unbiased; its spread grows with that of w.
-    - `snips`: Σ w·r / Σ w (Swaminathan & Joachims 2015, eq. 6). Slightly biased, of less spread, and within
-      the rewards' range. Its interval is the delta method's (Owen 2013, eq. 9.8).
-    - `dr`: mean of Σ_a π(a|x) q(x,a) + w·(r − q(x,a taken)) (Dudík, Langford & Li 2011, eq. 1). Unbiased
-      where the propensities or the model q are right. Only with a `reward_model`.
+    - `ips`: mean of w·r (Horvitz & Thompson 1952). Unbiased; its variance grows with that of w.
+    - `snips`: Σ w·r / Σ w (Swaminathan & Joachims 2015, eq. 6). Slightly biased, of lower variance, and
+      within the range of the rewards. Interval by the delta method (Owen 2013, eq. 9.8).
+    - `dr`: mean of Σ_a π(a|x) q(x,a) + w·(r − q(x,a taken)) (Dudík, Langford & Li 2011, eq. 1). Unbiased if
+      the propensities or the model q are correct. Only with a `reward_model`.
 
     Args:
-        log: what happened.
-        probabilities: (n, A) with which the policy would have chosen; rows sum to 1.
+        log: the logged decisions.
+        probabilities: (n, A) action probabilities of the policy; rows sum to 1.
         reward_model: (n, A) predicted rewards q that were not fitted on the same decisions, e.g. from
             `cross_fitted_rewards`.
-        clip: largest importance weight (Ionides 2008), a bias for less spread; None leaves them.
-        level: of the two-sided intervals, in (0, 1).
+        clip: maximum importance weight (Ionides 2008); trades bias for lower variance. None: no maximum.
+        level: confidence level of the two-sided intervals, in (0, 1).
 
     Raises:
-        ConfigError: an unusable `clip` or `level`.
-        InputError, DimensionError, NonFiniteError: unusable arrays.
+        ConfigError: an invalid `clip` or `level`.
+        InputError, DimensionError, NonFiniteError: invalid arrays.
     """
     terms = _terms(log, probabilities, reward_model, clip)
     return {method: _estimate(*terms[method], level) for method in terms}
@@ -126,7 +126,7 @@ def compare(
     clip: float | None = None,
     level: float = 0.95,
 ) -> Comparison:
-    """Both policies, and how much better the second one is; arguments as in `evaluate`."""
+    """Estimates two policies and the difference second − first; arguments as in `evaluate`."""
     a = _terms(log, first, reward_model, clip)
     b = _terms(log, second, reward_model, clip)
     difference: dict[Method, Estimate] = {}
@@ -148,17 +148,17 @@ def cross_fitted_rewards(
     ridge: float = 1.0,
     folds: int = 2,
 ) -> DoubleArray:
-    """(n, A) rewards predicted by one ridge regression an action, never from the decision itself.
+    """(n, A) rewards predicted by one ridge regression per action, with cross-fitting.
 
-    Cross-fitting (Chernozhukov et al. 2018): each fold is predicted from the others, without which doubly
-    robust estimates would judge the model by what it has memorised.
+    Each fold is predicted by a model fitted on the other folds (Chernozhukov et al. 2018), so that the doubly
+    robust estimate does not use predictions of a model that has seen the same decision.
 
     Args:
-        log: what happened.
+        log: the logged decisions.
         situations: (n, S).
         num_actions: A.
-        ridge: > 0, against overfitting; an action's predictions shrink to the fold's mean reward.
-        folds: how many; neighbours in time share one.
+        ridge: positive penalty; shrinks the predictions to the mean reward.
+        folds: number of folds; each is contiguous in time.
     """
     x = np.asarray(situations, dtype=np.float64)
     if x.ndim != 2 or len(x) != len(log):
@@ -166,7 +166,7 @@ def cross_fitted_rewards(
     if not np.isfinite(x).all():
         raise NonFiniteError("situations")
     if ridge <= 0 or not 2 <= folds <= len(log):
-        raise ConfigError(f"wanted ridge > 0 and folds in [2, {len(log)}]; got {ridge} and {folds}")
+        raise ConfigError(f"expected ridge > 0 and folds in [2, {len(log)}]; got {ridge} and {folds}")
     if num_actions <= log.actions.max():
         raise InputError(f"num_actions is {num_actions}, but action {log.actions.max()} was taken")
     fold = np.arange(len(log)) * folds // len(log)
@@ -191,7 +191,7 @@ def _terms(
     reward_model: npt.ArrayLike | None,
     clip: float | None,
 ) -> _Terms:
-    """method → (estimate, (n,) terms whose spread over √n is its standard error, effective n)."""
+    """method → (estimate, (n,) terms whose standard deviation / √n is the standard error, effective n)."""
     n = len(log)
     pi = np.asarray(probabilities, dtype=np.float64)
     if pi.ndim != 2 or len(pi) != n or pi.shape[1] <= log.actions.max():
@@ -199,16 +199,16 @@ def _terms(
     if not np.isfinite(pi).all():
         raise NonFiniteError("probabilities")
     if pi.min() < 0.0 or np.abs(pi.sum(1) - 1.0).max() > 1e-3:
-        raise InputError("every row of probabilities must hold numbers of 0 or more that sum to 1")
+        raise InputError("every row of probabilities must have non-negative numbers that sum to 1")
     if clip is not None and clip <= 0:
-        raise ConfigError(f"clip is {clip}, wanted a positive number or None")
+        raise ConfigError(f"clip is {clip}, expected a positive number or None")
     rows = np.arange(n)
     w = pi[rows, log.actions] / log.propensities
     if clip is not None:
         w = np.minimum(w, clip)
     total = float(w.sum())
     if total <= 0.0:
-        raise InputError("the policy never takes a logged action: this log says nothing about it")
+        raise InputError("the policy never takes a logged action: this log cannot evaluate it")
     effective = total**2 / float((w**2).sum())
     weighted = w * log.rewards
     value = float(weighted.sum()) / total
@@ -225,10 +225,10 @@ def _terms(
 
 def _estimate(value: float, terms: DoubleArray, effective: float, level: float) -> Estimate:
     if not 0.0 < level < 1.0:
-        raise ConfigError(f"level is {level}, wanted a number in (0, 1), e.g. 0.95")
+        raise ConfigError(f"level is {level}, expected a number in (0, 1), e.g. 0.95")
     error = float(terms.std(ddof=1) / np.sqrt(len(terms)))
-    reach = NormalDist().inv_cdf(0.5 + level / 2.0) * error
-    return Estimate(value, value - reach, value + reach, error, effective)
+    half_width = NormalDist().inv_cdf(0.5 + level / 2.0) * error
+    return Estimate(value, value - half_width, value + half_width, error, effective)
 
 
 def _finite(value: npt.ArrayLike, what: str, shape: tuple[int, ...]) -> DoubleArray:

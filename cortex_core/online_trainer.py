@@ -1,11 +1,11 @@
-"""OnlineTrainer: users' replies become gradient steps on all four components, live.
+"""OnlineTrainer: trains all four components on users' replies as they arrive.
 
-It reads experiences and draws replay; it publishes nothing and knows no Kafka.
+It reads experiences and samples replay; it publishes nothing and does not depend on Kafka.
 
     trainer = OnlineTrainer.for_model(model, buffer=buffer)
-    for entry in experiences:       # each is in the buffer already
+    for entry in experiences:       # each is already in the buffer
         update = trainer.observe(entry)
-    trainer.flush()                 # whatever is pending, now
+    trainer.flush()                 # trains on what is pending
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +28,9 @@ from cortex_core.memory_gate import MemoryGate
 from cortex_core.metadata import metadata_features
 from cortex_core.online import checkpoints
 from cortex_core.online.batches import Batch, collate, encode
-from cortex_core.online.degradation import GoodWeights, put_back, weights_of
+from cortex_core.online.degradation import GoodWeights, copy_weights, restore_weights
 from cortex_core.online.posteriors import Posteriors, chosen_mean
+from cortex_core.online.progress import Progress, moving_average
 from cortex_core.online.update import InteractionOutcome, Losses, OnlineUpdate
 from cortex_core.replay_buffer import ReplayEntry, ReplayStore
 from cortex_core.situation_encoder import SituationEncoder
@@ -42,41 +42,31 @@ if TYPE_CHECKING:
     from cortex_core.model import CortexModel
 
 
-QUICK = 100.0
-"""Learning rate of the share of misleading replies, in units of `lr`."""
-GATE = 30.0
-"""Learning rate of the Memory Gate's W, in units of `lr`, by plain gradient descent: Adam moves each of its
-150,000 numbers alike, and what few replies say would be lost in that."""
-RECENT = 64
-"""Experiences that two sets of weights are compared on, when learning is suspected to have degraded."""
-
-
-@dataclass(slots=True)
-class _Progress:
-    updates: int = 0
-    interactions: int = 0
-    ema_loss: float | None = None
-    ema_reward: float | None = None
-    rollbacks: int = 0
-    pending: dict[str, ReplayEntry] = field(default_factory=dict)
+NOISE_LR = 100.0
+"""Learning rate of the estimator's reply noise ε, in units of `lr`: a single number does not overfit."""
+GATE_LR = 30.0
+"""Learning rate of the Memory Gate's W, in units of `lr`. By gradient descent without Adam, which would move
+all of its 150,000 numbers by similar amounts and drown the few that the replies support."""
+COMPARED = 64
+"""Number of latest experiences on which the current weights are compared with the last good ones."""
 
 
 class OnlineTrainer:
-    """Learns from logged bandit feedback.
+    """Trains on logged bandit feedback.
 
     Args:
-        buffer: where replay comes from; `record_interaction` also adds to it.
-        lr: Adam's learning rate.
-        update_every: experiences between two steps.
-        batch_size: experiences in a step; the fresh ones are always among them, the rest is replay.
-        max_norm: gradients are clipped to this L2 norm.
-        ema_decay: of `ema_loss`.
-        degradation_margin: in nats; when `ema_loss` stands this much above that of the last good weights,
-            or the mean reward `reward_margin` below theirs, both are compared on the latest experiences. The
-            old ones are restored where they do better there by half this margin: where the world changed and
-            not the learner, they do not.
-        replay: False trains on fresh experiences alone, to measure what replay is worth.
-        collector: reads replies in `record_interaction`; a `FeedbackCollector()` when not given.
+        buffer: the replay store; `record_interaction` also adds to it.
+        lr: learning rate of Adam.
+        update_every: experiences per training step.
+        batch_size: experiences in a batch: all fresh ones, the rest sampled from replay.
+        max_norm: maximum L2 norm of the gradients, by clipping.
+        ema_decay: decay of `ema_loss` and of the mean reward.
+        degradation_margin: in nats; if `ema_loss` exceeds that of the last good weights by this margin, or
+            the mean reward falls below theirs by `reward_margin`, both weights are compared on the latest
+            experiences. The old ones are restored if their loss is lower by half this margin. (If the
+            environment changed, the old weights are not better.)
+        replay: False trains on fresh experiences only, to measure the effect of replay.
+        collector: reads replies in `record_interaction`; None means a `FeedbackCollector()`.
     """
 
     def __init__(
@@ -100,8 +90,8 @@ class OnlineTrainer:
     ) -> None:
         if lr <= 0 or update_every < 1 or batch_size < 1 or max_norm <= 0 or not 0 <= ema_decay < 1:
             raise ConfigError(
-                "OnlineTrainer wants lr > 0, update_every ≥ 1, batch_size ≥ 1, max_norm > 0 and ema_decay in "
-                f"[0, 1); got {lr}, {update_every}, {batch_size}, {max_norm}, {ema_decay}"
+                "OnlineTrainer expects lr > 0, update_every ≥ 1, batch_size ≥ 1, max_norm > 0 and ema_decay "
+                f"in [0, 1); got {lr}, {update_every}, {batch_size}, {max_norm}, {ema_decay}"
             )
         self.encoder = encoder
         self.gate = gate
@@ -124,23 +114,22 @@ class OnlineTrainer:
             "estimator": estimator,
         }
         self._parameters = [p for m in self._modules.values() for p in m.parameters() if p.requires_grad]
-        quick = [estimator.noise]
-        apart = [*quick, gate.weight]
-        slow = [p for p in self._parameters if all(p is not q for q in apart)]
-        # One number cannot overfit as layers can.
+        special = [estimator.noise, gate.weight]
+        others = [p for p in self._parameters if all(p is not q for q in special)]
         self.optimizer = torch.optim.Adam(
-            [{"params": slow, "lr": lr}, {"params": quick, "lr": QUICK * lr}], fused=True
+            [{"params": others, "lr": lr}, {"params": [estimator.noise], "lr": NOISE_LR * lr}], fused=True
         )
-        self._descent = torch.optim.SGD([gate.weight], lr=GATE * lr)
+        self._gate_optimizer = torch.optim.SGD([gate.weight], lr=GATE_LR * lr)
         self._replay = replay
         self._posteriors = Posteriors(selector, gate, estimator, replay=replay)
-        self._progress = _Progress()
-        self._recent: deque[ReplayEntry] = deque(maxlen=RECENT)
-        self._good = GoodWeights(weights_of(self._modules))
+        self._progress = Progress()
+        self._pending: dict[str, ReplayEntry] = {}
+        self._recent: deque[ReplayEntry] = deque(maxlen=COMPARED)
+        self._good = GoodWeights(copy_weights(self._modules))
 
     @classmethod
     def for_model(cls, model: CortexModel, *, buffer: ReplayStore, **options: Any) -> OnlineTrainer:
-        """A trainer of a model's components, in place."""
+        """A trainer that trains the components of a model in place."""
         return cls(
             model.encoder,
             model.gate,
@@ -158,18 +147,18 @@ class OnlineTrainer:
 
     @property
     def total_updates(self) -> int:
-        """Steps since birth."""
+        """Training steps since initialisation."""
         return self._progress.updates
 
     @property
     def total_interactions(self) -> int:
-        """Distinct experiences learned from since birth."""
+        """Distinct experiences learned from since initialisation."""
         return self._progress.interactions
 
     @property
     def pending(self) -> int:
-        """Experiences observed and not yet trained on."""
-        return len(self._progress.pending)
+        """Number of experiences observed and not yet trained on."""
+        return len(self._pending)
 
     def record_interaction(  # noqa: PLR0917 - the specification names these six
         self,
@@ -192,13 +181,13 @@ class OnlineTrainer:
         interaction_id: str = "",
         occurred_at: float | None = None,
     ) -> InteractionOutcome:
-        """Reads the reply, stores the experience and trains when enough have come.
+        """Extracts the feedback of a reply, stores the experience, and trains if `update_every` are pending.
 
-        The first six arguments are enough to teach the selector and the estimator. With the optional ones,
-        as `Decision` holds them, the Situation Encoder and the Memory Gate learn as well.
+        The first six arguments train the selector and the estimator. With the optional ones, which `Decision`
+        contains, the Situation Encoder and the Memory Gate are trained as well.
 
         Raises:
-            InputError: something is unusable; nothing is stored then.
+            InputError: an argument is invalid; nothing is stored.
         """
         if self._collector is None:
             from cortex_core.feedback_collector import FeedbackCollector  # noqa: PLC0415
@@ -232,105 +221,87 @@ class OnlineTrainer:
         return InteractionOutcome(entry, feedback.reward, feedback.signals, self.observe(entry))
 
     def observe(self, entry: ReplayEntry) -> OnlineUpdate | None:
-        """Counts one experience that the buffer holds already; trains when `update_every` are pending.
+        """Adds an experience that is already in the buffer; trains if `update_every` are pending.
 
-        A higher revision of a known id is an amended reward: it replaces the pending one.
+        A higher revision of a pending id is an amended reward and replaces the pending entry.
 
         Raises:
-            InputError: the entry does not fit this model; it is not counted.
+            InputError: the entry does not fit this model; it is not added.
         """
         self._check(entry)
-        known = self._progress.pending.get(entry.id) if entry.id else None
+        known = self._pending.get(entry.id) if entry.id else None
         if known is not None and known.revision >= entry.revision:
             return None
-        self._progress.pending[entry.id or f"#{len(self._progress.pending)}"] = entry
+        self._pending[entry.id or f"#{len(self._pending)}"] = entry
         return self.flush() if self.pending >= self.update_every else None
 
     def flush(self) -> OnlineUpdate | None:
-        """One training step on everything pending plus replay; None where nothing is pending."""
-        fresh = list(self._progress.pending.values())
+        """One training step on all pending experiences plus replay; None if nothing is pending."""
+        fresh = list(self._pending.values())
         if not fresh:
             return None
-        self._progress.pending.clear()
+        self._pending.clear()
         self._progress.interactions += sum(not self._posteriors.knows(e.id) for e in fresh)
         ids = {e.id for e in fresh}
-        want = max(self.batch_size - len(fresh), 0) if self._replay else 0
-        drawn = self.buffer.sample(self.batch_size) if want else []
-        replay = [e for e in drawn if e.id not in ids][:want]
+        count = max(self.batch_size - len(fresh), 0) if self._replay else 0
+        drawn = self.buffer.sample(self.batch_size) if count else []
+        replay = [e for e in drawn if e.id not in ids][:count]
         return self._step([*fresh, *replay], len(fresh))
 
     def loss(self, batch: Batch, phi: FloatArray, psi: FloatArray) -> Losses:
-        """One forward pass of all four components over a batch and its kernel features."""
+        """One forward pass of all components, for a batch and its (B, M) and (B, L) kernel features."""
         situation = encode(self.encoder, batch)
-        content, weight = batch.content(), batch.sureness()
+        label, weight = batch.label(), batch.sample_weight()
         prior = self.selector.prior(situation).gather(1, batch.strategy[:, None]).squeeze(1)
         mean = prior + chosen_mean(self.selector, phi, batch.strategy.tolist())
-        # Through the gate the encoder would move every score for the sake of a few memories.
+        # No gradient from the gate to the encoder: it would change every score because of a few memories.
         scores = self.gate.score_memories(situation.detach(), batch.memories)
         bilinear = self.gate.log_odds(scores, batch.memory_mask)
         kernel_part = torch.from_numpy(self.gate.kernel_logit(phi, psi))
         logit = torch.logit(mean, eps=0.01) + bilinear + kernel_part
-        nll = F.binary_cross_entropy_with_logits(logit, content, reduction="none")
+        nll = F.binary_cross_entropy_with_logits(logit, label, reduction="none")
         total = weight.sum().clamp_min(1e-6)
         reward = (weight * nll).sum() / total
         confidence = self.estimator.reply_probability(self.estimator(situation, batch.context))
-        calibration = self.calibration(confidence, content, weight * batch.has_context)
+        calibration = self.calibration(confidence, label, weight * batch.has_context)
         shown = (scores * batch.memory_mask).sum(1) / batch.memory_mask.sum(1).clamp_min(1.0)
         return Losses(
             reward + 0.5 * calibration, reward, calibration, prior.detach(), shown.detach(), bilinear.detach()
         )
 
     def restore_best(self) -> None:
-        """Back to the last good weights; the optimizer forgets its momentum, which led away from them."""
-        put_back(self._modules, self._good.weights)
-        self._posteriors.start_anew()
+        """Restores the last good weights and clears the optimizer's momentum."""
+        restore_weights(self._modules, self._good.weights)
+        self._posteriors.clear()
         self.optimizer.state.clear()
         self._progress.ema_loss = self._good.ema_loss
         self._progress.ema_reward = self._good.ema_reward
         self._progress.rollbacks += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """`tensors` by name, and `meta` of plain JSON values: all that resuming needs."""
-        return checkpoints.pack(weights_of(self._modules), self.optimizer, self._meta())
+        """`tensors` by name, and `meta` as JSON values: the state needed to resume."""
+        return checkpoints.pack(copy_weights(self._modules), self.optimizer, self._progress.to_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`; `WeightsError` where it does not fit, and nothing changes then."""
+        """The inverse of `state_dict`; raises `WeightsError` without changes if the state does not fit."""
         meta = checkpoints.unpack(state, self._modules, self.optimizer)
-        self._posteriors.start_anew()
-        self._progress = _Progress(
-            updates=int(meta["updates"]),
-            interactions=int(meta["interactions"]),
-            ema_loss=meta["ema_loss"],
-            ema_reward=meta.get("ema_reward"),
-            rollbacks=int(meta["rollbacks"]),
-        )
+        self._posteriors.clear()
+        self._pending.clear()
+        self._progress = progress = Progress.from_dict(meta)
         self._good = GoodWeights(
-            weights_of(self._modules),
-            self._progress.ema_loss,
-            self._progress.ema_reward,
-            self._progress.updates,
+            copy_weights(self._modules), progress.ema_loss, progress.ema_reward, progress.updates
         )
 
     def save_checkpoint(self, path: Path | str) -> None:
-        """Weights and optimizer in one safetensors file, atomically: a crash leaves the old or the new."""
+        """Writes the state to a safetensors file, atomically: a crash leaves the old file or the new one."""
         checkpoints.save(path, self.state_dict())
 
     def load_checkpoint(self, path: Path | str) -> None:
-        """Resumes where `save_checkpoint` stood; `WeightsError` where the file is damaged or does not fit."""
+        """Resumes from `save_checkpoint`; raises `WeightsError` if the file is damaged or does not fit."""
         self.load_state_dict(checkpoints.load(path))
 
     def _check(self, entry: ReplayEntry) -> None:
         collate([entry], self.registry, self.encoder.text_dim, self.encoder.output_dim)
-
-    def _meta(self) -> dict[str, Any]:
-        p = self._progress
-        return {
-            "updates": p.updates,
-            "interactions": p.interactions,
-            "ema_loss": p.ema_loss,
-            "ema_reward": p.ema_reward,
-            "rollbacks": p.rollbacks,
-        }
 
     def _step(self, entries: list[ReplayEntry], fresh: int) -> OnlineUpdate:
         batch = collate(entries, self.registry, self.encoder.text_dim, self.encoder.output_dim)
@@ -347,7 +318,7 @@ class OnlineTrainer:
             usable = math.isfinite(value) and math.isfinite(norm)
             if usable:
                 self.optimizer.step()
-                self._descent.step()
+                self._gate_optimizer.step()
                 self._posteriors.condition(
                     entries[:fresh],
                     phi[:fresh],
@@ -356,8 +327,8 @@ class OnlineTrainer:
                     prior=losses.prior[:fresh].numpy(),
                     scores=losses.scores[:fresh].numpy(),
                     bilinear=losses.bilinear[:fresh].numpy(),
-                    content=batch.content()[:fresh].numpy(),
-                    weight=batch.sureness()[:fresh].numpy(),
+                    label=batch.label()[:fresh].numpy(),
+                    weight=batch.sample_weight()[:fresh].numpy(),
                 )
         finally:
             for module in self._modules.values():
@@ -368,9 +339,9 @@ class OnlineTrainer:
             progress.updates += 1
             self._recent.extend(entries[:fresh])
             mean = sum(entry.reward for entry in entries[:fresh]) / fresh
-            progress.ema_loss = self._averaged(progress.ema_loss, value)
-            progress.ema_reward = self._averaged(progress.ema_reward, mean)
-            rolled_back = self._watch(progress.ema_loss, progress.ema_reward)
+            progress.ema_loss = moving_average(progress.ema_loss, value, self.ema_decay)
+            progress.ema_reward = moving_average(progress.ema_reward, mean, self.ema_decay)
+            rolled_back = self._check_degradation(progress.ema_loss, progress.ema_reward)
         return OnlineUpdate(
             update=progress.updates,
             loss=value,
@@ -384,31 +355,28 @@ class OnlineTrainer:
             rolled_back=rolled_back,
         )
 
-    def _averaged(self, old: float | None, new: float) -> float:
-        return new if old is None else self.ema_decay * old + (1.0 - self.ema_decay) * new
-
-    def _watch(self, ema_loss: float, ema_reward: float) -> bool:
-        """Notes the weights when they are the best so far; goes back to those when they have degraded."""
-        updates = self._progress.updates
-        if self._good.is_better(ema_loss, ema_reward, updates):
-            self._good = GoodWeights(weights_of(self._modules), ema_loss, ema_reward, updates)
+    def _check_degradation(self, ema_loss: float, ema_reward: float) -> bool:
+        """Keeps the weights if they are the best so far; restores the last good ones if these are worse."""
+        updates, good = self._progress.updates, self._good
+        if good.should_replace(ema_loss, ema_reward, updates):
+            self._good = GoodWeights(copy_weights(self._modules), ema_loss, ema_reward, updates)
             return False
-        if not self._good.suspects(ema_loss, ema_reward, self.degradation_margin, self.reward_margin):
+        if not good.suspects_degradation(ema_loss, ema_reward, self.degradation_margin, self.reward_margin):
             return False
-        current = weights_of(self._modules)
-        now = self._recent_loss()
-        put_back(self._modules, self._good.weights)
-        then = self._recent_loss()
-        put_back(self._modules, current)
-        if then + 0.5 * self.degradation_margin < now:
+        current = copy_weights(self._modules)
+        current_loss = self._recent_loss()
+        restore_weights(self._modules, good.weights)
+        good_loss = self._recent_loss()
+        restore_weights(self._modules, current)
+        if good_loss + 0.5 * self.degradation_margin < current_loss:
             self.restore_best()
             return True
-        # The world changed and not the learner: the old weights are no better on what comes in now.
+        # The environment changed: on the latest experiences the old weights are not better.
         self._good = GoodWeights(current, ema_loss, ema_reward, updates)
         return False
 
     def _recent_loss(self) -> float:
-        """Of the present weights on the latest experiences, dropout off."""
+        """Loss of the current weights on the latest experiences, without dropout."""
         entries = list(self._recent)
         batch = collate(entries, self.registry, self.encoder.text_dim, self.encoder.output_dim)
         phi, psi = self._posteriors.features(entries, 0)

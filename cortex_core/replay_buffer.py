@@ -1,8 +1,8 @@
-"""Replay: what the learner remembers of past interactions, and how it draws from them.
+"""Experience replay: entries, the interface of a replay store, and a store in a file.
 
-`ReplayEntry` is one experience. `ReplayStore` is the port that the trainer draws from: `ReplayBuffer`
-here keeps it as JSON lines in a file, `streams.replay_store.RedisReplayBuffer` in Redis; one contract
-suite runs on both. Nothing here imports torch: the joiner writes entries and stays small.
+`ReplayEntry` is one experience. `ReplayStore` is the interface that the trainer samples from, with two
+implementations: `ReplayBuffer` stores JSON lines in a file, `streams.replay_store.RedisReplayBuffer` stores
+entries in Redis. Does not import torch, which the joiner must not load.
 """
 
 from __future__ import annotations
@@ -30,53 +30,53 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class ReplayEntry:
-    """One experience: what was decided, on which features, and how the user took it.
+    """One experience: a decision, its features and the reward.
 
-    The first six fields are the specification's. The rest is what full learning needs; an entry without
-    them still teaches the confidence estimator and the strategy selector's last layers.
+    The first six fields are the specification's. The others are needed to train all components; without them
+    an entry trains only the strategy selector and the confidence estimator.
 
     D is the text dimension, S the situation dimension, F the number of metadata features, N the number of
-    candidate memories that were logged, K the number retrieved.
+    logged candidate memories, K the number retrieved.
     """
 
     situation_emb: FloatArray
-    """(S,) what the situation looked like to the weights version that decided."""
+    """(S,) situation, as computed by the weights version that decided."""
     memory_indices: list[int]
-    """(K,) which memories were retrieved, best first; rows of `memory_embs` where that is given."""
+    """(K,) retrieved memories, best first; rows of `memory_embs` if that is given."""
     memory_scores: list[float]
-    """(K,) how relevant they scored."""
+    """(K,) relevance scores of the retrieved memories."""
     strategy_id: str
     confidence: float
-    """Predicted probability in [0, 1] that the user will be content."""
+    """Predicted probability of a satisfied user, in [0, 1]."""
     reward: float
     """Aggregated feedback in [-1, 1]."""
 
     id: str = ""
-    """The interaction's id; a second entry with the same id amends the first in place."""
+    """The interaction id; a second entry with the same id amends the first in place."""
     revision: int = 1
-    """How many distinct replies stand behind `reward`; the higher revision of an id wins."""
+    """Number of distinct replies behind `reward`; a higher revision replaces a lower one."""
     occurred_at: float = 0.0
-    """Unix seconds of the interaction (not of the reply): the place in the buffer."""
+    """Unix seconds of the interaction (not of the reply); determines the position in the buffer."""
     reward_confidence: float = 1.0
-    """[0, 1] how sure the reader is of `reward`; weighs the sample."""
+    """Confidence in `reward`, in [0, 1]; the sample weight is its square."""
     message_emb: FloatArray | None = None
     """(D,)"""
     history_emb: FloatArray | None = None
     """(D,)"""
     metadata: FloatArray | None = None
-    """(F,) metadata features as the Situation Encoder saw them."""
+    """(F,) metadata features, as input to the Situation Encoder."""
     memory_embs: FloatArray | None = None
-    """(N, D) the retrieved memories and some that were passed over."""
+    """(N, D) the retrieved memories and some that were not retrieved."""
     propensity: float | None = None
-    """(0, 1] probability with which the strategy was chosen."""
+    """Probability of the chosen strategy, in (0, 1]."""
     memory_propensities: list[float] = field(default_factory=list)
-    """(K,) probability with which each retrieved memory entered the slate; empty when not logged."""
+    """(K,) probability of each retrieved memory in its slot; empty if not logged."""
     context: list[float] = field(default_factory=list)
-    """(7,) the context summary that the Confidence Estimator saw; empty when not logged."""
+    """(7,) context summary, as input to the Confidence Estimator; empty if not logged."""
     weights_version: int = 0
     """Version of the weights that decided."""
     text: str = ""
-    """The user's message; kept only where storing raw text was asked for."""
+    """The user's message; empty unless storing raw text is enabled."""
 
     def __post_init__(self) -> None:
         self.situation_emb = as_float32(self.situation_emb, "situation_emb", 1)
@@ -98,7 +98,7 @@ class ReplayEntry:
             not 0 <= i < len(self.memory_embs) for i in self.memory_indices
         ):
             raise InputError(
-                f"memory_indices {self.memory_indices} point outside the {len(self.memory_embs)} memory_embs"
+                f"memory_indices {self.memory_indices} are out of range for {len(self.memory_embs)} memories"
             )
         numbers = [
             self.confidence,
@@ -110,12 +110,12 @@ class ReplayEntry:
         if not all(math.isfinite(x) for x in numbers):
             raise NonFiniteError(f"replay entry {self.id or '(without id)'}")
         if not -1.0 <= self.reward <= 1.0:
-            raise InputError(f"reward is {self.reward}, wanted a number in [-1, 1]")
+            raise InputError(f"reward is {self.reward}, expected a number in [-1, 1]")
         if self.propensity is not None and not 0.0 < self.propensity <= 1.0:
-            raise InputError(f"propensity is {self.propensity}, wanted a number in (0, 1]")
+            raise InputError(f"propensity is {self.propensity}, expected a number in (0, 1]")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; arrays as base64 of little-endian float32 with their shape."""
+        """The fields as JSON values; arrays as base64 of little-endian float32, with their shape."""
         out: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
@@ -124,16 +124,16 @@ class ReplayEntry:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ReplayEntry:
-        """The inverse of `to_json`. Unknown fields are ignored: a newer writer may know more.
+        """The inverse of `to_json`. Ignores unknown fields, which a newer version may write.
 
         Raises:
-            InputError: a field is missing or unusable.
+            InputError: a field is missing or invalid.
         """
         known = {k: _unpack(v) for k, v in data.items() if k in cls.__dataclass_fields__}
         try:
             return cls(**known)
         except TypeError as error:
-            raise InputError(f"a replay entry cannot be read: {error}") from error
+            raise InputError(f"invalid replay entry: {error}") from error
 
 
 def _pack(array: FloatArray) -> dict[str, Any]:
@@ -147,7 +147,8 @@ def _unpack(value: Any) -> Any:
 
 
 class ReplayStore(Protocol):
-    """The port a trainer draws from. Order is by (`occurred_at`, `id`): recent means late in that order.
+    """Interface of a replay store. Entries are ordered by (`occurred_at`, `id`); recent means late in that
+    order.
 
     for entry in arriving:
         store.add(entry)
@@ -157,41 +158,41 @@ class ReplayStore(Protocol):
     capacity: int
 
     def add(self, entry: ReplayEntry) -> bool:
-        """Insert, or amend in place where the id is known and `entry.revision` is higher.
+        """Inserts an entry, or amends it in place if the id exists with a lower revision.
 
-        Returns whether anything changed. Over capacity the entry that comes first in order leaves.
+        Returns whether anything changed. Above `capacity` the first entry in order is evicted.
         """
 
     def sample(self, n: int, prioritize_recent: bool = True) -> list[ReplayEntry]:
-        """Up to `n` distinct entries, weighted to recent ones; fewer when fewer are stored."""
+        """Up to `n` distinct entries, recency-weighted or uniform; fewer if fewer are stored."""
 
     def get(self, entry_id: str) -> ReplayEntry | None:
         """The entry with this id, or None."""
 
     def entries(self) -> Iterator[ReplayEntry]:
-        """Every entry in order."""
+        """All entries, in order."""
 
     def extend(self, entries: Iterable[ReplayEntry]) -> int:
-        """Add many; returns how many changed anything."""
+        """Adds entries; returns how many of them changed anything."""
 
     def __len__(self) -> int: ...
 
 
 class ReplayBuffer:
-    """The `ReplayStore` of one process: in memory, and as JSON lines in a file when `path` is given.
+    """A `ReplayStore` of one process: in memory, and as JSON lines in a file if `path` is given.
 
         buffer = ReplayBuffer(capacity=10_000, path="replay.jsonl")
         buffer.add(entry)
         batch = buffer.sample(16)
 
-    Durability: `add` returns after its line is with the operating system, so the death of this process
-    loses nothing; `fsync=True` also survives the death of the machine, at some milliseconds an entry.
-    A line cut short by a crash costs that line only; loading logs a warning that names it.
+    Durability: `add` returns after the operating system has the line, so a crash of the process loses
+    nothing. With `fsync=True`, at some milliseconds per entry, a crash of the machine loses nothing either. A
+    line truncated by a crash is skipped on loading, with a warning; the others are kept.
 
-    Cost: `add` appends one line and never rewrites the file, which is compacted when it holds more than
-    twice `capacity` lines (amortised O(1) lines per add). Memory: about 20 KB an entry with all features.
+    Cost: `add` appends one line; the file is compacted when it has more than twice `capacity` lines
+    (amortised O(1) lines per add). Memory: about 20 KB per entry with all features.
 
-    Threads may share one buffer. Two processes may not write the same file.
+    Threads may share a buffer. Processes must not share a file.
     """
 
     def __init__(
@@ -205,19 +206,19 @@ class ReplayBuffer:
     ) -> None:
         """
         Args:
-            capacity: most entries kept; over it the earliest by (`occurred_at`, `id`) leaves.
-            path: the JSONL file, made with its folder when missing; None keeps entries in memory only.
-            rng: a generator or a seed, for repeatable samples.
-            sampler: how recent entries are preferred.
-            fsync: flush to the disk on every add.
+            capacity: maximum number of entries; above it the first by (`occurred_at`, `id`) is evicted.
+            path: the JSONL file, created with its folder if missing; None keeps entries in memory only.
+            rng: a generator, or a seed for reproducible samples.
+            sampler: weights of recent entries.
+            fsync: flush to disk on every add.
 
         Raises:
-            ConfigError: an unusable capacity.
+            ConfigError: an invalid capacity.
             OSError: the file cannot be read or written.
         """
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
             raise ConfigError(
-                f"capacity is {capacity!r}, wanted a positive integer; the file is given as path=..."
+                f"capacity is {capacity!r}, expected a positive integer; pass the file as path=..."
             )
         self.capacity = capacity
         self.path = None if path is None else Path(path)
@@ -236,22 +237,22 @@ class ReplayBuffer:
                 self._load(self.path)
 
     def add(self, entry: ReplayEntry) -> bool:
-        """Insert or amend `entry`; an entry without an id is given one in the order of adding.
+        """Inserts or amends `entry`; an entry without an id gets a sequential one.
 
-        Returns False when nothing changed: its revision is known, or the buffer is full of later ones.
+        Returns False if nothing changed: the revision is not higher, or the buffer is full of later entries.
 
         Raises:
-            OSError: the file took no more; the buffer is as before.
+            OSError: the file cannot be written; the buffer is unchanged.
         """
         return self.extend((entry,)) == 1
 
     def extend(self, entries: Iterable[ReplayEntry]) -> int:
-        """Add many; returns how many changed anything. Entries before one that raises are kept."""
+        """Adds entries; returns how many changed anything. Entries before one that raises are kept."""
         changed = 0
         with self._lock:
             for entry in entries:
                 named = entry if entry.id else replace(entry, id=f"{_LOCAL}{self._unnamed:012d}")
-                if not self._is_news(named):
+                if not self._changes(named):
                     continue
                 if self.path is not None:
                     self._append(self.path, named)
@@ -261,12 +262,12 @@ class ReplayBuffer:
                 try:
                     self._compact(self.path)
                 except OSError as error:
-                    log.warning("%s is not compacted, and grows until it is: %s", self.path, error)
+                    log.warning("cannot compact %s, the file keeps growing: %s", self.path, error)
                     self._compact_over = self._lines + self.capacity
         return changed
 
     def sample(self, n: int, prioritize_recent: bool = True) -> list[ReplayEntry]:
-        """Up to `n` distinct entries; recent ones oftener (see `RecencySampler`), or uniformly."""
+        """Up to `n` distinct entries, recency-weighted (see `RecencySampler`) or uniform."""
         with self._lock:
             size = len(self._order)
             sampler = self.sampler if prioritize_recent else RecencySampler(floor=1.0)
@@ -278,7 +279,7 @@ class ReplayBuffer:
             return self._by_id.get(entry_id)
 
     def entries(self) -> Iterator[ReplayEntry]:
-        """Every entry, earliest first, as they stood at the call."""
+        """All entries, earliest first; a snapshot at the time of the call."""
         with self._lock:
             return iter([self._by_id[entry_id] for _, entry_id in self._order])
 
@@ -288,7 +289,7 @@ class ReplayBuffer:
     def __iter__(self) -> Iterator[ReplayEntry]:
         return self.entries()
 
-    def _is_news(self, entry: ReplayEntry) -> bool:
+    def _changes(self, entry: ReplayEntry) -> bool:
         known = self._by_id.get(entry.id)
         if known is not None:
             return entry.revision > known.revision
@@ -316,7 +317,7 @@ class ReplayBuffer:
                 if self._fsync:
                     os.fsync(file.fileno())
             except OSError:
-                file.truncate(start)  # half a line would swallow the next one
+                file.truncate(start)  # a partial line would corrupt the next one
                 raise
         self._lines += 1
 
@@ -328,15 +329,15 @@ class ReplayBuffer:
                 try:
                     entry = ReplayEntry.from_json(json.loads(line))
                 except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    cause = "unreadable" if whole else "cut short, as by a crash while it was written"
-                    log.warning("%s line %d is %s and is passed over: %s", path, number, cause, error)
+                    cause = "invalid" if whole else "truncated, probably by a crash during the write,"
+                    log.warning("%s line %d is %s and is skipped: %s", path, number, cause, error)
                     if not whole:
                         torn_at = file.tell() - len(line)
                     continue
                 self._lines += 1
-                if self._is_news(entry):
+                if self._changes(entry):
                     self._place(entry)
-                if not whole:  # all but the newline arrived
+                if not whole:  # only the newline is missing
                     torn_at = -1
         if torn_at == -1:
             with path.open("ab") as file:
@@ -345,7 +346,7 @@ class ReplayBuffer:
             os.truncate(path, torn_at)
 
     def _compact(self, path: Path) -> None:
-        """Rewrites the file with the stored entries alone; a crash leaves the old file or the new one."""
+        """Rewrites the file with only the stored entries; a crash leaves the old file or the new one."""
         partial = path.with_name(path.name + ".compacting")
         with partial.open("wb") as file:
             for entry in self.entries():
@@ -358,9 +359,9 @@ class ReplayBuffer:
 
 
 _LOCAL = "local-"
-"""Begins the ids of entries that came without one."""
+"""Prefix of the ids of entries that were added without an id."""
 _MIN_LINES = 64
-"""A file of fewer lines is not worth compacting."""
+"""Files with fewer lines are not compacted."""
 
 
 def _line(entry: ReplayEntry) -> bytes:

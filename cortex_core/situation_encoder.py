@@ -1,7 +1,7 @@
-"""SituationEncoder: message, history and metadata become one situation vector.
+"""SituationEncoder: combines message, history and metadata into one situation vector.
 
-It does not encode text itself: it owns a frozen `TextEncoder` for callers' convenience (`encode`), and learns
-only what to add to the message's embedding.
+Text is encoded by a frozen `TextEncoder` (see `encode`); the situation encoder learns only a correction of
+the message embedding.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["METADATA_KEYS", "SituationEncoder", "metadata_features"]
 class SituationEncoder(nn.Module):
     """situation = normalise(P message + MLP([message, history, metadata])).
 
-    The MLP's last layer is zero at birth, so that the situation then is exactly the normalised message
-    embedding (P is the identity where the dimensions agree, else a fixed orthonormal projection), and the
-    Memory Gate is exactly cosine similarity. What training adds is bounded by the gradient steps taken.
+    The last layer of the MLP is initialised to zero, so that the untrained situation is exactly the
+    normalised message embedding and the untrained Memory Gate is exactly cosine similarity. P is the identity
+    if S = D, else a fixed orthonormal projection.
 
     Args:
-        text_dim: D of the text encoder.
-        output_dim: S of the situation; None takes `text_dim`.
+        text_dim: D, dimension of the text embeddings.
+        output_dim: S, dimension of the situation; None means `text_dim`.
         hidden_dim: width of the MLP.
-        dropout: on the MLP's hidden layer while training.
-        text_encoder: what `encode` uses; made on first use when not given.
+        dropout: applied to the hidden layer of the MLP during training.
+        text_encoder: used by `encode`; created on first use if None.
     """
 
     projection: Tensor
@@ -47,8 +47,8 @@ class SituationEncoder(nn.Module):
         output_dim = text_dim if output_dim is None else output_dim
         if min(text_dim, output_dim, hidden_dim) < 1 or not 0.0 <= dropout < 1.0:
             raise ConfigError(
-                f"SituationEncoder wants positive dimensions and dropout in [0, 1), got text_dim={text_dim}, "
-                f"output_dim={output_dim}, hidden_dim={hidden_dim}, dropout={dropout}"
+                "SituationEncoder expects positive dimensions and dropout in [0, 1); "
+                f"got {text_dim=}, {output_dim=}, {hidden_dim=}, {dropout=}"
             )
         self.text_dim = text_dim
         self.output_dim = output_dim
@@ -60,7 +60,7 @@ class SituationEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Back to birth; the same generator state gives the same weights."""
+        """Resets to the untrained weights; the same generator state gives the same weights."""
         bound = self.hidden.in_features**-0.5
         nn.init.uniform_(self.hidden.weight, -bound, bound, generator=generator)
         nn.init.zeros_(self.hidden.bias)
@@ -74,7 +74,7 @@ class SituationEncoder(nn.Module):
             self.projection = basis if self.output_dim > self.text_dim else basis.T.contiguous()
 
     def forward(self, message_emb: Tensor, history_emb: Tensor, metadata_features: Tensor) -> Tensor:
-        """(S,) for (D,), (D,), (F,); or (B, S) for the same with a batch axis. Rows have L2 norm 1."""
+        """(S,) situation of (D,), (D,) and (F,) inputs, or (B, S) with a batch axis. Rows have L2 norm 1."""
         for name, value, dim in (
             ("message_emb", message_emb, self.text_dim),
             ("history_emb", history_emb, self.text_dim),
@@ -90,17 +90,17 @@ class SituationEncoder(nn.Module):
         return F.normalize(self.base(message_emb) + delta, dim=-1)
 
     def base(self, message_emb: Tensor) -> Tensor:
-        """(…, S) the situation at birth: the message alone, normalised."""
-        unit = F.normalize(message_emb, dim=-1)
-        return unit if self.projection.numel() == 0 else F.normalize(unit @ self.projection.T, dim=-1)
+        """(…, S) the untrained situation: the projected message, normalised."""
+        message = F.normalize(message_emb, dim=-1)
+        return message if self.projection.numel() == 0 else F.normalize(message @ self.projection.T, dim=-1)
 
     def encode(self, text: str) -> Tensor:
-        """(D,) of a text, from the frozen text encoder: what `message_emb` and `history_emb` want."""
+        """(D,) embedding of a text, for `message_emb` and `history_emb`, from the frozen text encoder."""
         if self.text_encoder is None:
             self.text_encoder = load_encoder("minilm")
         if self.text_encoder.dim != self.text_dim:
             raise ConfigError(
                 f"the text encoder {self.text_encoder.name} gives {self.text_encoder.dim} dimensions, this "
-                f"SituationEncoder wants {self.text_dim}"
+                f"SituationEncoder expects {self.text_dim}"
             )
         return torch.from_numpy(self.text_encoder.encode(text).copy())

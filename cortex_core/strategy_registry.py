@@ -1,4 +1,4 @@
-"""Strategies: the ways an agent can answer. Torch-free, so that every worker can name them."""
+"""Strategies: the ways an agent can answer. Does not import torch, so that every worker can use it."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ StrategySet = Literal["generic", "developer", "support"]
 
 @dataclass(frozen=True, slots=True)
 class StrategyProfile:
-    """One way to answer, as the agent that builds the prompt reads it."""
+    """One way to answer, described for the agent that builds the prompt."""
 
     id: str
     name: str = ""
     description: str = ""
     prompt_framing: str = ""
-    """Put in front of the task in the system prompt."""
+    """Text placed before the task in the system prompt."""
     reasoning_style: str = "direct"
     """direct, chain_of_thought, exploratory, …; free text for the agent."""
     response_format: str = "prose"
     tool_permissions: tuple[str, ...] = ()
-    """Tools the agent may use under this strategy; empty: whatever it usually may."""
+    """Tools the agent may use with this strategy; empty means its default permissions."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Whatever else an agent wants to keep beside a strategy."""
+    """Additional data of the agent."""
 
     def __post_init__(self) -> None:
         if not self.id or self.id != self.id.strip():
-            raise ConfigError(f"a strategy's id is {self.id!r}, wanted a name without blanks around it")
+            raise ConfigError(
+                f"a strategy's id is {self.id!r}, expected a name without leading or trailing blanks"
+            )
         if not self.name:
             object.__setattr__(self, "name", self.id.replace("_", " ").capitalize())
 
 
 class StrategyRegistry:
-    """The ordered strategies of one model; a strategy's index is its row in the selector.
+    """The ordered strategies of one model; the index of a strategy is its row in the selector.
 
     Args:
-        strategies: None takes the seven generic ones.
+        strategies: None means the seven generic strategies.
 
     Raises:
-        ConfigError: no strategy, or two with one id.
+        ConfigError: no strategy, or a duplicate id.
     """
 
     def __init__(self, strategies: Iterable[StrategyProfile] | None = None) -> None:
@@ -55,42 +57,44 @@ class StrategyRegistry:
 
     @classmethod
     def from_set(cls, name: StrategySet) -> StrategyRegistry:
-        """A built-in set: `generic` (seven), `developer` or `support`."""
+        """A built-in set: `generic`, `developer` or `support`."""
         if name not in _SETS:
-            raise ConfigError(f"no strategy set {name!r}; there are {', '.join(_SETS)}")
+            raise ConfigError(f"unknown strategy set {name!r}, expected one of {', '.join(_SETS)}")
         return cls(_SETS[name])
 
     @classmethod
     def from_ids(cls, ids: Iterable[str]) -> StrategyRegistry:
-        """Profiles for these ids in this order: the built-in one where the id is known, else a bare one."""
+        """Profiles for these ids in this order; an id without a built-in profile gets an empty one."""
         known = {profile.id: profile for profiles in _SETS.values() for profile in profiles}
         return cls(known.get(id_) or StrategyProfile(id_) for id_ in ids)
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Every id, in order."""
+        """All ids, in order."""
         return tuple(profile.id for profile in self._profiles)
 
     def add(self, profile: StrategyProfile) -> None:
-        """Appends. A selector made before keeps its number of rows: make a new one."""
+        """Appends a profile. An existing selector keeps its number of rows: create a new one."""
         if profile.id in self._index:
-            raise ConfigError(f"strategy {profile.id!r} is there twice")
+            raise ConfigError(f"duplicate strategy {profile.id!r}")
         self._index[profile.id] = len(self._profiles)
         self._profiles.append(profile)
 
     def id_to_index(self, strategy_id: str) -> int:
-        """The row of a strategy.
+        """The index of a strategy.
 
         Raises:
-            InputError: no such strategy.
+            InputError: unknown id.
         """
         try:
             return self._index[strategy_id]
         except KeyError:
-            raise InputError(f"no strategy {strategy_id!r}; there are {', '.join(self._index)}") from None
+            raise InputError(
+                f"unknown strategy {strategy_id!r}, expected one of {', '.join(self._index)}"
+            ) from None
 
     def get_by_id(self, strategy_id: str) -> StrategyProfile:
-        """The profile with this id; `InputError` where there is none."""
+        """The profile with this id; raises `InputError` for an unknown id."""
         return self._profiles[self.id_to_index(strategy_id)]
 
     def __getitem__(self, index: int) -> StrategyProfile:

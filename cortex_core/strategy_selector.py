@@ -1,8 +1,8 @@
-"""StrategySelector: which strategy to answer with, and with what probability each could have been chosen.
+"""StrategySelector: selects a strategy and gives the exact probability of each choice.
 
-A reward model with uncertainty: for each strategy a Gaussian process over the message, whose prior mean is a
-parametric head on the situation. The head learns by gradient, and so does the Situation Encoder through it;
-the posterior is exact and changes with each single reply.
+A reward model with uncertainty: one Gaussian process over messages for each strategy, whose prior mean is a
+parametric head on the situation. The head and, through it, the Situation Encoder learn by gradient descent;
+the posterior is exact and is updated with every reply.
 """
 
 from __future__ import annotations
@@ -23,34 +23,33 @@ from cortex_core.strategy_registry import StrategyProfile, StrategyRegistry
 __all__ = ["Belief", "Selection", "StrategyProfile", "StrategyRegistry", "StrategySelector"]
 
 NOISE = 0.4
-"""Variance of a reply around the posterior mean, in units of the prior variance; replies are noisy labels."""
+"""Variance of a reply around the posterior mean, in units of the prior variance."""
 FLOOR = 0.04
-"""Posterior variance never falls below this along a direction in which replies come in. The estimate there
-is a moving one over about NOISE / FLOOR = 10 neighbouring replies, so that a user who changes their mind is
-followed; directions in which nothing comes in forget nothing (directional forgetting, Kulhavý
-& Kárný 1984)."""
+"""Lower bound of the posterior variance along the directions of new replies. The estimate there is a moving
+average over about NOISE / FLOOR = 10 neighbouring replies, so that it follows changed preferences; directions
+without new replies forget nothing (directional forgetting, Kulhavý & Kárný 1984)."""
 OPTIMISM = 0.2
-"""Standard deviations added to the mean in the choice (GP-UCB, Srinivas et al. 2010, eq. 6)."""
+"""Standard deviations added to the mean when choosing (GP-UCB, Srinivas et al. 2010, eq. 6)."""
 TEMPERATURE = 0.01
-"""The choice is a softmax of the optimistic estimate / this: near ties are broken by chance, with an exact
-propensity, and an estimate that is ahead by 0.05 is chosen almost always."""
+"""Temperature of the softmax over the optimistic estimates: near ties are random, with an exact propensity,
+and an estimate that leads by 0.05 is chosen almost always."""
 
 
 @dataclass(frozen=True, slots=True)
 class Belief:
-    """What the selector thinks of each strategy in one situation; all (A,)."""
+    """The posterior of every strategy in one situation; all arrays are (A,)."""
 
     mean: FloatArray
-    """P(content) in (0, 1)"""
+    """P(satisfied user), in (0, 1)"""
     deviation: FloatArray
-    """posterior standard deviation, 1 where nothing is known"""
+    """posterior standard deviation; 1 without data"""
     probabilities: FloatArray
-    """with which each is chosen when exploring; sums to 1"""
+    """probability of choosing each strategy when exploring; sums to 1"""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """One choice: the strategy and the exact propensity it had."""
+    """A chosen strategy and its exact propensity."""
 
     strategy: StrategyProfile
     index: int
@@ -65,24 +64,24 @@ class Selection:
 
 
 class StrategySelector(nn.Module):
-    """Gaussian process per strategy with a learned prior mean; uniform at birth.
+    """One Gaussian process per strategy, with a learned prior mean; untrained, the choice is uniform.
 
-    mean_a = prior_a(situation) + μ_aᵀφ(message), variance_a = φᵀΣ_aφ + 1 − φᵀφ, with φ the features of
-    `landmarks` (Quiñonero-Candela & Rasmussen 2005, the FITC predictive variance), and prior_a =
-    Aπ_a / (1 + Aπ_a) for π = softmax(head(situation)), which is 1/2 for each strategy at birth.
+    mean_a = prior_a(situation) + μ_aᵀφ(message) and variance_a = φᵀΣ_aφ + 1 − φᵀφ, where φ are the features
+    of `landmarks` (Quiñonero-Candela & Rasmussen 2005, the FITC predictive variance), and
+    prior_a = Aπ_a / (1 + Aπ_a) for π = softmax(head(situation)), which is 1/2 for the untrained head.
 
     Args:
         situation_dim: S.
         num_strategies: A.
         hidden_dim: width of the head's hidden layer.
-        text_dim: D of the messages; None takes `situation_dim`.
-        landmarks: M; the posterior is A·M² numbers.
+        text_dim: D of the message embeddings; None means `situation_dim`.
+        landmarks: M; the posterior has A·M² numbers.
     """
 
     mean: Tensor
     """(A, M) μ"""
     covariance: Tensor
-    """(A, M(M + 1)/2) the lower triangles of Σ in float16: what travels; computations use float32"""
+    """(A, M(M + 1)/2) lower triangles of Σ in float16, as stored and sent; computations use float32"""
 
     def __init__(
         self,
@@ -96,8 +95,8 @@ class StrategySelector(nn.Module):
         super().__init__()
         if min(situation_dim, num_strategies, hidden_dim) < 1:
             raise ConfigError(
-                f"StrategySelector wants positive sizes, got {situation_dim=}, {num_strategies=}, "
-                f"{hidden_dim=}"
+                "StrategySelector expects positive sizes, "
+                f"got {situation_dim=}, {num_strategies=}, {hidden_dim=}"
             )
         self.situation_dim = situation_dim
         self.num_strategies = num_strategies
@@ -107,24 +106,24 @@ class StrategySelector(nn.Module):
         self.landmarks = Landmarks(self.text_dim, landmarks)
         self.register_buffer("mean", torch.zeros(num_strategies, landmarks))
         self._triangle = np.tril_indices(landmarks)
-        born = torch.from_numpy(np.eye(landmarks, dtype=np.float16)[self._triangle])
-        self.register_buffer("covariance", born.repeat(num_strategies, 1))
+        identity = torch.from_numpy(np.eye(landmarks, dtype=np.float16)[self._triangle])
+        self.register_buffer("covariance", identity.repeat(num_strategies, 1))
         self._seen: tuple[int, int] | None = None
         self._sigma: FloatArray = np.zeros((0,), np.float32)
-        self._touched: set[int] = set()
+        self._changed: set[int] = set()
         self._frozen = False
         self.register_state_dict_pre_hook(_commit)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
     def freeze(self) -> None:
-        """Computes what decisions read and makes it read-only: threads may share this from here on."""
+        """Computes everything that decisions read and makes it read-only, so that threads may share it."""
         self.commit()
         self.landmarks.freeze()
         self._covariance().flags.writeable = False
         self._frozen = True
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """The head back to birth; the same generator state gives the same weights."""
+        """Resets the head to untrained weights; the same generator state gives the same weights."""
         bound = self.situation_dim**-0.5
         nn.init.uniform_(self.hidden.weight, -bound, bound, generator=generator)
         nn.init.zeros_(self.hidden.bias)
@@ -132,26 +131,25 @@ class StrategySelector(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, situation: Tensor) -> Tensor:
-        """(…, A) logits of the head for (…, S): what cross-entropy trains."""
+        """(…, A) logits of the head for (…, S) situations."""
         if situation.shape[-1] != self.situation_dim:
             raise DimensionError("situation", tuple(situation.shape), f"(…, {self.situation_dim})")
         out: Tensor = self.out(F.gelu(self.hidden(situation)))
         return out
 
     def prior(self, situation: Tensor) -> Tensor:
-        """(…, A) P(content) before any reply about the neighbourhood: 1/2 each at birth."""
+        """(…, A) prior mean P(satisfied user), without the replies to similar messages; untrained: 1/2."""
         return torch.sigmoid(F.log_softmax(self(situation), dim=-1) + math.log(self.num_strategies))
 
     def kernel_input(self, message: FloatArray | None, situation: FloatArray | None) -> FloatArray | None:
-        """What the kernel compares: the message; the situation where messages have another dimension.
+        """The input of the kernel: the message if it has D numbers, else the situation, else None.
 
-        A selector that was built by hand knows S alone, and takes its kernel's D from it. None where neither
-        has D numbers: nothing is known then.
+        A selector that was constructed without `text_dim` has D = S and compares situations.
         """
         return next((v for v in (message, situation) if v is not None and len(v) == self.text_dim), None)
 
     def features(self, message: FloatArray | None, rows: int = 1) -> FloatArray:
-        """(B, M) features of (B, D) messages; zeros, which say "nothing known", for None."""
+        """(B, M) features of (B, D) messages; for None, `rows` rows of zeros, which mean "no data"."""
         if message is None:
             return np.zeros((rows, self.landmarks.size), np.float32)
         return self.landmarks.features(unit(message))
@@ -159,9 +157,9 @@ class StrategySelector(nn.Module):
     def belief(
         self, situation: Tensor, message: FloatArray | None = None, *, phi: FloatArray | None = None
     ) -> Belief:
-        """For one (S,) situation and its (D,) message embedding; None takes the situation where S = D.
+        """Posterior for one (S,) situation and its (D,) message; None means the situation, if S = D.
 
-        `phi` (M,) are the message's features, where they are at hand.
+        `phi` (M,) are the message features, if the caller has computed them.
         """
         with torch.no_grad():
             prior = self.prior(situation).numpy()
@@ -175,12 +173,12 @@ class StrategySelector(nn.Module):
         deviation = np.sqrt(np.clip(variance, 1e-6, None))
         index = (mean + OPTIMISM * deviation).astype(np.float64) / TEMPERATURE
         weights = np.exp(index - index.max())
-        # Every strategy keeps a propensity that can be divided by.
+        # A lower bound on the propensity bounds the importance weights.
         weights = np.maximum(weights / weights.sum(), 1e-5)
         return Belief(mean, deviation, (weights / weights.sum()).astype(np.float32))
 
     def probabilities(self, situation: Tensor, message: FloatArray | None = None) -> Tensor:
-        """(A,) with which each strategy is chosen when exploring; exact."""
+        """(A,) exact probability of choosing each strategy when exploring."""
         return torch.from_numpy(self.belief(situation, message).probabilities)
 
     def select(
@@ -193,7 +191,7 @@ class StrategySelector(nn.Module):
         phi: FloatArray | None = None,
         rng: np.random.Generator | None = None,
     ) -> Selection:
-        """Draws one strategy for one (S,) situation; the one with the best mean when not exploring."""
+        """Draws a strategy for one (S,) situation; without `explore`, takes the one with the highest mean."""
         if len(registry) != self.num_strategies:
             raise ConfigError(
                 f"the registry has {len(registry)} strategies, this selector {self.num_strategies}"
@@ -208,15 +206,15 @@ class StrategySelector(nn.Module):
         return Selection(registry[index], index, float(p[index] / p.sum()), belief.probabilities, belief)
 
     def condition(self, phi: FloatArray, strategy: int, residual: float, weight: float = 1.0) -> None:
-        """Bayes' rule for one reply: `residual` is reply minus prediction, `weight` in (0, 1] its sureness.
+        """Conditions the posterior on one reply: `residual` is label − prediction, `weight` is in (0, 1].
 
-        Kalman's update with the measurement variance NOISE / weight, after the forgetting that FLOOR asks
-        for. `commit`, or the next `state_dict`, makes the new covariance part of the weights.
+        A Kalman update with the measurement variance NOISE / weight, after the forgetting that FLOOR
+        requires. `commit` or the next `state_dict` writes the new covariance to the weights.
         """
         sigma = self._covariance()[strategy]
         if not sigma.flags.writeable:
-            raise ValueError("the selector is read-only: a frozen model learns nothing")
-        self._touched.add(strategy)
+            raise ValueError("the selector is frozen: read-only, cannot be trained")
+        self._changed.add(strategy)
         gain = sigma @ phi
         variance = float(phi @ gain)
         grown = min(FLOOR, float(phi @ phi))
@@ -224,30 +222,30 @@ class StrategySelector(nn.Module):
         total = ratio * variance + NOISE / max(weight, 1e-3)
         with torch.no_grad():
             self.mean[strategy] += torch.from_numpy(gain * (ratio * residual / total))
-        # Both steps are along the same direction: (forgetting) - (Bayes' rule).
+        # Forgetting and conditioning change the covariance along the same direction: one rank-one update.
         change = (ratio - 1.0) / max(variance, 1e-9) - ratio**2 / total
         sigma += np.outer(gain, gain * np.float32(change))
 
     def amend(self, phi: FloatArray, strategy: int, change: float, weight: float = 1.0) -> None:
-        """A reply that was conditioned on before had its value changed: the covariance stays as it is."""
+        """Changes the label of an earlier reply by `change`: only the mean changes, not the covariance."""
         gain = self._covariance()[strategy] @ phi
         with torch.no_grad():
             self.mean[strategy] += torch.from_numpy(gain * (change * weight / NOISE))
 
     def commit(self) -> None:
-        """Writes the covariance as updated into the buffer that travels."""
-        if not self._touched:
+        """Writes the updated covariances to the `covariance` buffer."""
+        if not self._changed:
             return
         sigma = self._covariance()
         with torch.no_grad():
-            for strategy in self._touched:
+            for strategy in self._changed:
                 packed = sigma[strategy][self._triangle].astype(np.float16)
                 self.covariance[strategy] = torch.from_numpy(packed)
-        self._touched.clear()
+        self._changed.clear()
         self._seen = (id(self.covariance), self.covariance._version)
 
     def _covariance(self) -> FloatArray:
-        """(A, M, M) float32, read again where the buffer was written to from outside."""
+        """(A, M, M) float32; reloaded if the buffer was changed from outside."""
         version = (id(self.covariance), self.covariance._version)
         if not self._frozen and version != self._seen:
             size = self.landmarks.size
@@ -256,13 +254,13 @@ class StrategySelector(nn.Module):
             diagonal = np.einsum("aii->ai", lower).copy()
             self._sigma = lower + lower.transpose(0, 2, 1)
             np.einsum("aii->ai", self._sigma)[:] = diagonal
-            self._touched.clear()
+            self._changed.clear()
             self._seen = version
         return self._sigma
 
 
 def _commit(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """Packing a triangle costs more than updating it: it is done when the weights are asked for."""
+    """Packing a triangle costs more than updating it, so it waits until the weights are read."""
     del prefix, keep_vars
     assert isinstance(module, StrategySelector)
     module.commit()

@@ -1,7 +1,7 @@
-"""WeightsSnapshot: one immutable version of a model's weights, as safetensors bytes and a manifest.
+"""WeightsSnapshot: an immutable version of a model's weights, as safetensors bytes and a manifest.
 
-Importing this loads no torch; `of`, `load_into` and `to_model` do. Nothing here is ever pickled, so a forged
-snapshot can at worst hold wrong numbers of the right shape, and never code.
+Importing this module does not load torch; `of`, `load_into` and `to_model` do. Nothing is pickled: a forged
+snapshot can contain wrong numbers of the right shape, but no code.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ if TYPE_CHECKING:
 
 
 class WeightsManifest(BaseModel):
-    """What is known of a snapshot without its bytes."""
+    """Metadata of a snapshot."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     model_id: str = Field(min_length=1)
     version: int = Field(ge=1)
     parent: int | None = None
-    """the version that this one was trained from; None for the first"""
+    """the version that this one was trained from; None for the first version"""
     created_at: AwareDatetime
     sha256: str
-    """of the payload, lower-case hex"""
+    """hash of the payload, lower-case hex"""
     bytes: int = Field(ge=0)
     chunks: int = Field(ge=1)
-    """how many parts `split` makes of the payload"""
+    """number of parts that `split` returns"""
     updates: int = Field(default=0, ge=0)
-    """gradient steps since birth"""
+    """gradient steps since initialisation"""
     interactions: int = Field(default=0, ge=0)
-    """experiences learned from since birth"""
+    """experiences learned from since initialisation"""
     ema_loss: float | None = None
     architecture: dict[str, Any]
     """`ModelConfig.to_dict()`"""
     reason: Literal["train", "rollback", "seed"] = "train"
     consumed: dict[str, int] = {}
-    """"topic-partition" → next offset: what this version has learned from"""
+    """"topic-partition" → next offset: this version has learned from all records below"""
     oldest_reply_at: AwareDatetime | None = None
-    """when the oldest reply was given that this version learned from and its parent had not; for latencies"""
+    """time of the oldest reply that this version, but not its parent, learned from; for latency metrics"""
 
 
 MAX_CHUNK = 900_000
@@ -58,7 +58,7 @@ MAX_CHUNK = 900_000
 
 @dataclass(frozen=True, slots=True)
 class WeightsSnapshot:
-    """A manifest and the bytes it speaks of."""
+    """A manifest and its payload."""
 
     manifest: WeightsManifest
     payload: bytes
@@ -79,10 +79,10 @@ class WeightsSnapshot:
         created_at: datetime | None = None,
         reason: Literal["train", "rollback", "seed"] = "train",
     ) -> WeightsSnapshot:
-        """Snapshot of a model as it is now.
+        """Takes a snapshot of a model.
 
         Raises:
-            WeightsError: a weight is not finite. Such weights must not leave the trainer.
+            WeightsError: a weight is not finite. Such weights must not be published.
         """
         from safetensors.torch import save  # noqa: PLC0415 - loads torch
 
@@ -110,10 +110,10 @@ class WeightsSnapshot:
         )
 
     def verify(self) -> None:
-        """Raises `WeightsError` where the bytes are not those the manifest speaks of."""
+        """Raises `WeightsError` if the payload does not match the manifest."""
         if len(self.payload) != self.manifest.bytes:
             raise WeightsError(
-                f"weights {self._name} hold {len(self.payload)} bytes, their manifest says "
+                f"weights {self._name} have {len(self.payload)} bytes, their manifest says "
                 f"{self.manifest.bytes}"
             )
         digest = hashlib.sha256(self.payload).hexdigest()
@@ -123,10 +123,10 @@ class WeightsSnapshot:
             )
 
     def load_into(self, model: CortexModel) -> None:
-        """Puts the weights into a model of the same architecture: all of them, or none.
+        """Copies the weights into a model of the same architecture: all of them, or none.
 
         Raises:
-            WeightsError: damaged, forged, not finite, or of another architecture; the model is untouched.
+            WeightsError: damaged, forged, not finite, or of a different architecture; the model is unchanged.
         """
         import torch  # noqa: PLC0415
 
@@ -135,19 +135,19 @@ class WeightsSnapshot:
             raise RuntimeError(f"weights {self._name} cannot be loaded into a frozen model")
         if model.config.to_dict() != self.manifest.architecture:
             raise WeightsError(
-                f"weights {self._name} are of architecture {self.manifest.architecture}, this model is "
-                f"{model.config.to_dict()}: make a model with to_model()"
+                f"weights {self._name} have architecture {self.manifest.architecture}, the model has "
+                f"{model.config.to_dict()}: create a model with to_model()"
             )
         own = model.state_dict()
         if set(own) != set(state):
             raise WeightsError(
-                f"weights {self._name} lack {sorted(set(own) - set(state))} and have unknown "
+                f"weights {self._name} lack tensors {sorted(set(own) - set(state))} and have unknown tensors "
                 f"{sorted(set(state) - set(own))}"
             )
         for name, tensor in state.items():
             if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
                 raise WeightsError(
-                    f"weights {self._name}: {name} is {tensor.dtype} {tuple(tensor.shape)}, wanted "
+                    f"weights {self._name}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected "
                     f"{own[name].dtype} {tuple(own[name].shape)}"
                 )
         _check_finite(state)
@@ -156,7 +156,7 @@ class WeightsSnapshot:
                 own[name].copy_(tensor)
 
     def to_model(self) -> CortexModel:
-        """A new model in evaluation mode with these weights; raises `WeightsError` as `load_into` does."""
+        """A new model in evaluation mode with these weights; raises `WeightsError` like `load_into`."""
         from cortex_core.model import CortexModel, ModelConfig  # noqa: PLC0415 - loads torch
 
         self.verify()
@@ -168,24 +168,24 @@ class WeightsSnapshot:
         return model.eval()
 
     def split(self, max_bytes: int = MAX_CHUNK) -> list[bytes]:
-        """The payload in `manifest.chunks` parts, for a broker that limits a message's size.
+        """The payload in `manifest.chunks` parts, for brokers that limit the message size.
 
         Raises:
-            WeightsError: `max_bytes` gives another number of parts than the manifest says.
+            WeightsError: the number of parts differs from the manifest.
         """
         parts = [self.payload[i : i + max_bytes] for i in range(0, len(self.payload), max_bytes)] or [b""]
         if max_bytes == MAX_CHUNK and len(parts) != self.manifest.chunks:
             raise WeightsError(
-                f"weights {self._name} split in {len(parts)}, their manifest says {self.manifest.chunks}"
+                f"weights {self._name} have {len(parts)} chunks, their manifest says {self.manifest.chunks}"
             )
         return parts
 
     @classmethod
     def join(cls, manifest: WeightsManifest, chunks: Sequence[bytes]) -> WeightsSnapshot:
-        """The inverse of `split`, verified.
+        """The inverse of `split`; verifies the payload.
 
         Raises:
-            WeightsError: a part is missing, damaged or of another version.
+            WeightsError: a part is missing, damaged or from a different version.
         """
         snapshot = cls(manifest, b"".join(chunks))
         snapshot.verify()
@@ -203,10 +203,10 @@ class WeightsSnapshot:
         try:
             return load(self.payload)
         except (SafetensorError, ValueError, KeyError) as error:
-            raise WeightsError(f"weights {self._name} are no safetensors: {error}") from error
+            raise WeightsError(f"weights {self._name} are not valid safetensors: {error}") from error
 
 
 def _check_finite(state: dict[str, Tensor]) -> None:
     bad = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
     if bad:
-        raise WeightsError(f"weights hold NaN or infinity in {', '.join(bad)}")
+        raise WeightsError(f"weights contain NaN or infinity in {', '.join(bad)}")

@@ -1,4 +1,4 @@
-"""An agent that learns from its user: `python examples/agent.py [http://host:port]`, beside `cortex up`."""
+"""An agent that learns from its user: `python examples/agent.py [http://host:port]`; needs `cortex up`."""
 
 import asyncio
 import sys
@@ -13,7 +13,7 @@ MEMORIES = {
 
 
 def call_llm(system: str, context: list[str], message: str) -> str:
-    """Your own model goes here; this one only shows what it was given."""
+    """Replace this by your model; it only shows its input."""
     return f"[{system}] With {len(context)} memories in mind, about {message!r}: first, {context[0]}"
 
 

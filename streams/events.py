@@ -22,6 +22,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     PlainSerializer,
     ValidationError,
@@ -30,11 +31,13 @@ from pydantic import (
     model_validator,
 )
 
-from cortex_core.errors import InputError
+from cortex_core.errors import InputError, shown
 from cortex_core.replay_buffer import ReplayEntry
 
 SCHEMA_VERSION = 1
 
+MAX_SIDE = 1_000_000
+"""Rows or columns of an embedding."""
 MAX_ID = 200
 """Characters in an id; ids are keys in Kafka and Redis and must stay short."""
 
@@ -60,10 +63,13 @@ def _decode_array(value: Any) -> Float16Array:
         if (
             not isinstance(shape, list)
             or not 1 <= len(shape) <= 2
-            or not all(type(n) is int and n >= 0 for n in shape)
+            or not all(type(n) is int and 0 <= n <= MAX_SIDE for n in shape)
             or not isinstance(text, str)
         ):
-            raise ValueError('an embedding is {"shape": [rows, dim] or [dim], "f16": base64}')
+            raise ValueError(
+                'an embedding is {"shape": [rows, dim] or [dim], "f16": base64}, '
+                f"each of rows and dim at most {MAX_SIDE:,}"
+            )
         try:
             raw = base64.b64decode(text, validate=True)
         except binascii.Error as error:
@@ -95,8 +101,15 @@ Embedding = Annotated[
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Signed = Annotated[float, Field(ge=-1.0, le=1.0)]
+Rating = Annotated[float, Field(ge=-1.0, le=1.0, strict=True)]
+"""A number: `false` is neither bad nor neutral, and `true` is no 1."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Whole = Annotated[int, Field(ge=0, lt=2**53)]
+"""What every reader of JSON holds exactly."""
 Propensity = Annotated[float, Field(gt=0.0, le=1.0)]
+T = TypeVar("T")
+Items = Annotated[list[T], FailFast()]
+"""A list whose first unusable item is the only one reported: a record may hold millions of them."""
 
 
 class Event(BaseModel):
@@ -136,31 +149,31 @@ class InteractionEvent(Event):
     conversation_id: Id
     model_id: Id
     agent_id: Id = "agent"
-    weights_version: Annotated[int, Field(ge=0)]
+    weights_version: Whole
 
     message: Embedding
     """(D,)"""
     history: Embedding
     """(D,)"""
-    metadata: list[Finite]
+    metadata: Items[Finite]
     """(F,)"""
     situation: Embedding
     """(S,)"""
     memories: Embedding
     """(N, D)"""
-    memory_ids: list[Id]
+    memory_ids: Items[Id]
     """(N,)"""
-    memory_scores: list[Finite]
+    memory_scores: Items[Finite]
     """(K,) of the retrieved; K ≤ N"""
-    memory_propensities: list[Propensity] = []
+    memory_propensities: Items[Propensity] = []
     """(K,) probability with which each entered the slate, or empty"""
 
     strategy_id: Id
-    strategy_ids: list[Id]
+    strategy_ids: Items[Id]
     """(A,) what could have been chosen, in the order of `probabilities`"""
-    probabilities: list[Unit]
+    probabilities: Items[Unit]
     """(A,)"""
-    context: list[Finite]
+    context: Items[Finite]
     """(7,) the context summary"""
     confidence: Unit
     text: str | None = None
@@ -210,7 +223,7 @@ class ReplyEvent(Event):
     kind: Literal["text", "rating", "outcome"] = "text"
     """text: the next message; rating: the user rated; outcome: something that turned out later."""
     text: str = ""
-    rating: Signed | None = None
+    rating: Rating | None = None
     """For rating and outcome: -1 (bad) to 1 (good)."""
     embedding: Embedding | None = None
     """(D,) of `text`, where the service that took it had a text encoder."""
@@ -219,11 +232,20 @@ class ReplyEvent(Event):
 
     @model_validator(mode="after")
     def _kind_has_its_value(self) -> ReplyEvent:
-        if self.kind == "text" and not self.text.strip():
-            raise ValueError("a reply of kind text needs a text that is not blank")
-        if self.kind != "text" and self.rating is None:
-            raise ValueError(f"a reply of kind {self.kind} needs a rating in [-1, 1]")
+        require_value(self.kind, self.text, self.rating)
         return self
+
+
+def require_value(kind: str, text: str, rating: float | None) -> None:
+    """Checks that a reply has what its kind is about.
+
+    Raises:
+        ValueError: a reply of kind text without text, or any other without a rating.
+    """
+    if kind == "text" and not text.strip():
+        raise ValueError("a reply of kind text needs a text that is not blank")
+    if kind != "text" and rating is None:
+        raise ValueError(f"a reply of kind {kind} needs a rating in [-1, 1]")
 
 
 class Signal(BaseModel):
@@ -247,7 +269,7 @@ class Reading(BaseModel):
     occurred_at: AwareDatetime
     reward: Signed
     confidence: Unit
-    signals: list[Signal] = []
+    signals: Items[Signal] = []
     extractor: str = ""
 
 
@@ -259,16 +281,16 @@ class ExperienceEvent(Event):
     """
 
     interaction: InteractionEvent
-    revision: Annotated[int, Field(ge=0)]
+    revision: Whole
     """How many distinct replies stand behind the reward; 0 means that nobody answered."""
     outcome: Literal["reply", "no_reply"]
     reward: Signed
     reward_confidence: Unit = 1.0
-    signals: list[Signal] = []
+    signals: Items[Signal] = []
     """What the reward stands on: of the reply that `aggregation` chose, or of all of them."""
-    readings: list[Reading] = []
+    readings: Items[Reading] = []
     """Every reply's own reading, by (`occurred_at`, `reply_id`): an experience can be amended from itself."""
-    reply_ids: list[Id] = []
+    reply_ids: Items[Id] = []
     replied_at: AwareDatetime | None = None
     """`occurred_at` of the newest reply."""
     extractor: str = ""
@@ -309,8 +331,8 @@ class ControlEvent(Event):
     control_id: Id
     model_id: Id
     action: Literal["rollback", "pin", "unpin", "pause", "resume"]
-    version: int | None = None
-    reason: str = ""
+    version: Whole | None = None
+    reason: Annotated[str, Field(max_length=2_000)] = ""
 
 
 class DeadLetter(Event):
@@ -319,8 +341,8 @@ class DeadLetter(Event):
     dead_letter_id: Id
     reason: str
     topic: str
-    partition: int
-    offset: int
+    partition: Whole
+    offset: Annotated[int, Field(lt=2**53)]
     key: str | None = None
     """base64 of the key's bytes"""
     raw: str
@@ -339,7 +361,7 @@ def parse(kind: type[E], value: bytes | None) -> E:
 
     Raises:
         InputError: no JSON, a field missing or unusable, or a newer schema; the message lists each field,
-            what came and what was wanted.
+            what came and what was wanted. Nothing else, whatever the bytes are.
     """
     if value is None:
         raise InputError(f"a tombstone came where a {kind.__name__} was wanted")
@@ -347,13 +369,14 @@ def parse(kind: type[E], value: bytes | None) -> E:
         return kind.model_validate_json(value)
     except ValidationError as error:
         raise InputError(f"no {kind.__name__}: {describe(error)}") from error
+    except Exception as error:  # a number or a nesting that a validator cannot cope with
+        raise InputError(f"no {kind.__name__}: {type(error).__name__}: {shown(str(error))}") from error
 
 
 def describe(error: ValidationError) -> str:
-    """A validation error in one line, without the input's values beyond 80 characters each."""
+    """A validation error in one line: the first 8 fields that are wrong, and what came there in short."""
     parts = []
     for item in error.errors(include_url=False, include_context=False)[:8]:
-        where = ".".join(str(x) for x in item["loc"]) or "value"
-        got = repr(item.get("input"))
-        parts.append(f"{where}: {item['msg']} (got {got[:80] + '…' if len(got) > 80 else got})")
+        where = ".".join(str(x)[:80] for x in item["loc"]) or "value"
+        parts.append(f"{where}: {item['msg'][:500]} (got {shown(item.get('input'))})")
     return "; ".join(parts)

@@ -140,17 +140,22 @@ class ReplayKeys:
         return self._key("changed")
 
     @property
+    def written(self) -> list[str]:
+        """KEYS of `WRITE`."""
+        return [self.entries, self.order, self.changed]
+
+    @property
     def models(self) -> str:
         """The set of all models that have a buffer."""
         return f"{self.prefix}:replay-models"
 
 
-def write_command(keys: ReplayKeys, capacity: int, writes: Sequence[ReplayWrite]) -> list[Any]:
-    """Arguments of `client.eval(...)` that makes up to `CHUNK` writes and answers with a `Wrote` each."""
-    argv: list[Any] = [capacity]
+def _write_arguments(capacity: int, writes: Iterable[ReplayWrite]) -> list[Any]:
+    """ARGV of `WRITE` for up to `CHUNK` writes; it answers with a `Wrote` for each."""
+    args: list[Any] = [capacity]
     for w in writes:
-        argv += (w.id, repr(w.occurred_at), w.revision, int(w.force), w.value)
-    return [WRITE, 3, keys.entries, keys.order, keys.changed, *argv]
+        args += (w.id, repr(w.occurred_at), w.revision, int(w.force), w.value)
+    return args
 
 
 def decode(value: bytes) -> tuple[int, bytes]:
@@ -203,6 +208,8 @@ class RedisReplayBuffer:
         self.keys = ReplayKeys(prefix, model_id, generation)
         self.sampler = sampler or RecencySampler()
         self._client = client
+        self._write = client.register_script(WRITE)
+        self._at = client.register_script(AT)
         self._rng = np.random.default_rng(rng)
 
     @classmethod
@@ -232,8 +239,8 @@ class RedisReplayBuffer:
         if not self.keys.generation:
             self._client.sadd(self.keys.models, self.model_id)
         for start in range(0, len(writes), CHUNK):
-            command = write_command(self.keys, self.capacity, writes[start : start + CHUNK])
-            out += [Wrote(result) for result in self._eval(command)]
+            arguments = _write_arguments(self.capacity, writes[start : start + CHUNK])
+            out += [Wrote(result) for result in self._write(self.keys.written, arguments)]
         return out
 
     def remove(self, entry_id: str) -> bool:
@@ -246,7 +253,7 @@ class RedisReplayBuffer:
         positions = sampler.draw(len(self), n, self._rng).tolist()
         if not positions:
             return []
-        values = self._eval([AT, 2, self.keys.entries, self.keys.order, *positions])
+        values = self._at([self.keys.entries, self.keys.order], positions)
         return [to_entry(value) for value in values]
 
     def get(self, entry_id: str) -> ReplayEntry | None:
@@ -288,9 +295,6 @@ class RedisReplayBuffer:
     def __iter__(self) -> Iterator[ReplayEntry]:
         return self.entries()
 
-    def _eval(self, command: list[Any]) -> Any:
-        return self._client.eval(*command)
-
 
 def model_ids(client: redis.Redis, prefix: str) -> list[str]:
     """Every model that has a buffer."""
@@ -305,6 +309,7 @@ class ReplayWriter:
         self, client: redis.asyncio.Redis, *, prefix: str, capacity: int, generation: str = ""
     ) -> None:
         self._client = client
+        self._write = client.register_script(WRITE)
         self._prefix = prefix
         self._capacity = capacity
         self._generation = generation
@@ -326,7 +331,8 @@ class ReplayWriter:
                 chunks.append([])
             for start in range(0, len(where), CHUNK):
                 chunk = where[start : start + CHUNK]
-                pipe.eval(*write_command(keys, self._capacity, [writes[i][1] for i in chunk]))
+                arguments = _write_arguments(self._capacity, [writes[i][1] for i in chunk])
+                await self._write(keys.written, arguments, client=pipe)
                 chunks.append(chunk)
         out = [Wrote.SAME] * len(writes)
         for chunk, answers in zip(chunks, await pipe.execute(), strict=True):

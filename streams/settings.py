@@ -16,6 +16,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cortex_core.errors import ConfigError
+from streams.ports import WORKER_PORTS
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -65,7 +66,8 @@ class Settings(BaseSettings):
     # HTTP
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
-    """Port of the inference service; of health and metrics in the other workers. 0: a free one."""
+    """Port of the inference service; of health and metrics in the other workers, each of which has its own
+    default (`streams/ports.py`). 0: a free one."""
     max_body_bytes: Count = 4_000_000
     max_text_chars: Count = 32_000
     max_memories: Count = 1_000
@@ -153,6 +155,12 @@ class Settings(BaseSettings):
                 for e in error.errors(include_url=False)
             ]
             raise ConfigError("unusable settings: " + "; ".join(lines)) from error
+
+    def of_worker(self, name: str) -> Settings:
+        """These settings with the worker's own port, where none is set."""
+        if "port" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"port": WORKER_PORTS[name]})
 
     @property
     def local_host(self) -> str:

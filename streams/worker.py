@@ -27,7 +27,7 @@ from typing import Any
 
 import structlog
 import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client import make_asgi_app
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -129,10 +129,13 @@ class Worker:
             body = {"ready": ok, "worker": self.name, "missing": self.missing}
             return JSONResponse(body, status_code=200 if ok else 503)
 
-        async def metrics(_: Request) -> Response:
-            return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
-
-        return [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
+        # A function would be taken for a handler of requests; its `__call__` is taken for the ASGI app it is.
+        metrics = make_asgi_app().__call__  # type: ignore[operator]
+        return [
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/metrics", metrics, methods=["GET"], name="metrics"),
+        ]
 
     @contextlib.asynccontextmanager
     async def serving(self, app: Any = None) -> AsyncIterator[int]:

@@ -24,8 +24,8 @@ from streams.settings import Settings
 from streams.testing import spawn_worker, wait_for
 
 COMMANDS = {
-    "up", "demo", "joiner", "trainer", "inference", "rebuild", "topics", "status", "logs", "dead-letters",
-    "control", "version",
+    "up", "demo", "joiner", "trainer", "inference", "rebuild", "topics", "status", "audit", "logs",
+    "dead-letters", "control", "version",
 }  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -29,3 +31,44 @@ def test_every_decision_is_listed() -> None:
     folder = ROOT / "docs" / "decisions"
     listed = set(re.findall(r"\((\d{4}-[\w-]+\.md)\)", (folder / "README.md").read_text(encoding="utf-8")))
     assert listed == {path.name for path in folder.glob("0*.md")}
+
+
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PICTURE = ElementTree.parse(ROOT / "docs" / "architecture.svg").getroot()
+
+
+def imported_by(file: str) -> set[str]:
+    """Modules that a file names in its import statements, wherever they stand."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def attributes_of(file: str) -> set[str]:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def test_the_files_of_the_walk_exist() -> None:
+    named = set(re.findall(r"`((?:streams|cortex_core)/[\w/]+\.py)`", ARCHITECTURE))
+    assert len(named) > 15
+    assert not [file for file in named if not (ROOT / file).is_file()]
+    drawn = {box.attrib["data-file"] for box in PICTURE.iter() if "data-file" in box.attrib}
+    assert drawn <= named, f"drawn and not told: {sorted(drawn - named)}"
+
+
+def test_every_arrow_of_the_picture_is_an_import_or_a_topic() -> None:
+    arrows = [a.attrib for a in PICTURE.iter() if a.tag.endswith("path") and "data-from" in a.attrib]
+    assert len(arrows) > 15
+    for arrow in arrows:
+        writer, reader, via = arrow["data-from"], arrow["data-to"], arrow["data-via"]
+        if via == "import":
+            module = reader.removesuffix(".py").replace("/", ".")
+            assert module in imported_by(writer), f"{writer} does not import {module}"
+        else:
+            assert via in attributes_of(writer), f"{writer} does not name the topic {via}"
+            assert via in attributes_of(reader), f"{reader} does not name the topic {via}"

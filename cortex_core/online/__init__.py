@@ -1,1 +1,1 @@
-"""The parts of one online step. `online_trainer` is the door."""
+"""The parts of an online training step; the entry point is `cortex_core.online_trainer`."""

@@ -1,4 +1,4 @@
-"""Entries and samples as padded tensors: one forward pass for a whole batch."""
+"""Batches: replay entries as padded tensors, for one forward pass."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from cortex_core.strategy_registry import StrategyRegistry
 
 @dataclass(slots=True)
 class Batch:
-    """B experiences as tensors; K is the largest slate among them."""
+    """B experiences as tensors; K is the size of the largest slate."""
 
     situation: Tensor
     """(B, S) as logged"""
     message: Tensor
-    """(B, D), zero where not logged"""
+    """(B, D), zeros if not logged"""
     history: Tensor
     metadata: Tensor
     """(B, F)"""
     has_message: Tensor
-    """(B,) bool: the Situation Encoder can be run again, and gets gradient"""
+    """(B,) bool: the message is logged, so that the situation can be recomputed with gradient"""
     strategy: Tensor
-    """(B,) rows of the selector"""
+    """(B,) strategy indices"""
     memories: Tensor
-    """(B, K, D) retrieved, zero-padded"""
+    """(B, K, D) retrieved memories, zero-padded"""
     memory_mask: Tensor
-    """(B, K) 1 where a memory is"""
+    """(B, K) 1 for a memory, 0 for padding"""
     context: Tensor
     """(B, 7)"""
     has_context: Tensor
     """(B,) bool"""
     reward: Tensor
     """(B,) in [-1, 1]"""
-    weight: Tensor
+    reward_confidence: Tensor
     """(B,) in [0, 1]"""
 
-    def content(self) -> Tensor:
-        """(B,) 1 for a content user, 0 for one who is not, as far as the reply says."""
+    def label(self) -> Tensor:
+        """(B,) 1 for a positive reward (a satisfied user), else 0."""
         return (self.reward > 0).float()
 
-    def sureness(self) -> Tensor:
-        """(B,) what each reply counts: half as sure counts a quarter, and a reward of 0 says nothing."""
-        return torch.where(self.reward == 0, 0.0, self.weight**2)
+    def sample_weight(self) -> Tensor:
+        """(B,) in [0, 1]: the squared confidence of the reward; 0 for a reward of 0."""
+        return torch.where(self.reward == 0, 0.0, self.reward_confidence**2)
 
     def __len__(self) -> int:
         return len(self.reward)
@@ -60,10 +60,10 @@ class Batch:
 def collate(
     entries: Sequence[ReplayEntry], registry: StrategyRegistry, text_dim: int, situation_dim: int
 ) -> Batch:
-    """Pads and stacks.
+    """Stacks entries into a batch, with padding.
 
     Raises:
-        InputError: an entry names an unknown strategy, or an embedding has the wrong size.
+        InputError: an entry has an unknown strategy or an array of the wrong shape.
     """
     size = len(entries)
     slots = max((len(e.memory_indices) for e in entries if e.memory_embs is not None), default=0)
@@ -100,12 +100,12 @@ def collate(
         context=torch.from_numpy(context),
         has_context=torch.tensor([bool(e.context) for e in entries]),
         reward=torch.tensor([e.reward for e in entries], dtype=torch.float32),
-        weight=torch.tensor([e.reward_confidence for e in entries], dtype=torch.float32),
+        reward_confidence=torch.tensor([e.reward_confidence for e in entries], dtype=torch.float32),
     )
 
 
 def encode(encoder: SituationEncoder, batch: Batch) -> Tensor:
-    """(B, S) situations: computed again, with gradient, where the features were logged; else as logged."""
+    """(B, S) situations: recomputed with gradient if the message was logged, else as logged."""
     if not bool(batch.has_message.any()):
         return batch.situation
     fresh = encoder(batch.message, batch.history, batch.metadata)
@@ -115,6 +115,6 @@ def encode(encoder: SituationEncoder, batch: Batch) -> Tensor:
 def _put(target: np.ndarray, value: np.ndarray, what: str) -> None:
     if target.shape != value.shape:
         raise DimensionError(
-            what, value.shape, target.shape, "All experiences of a model share its dimensions."
+            what, value.shape, target.shape, "All experiences of a model must have its dimensions."
         )
     target[...] = value

@@ -1,6 +1,6 @@
-"""Checkpoints of a trainer: weights, optimizer and counters in one safetensors file, written atomically.
+"""Trainer checkpoints: weights, optimizer state and counters in one safetensors file, written atomically.
 
-Never pickle: a checkpoint from elsewhere can hold wrong numbers, but no code.
+Nothing is pickled: a forged checkpoint can contain wrong numbers, but no code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORMAT = 1
 def pack(
     weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, meta: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """{"tensors": name → tensor, "meta": plain JSON values}."""
+    """{"tensors": name → tensor, "meta": JSON values}."""
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
@@ -35,15 +35,15 @@ def pack(
 def unpack(
     state: Mapping[str, Any], modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Puts a packed state into modules and optimizer, and returns its `meta`.
+    """Loads a packed state into modules and optimizer; returns its `meta`.
 
     Raises:
-        WeightsError: it does not fit; nothing has changed then.
+        WeightsError: the state does not fit; nothing is changed.
     """
     tensors: Mapping[str, Tensor] = state["tensors"]
     meta: dict[str, Any] = dict(state["meta"])
     if meta.get("format") != FORMAT:
-        raise WeightsError(f"checkpoint format {meta.get('format')!r}, this version reads {FORMAT}")
+        raise WeightsError(f"the checkpoint has format {meta.get('format')!r}, expected {FORMAT}")
     wanted = {f"model.{m}.{k}": v for m, module in modules.items() for k, v in module.state_dict().items()}
     have = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     for name in sorted(wanted.keys() ^ have.keys()):
@@ -51,11 +51,11 @@ def unpack(
     for name, tensor in tensors.items():
         if name in wanted and (tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype):
             raise WeightsError(
-                f"the checkpoint's {name} is {tensor.dtype} {tuple(tensor.shape)}, wanted "
+                f"the checkpoint's {name} is {tensor.dtype} {tuple(tensor.shape)}, expected "
                 f"{wanted[name].dtype} {tuple(wanted[name].shape)}"
             )
         if not bool(tensor.isfinite().all()):
-            raise WeightsError(f"the checkpoint's {name} holds NaN or infinity")
+            raise WeightsError(f"the checkpoint's {name} contains NaN or infinity")
     slots: dict[int, dict[str, Tensor]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
@@ -74,7 +74,7 @@ def unpack(
 
 
 def save(path: Path | str, state: Mapping[str, Any]) -> None:
-    """Writes beside the target, syncs, then renames over it."""
+    """Writes a temporary file and renames it to `path`: a crash leaves the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -87,16 +87,16 @@ def save(path: Path | str, state: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)  # the rename itself must survive a power cut
+        os.fsync(directory)  # makes the rename durable
     finally:
         os.close(directory)
 
 
 def load(path: Path | str) -> dict[str, Any]:
-    """What `save` wrote.
+    """The inverse of `save`.
 
     Raises:
-        WeightsError: no such file, damaged, or no checkpoint.
+        WeightsError: the file is missing, damaged or not a trainer checkpoint.
     """
     try:
         with safe_open(Path(path), framework="pt") as file:
@@ -105,5 +105,5 @@ def load(path: Path | str) -> dict[str, Any]:
     except (OSError, SafetensorError, ValueError) as error:
         raise WeightsError(f"the checkpoint {path} cannot be read: {error}") from error
     if not isinstance(meta, dict):
-        raise WeightsError(f"{path} is safetensors, but no checkpoint of a trainer")
+        raise WeightsError(f"{path} is a safetensors file, but not a trainer checkpoint")
     return {"tensors": tensors, "meta": meta}

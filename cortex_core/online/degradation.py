@@ -1,7 +1,4 @@
-"""Knowing good weights, and going back to them when learning has made things worse.
-
-It compares and remembers; what a loss is, the trainer says.
-"""
+"""Degradation detection: keeps the last good weights, and says when to compare the current ones with them."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 KEEP_EVERY = 50
-"""Steps between two copies of good weights."""
+"""Minimum number of steps between two copies of good weights."""
 
 Weights = dict[str, Tensor]
 
 
-def weights_of(modules: Mapping[str, nn.Module]) -> Weights:
-    """A copy of every parameter and buffer, as "module.name"."""
+def copy_weights(modules: Mapping[str, nn.Module]) -> Weights:
+    """A copy of every parameter and buffer, keyed by "module.name"."""
     return {
         f"{name}.{key}": value.detach().clone()
         for name, module in modules.items()
@@ -25,8 +22,8 @@ def weights_of(modules: Mapping[str, nn.Module]) -> Weights:
     }
 
 
-def put_back(modules: Mapping[str, nn.Module], weights: Weights) -> None:
-    """The inverse of `weights_of`."""
+def restore_weights(modules: Mapping[str, nn.Module], weights: Weights) -> None:
+    """The inverse of `copy_weights`."""
     for name, module in modules.items():
         prefix = f"{name}."
         module.load_state_dict({k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)})
@@ -34,15 +31,15 @@ def put_back(modules: Mapping[str, nn.Module], weights: Weights) -> None:
 
 @dataclass(slots=True)
 class GoodWeights:
-    """The last weights that were found good, and what they were good at."""
+    """The last weights that were found good, and their averages."""
 
     weights: Weights
     ema_loss: float | None = None
     ema_reward: float | None = None
     updates: int = 0
 
-    def is_better(self, loss: float, reward: float, updates: int) -> bool:
-        """Whether weights with these averages should be kept instead; copies are not made at every step."""
+    def should_replace(self, loss: float, reward: float, updates: int) -> bool:
+        """Whether weights with these averages should replace these; at most every KEEP_EVERY steps."""
         if self.ema_loss is None or self.ema_reward is None:
             return True
         return (
@@ -51,8 +48,10 @@ class GoodWeights:
             and reward >= self.ema_reward - 0.05
         )
 
-    def suspects(self, loss: float, reward: float, loss_margin: float, reward_margin: float) -> bool:
-        """Whether these averages are so much worse that the two should be compared on what comes in now."""
+    def suspects_degradation(
+        self, loss: float, reward: float, loss_margin: float, reward_margin: float
+    ) -> bool:
+        """Whether these averages are worse by more than a margin, so that both weights should be compared."""
         if self.ema_loss is None or self.ema_reward is None:
             return False
         return loss > self.ema_loss + loss_margin or reward < self.ema_reward - reward_margin

@@ -1,16 +1,17 @@
-"""From experiences to the posteriors of selector and gate: the part of an online step that is no gradient.
+"""Posterior updates of selector, gate and estimator: the part of an online step without gradients.
 
-It keeps the kernel features of recent experiences, so that replay of them costs one matrix product. What it
-keeps is a cache: everything that decisions need is in the model's buffers.
+Caches the kernel features of recent experiences for replay. Everything that decisions need is in the model's
+buffers.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from cachetools import LRUCache
 
 from cortex_core.arrays import FloatArray, unit
 from cortex_core.confidence_estimator import ConfidenceEstimator
@@ -18,18 +19,18 @@ from cortex_core.memory_gate import MemoryGate
 from cortex_core.replay_buffer import ReplayEntry
 from cortex_core.strategy_selector import StrategySelector
 
-CALIBRATED = 600
-"""Latest decisions that the confidence is calibrated on."""
-BLOCK = 128
-"""Replies that the gate's posterior is fitted to at once, fresh ones first, the rest drawn from the ring."""
-SHOWN = 1_000.0
-"""Slates over which the usual score is averaged."""
+CALIBRATION_WINDOW = 600
+"""Number of latest decisions on which the confidence is calibrated."""
+REPLAYED = 128
+"""Number of replies drawn from the ring for each fit of the gate's posterior, besides the fresh ones."""
+MEAN_SCORE_WINDOW = 1_000.0
+"""Number of slates over which the mean score is averaged."""
 KNOWN = 10_000
-"""Ids whose last reward is remembered, to tell an amended reward from a second sample."""
+"""Number of ids whose last reward is kept, to distinguish an amended reward from a new experience."""
 
 
 class FeatureReplay:
-    """Ring of the latest `capacity` experiences with memories, as the gate's posterior wants them."""
+    """Ring buffer of the latest `capacity` experiences with memories, for `MemoryGate.condition`."""
 
     def __init__(self, features: int, landmarks: int, capacity: int = 2_000) -> None:
         self.phi: FloatArray = np.zeros((capacity, features), np.float32)
@@ -37,17 +38,17 @@ class FeatureReplay:
         self.strategy = np.zeros(capacity, np.int64)
         self.bilinear: FloatArray = np.zeros(capacity, np.float32)
         """log-odds of the gate's bilinear part"""
-        self.content: FloatArray = np.zeros(capacity, np.float32)
+        self.label: FloatArray = np.zeros(capacity, np.float32)
         self.weight: FloatArray = np.zeros(capacity, np.float32)
         self.dual: FloatArray = np.zeros(capacity, np.float32)
-        """α of `MemoryGate.condition`; where a row is written over, what it taught stays in V"""
+        """α of `MemoryGate.condition`; V keeps the contribution of an overwritten row"""
         self.used = 0
         self._next = 0
         self._row_of: dict[str, int] = {}
         self._id_of = [""] * capacity
 
     def add(self, entry_id: str) -> int:
-        """The row for a new experience: over the oldest one where the ring is full."""
+        """The row for a new experience; overwrites the oldest one if the ring is full."""
         row = self._next
         self._row_of.pop(self._id_of[row], None)
         self._id_of[row] = entry_id
@@ -59,12 +60,12 @@ class FeatureReplay:
         return row
 
     def row(self, entry_id: str) -> int | None:
-        """Where an experience stands, if it still does."""
+        """The row of an experience, or None if it was overwritten."""
         return self._row_of.get(entry_id)
 
 
 class Posteriors:
-    """Conditions selector, gate and estimator on replies, and replays them for the gate."""
+    """Conditions selector, gate and estimator on replies, with replay for the gate."""
 
     def __init__(
         self,
@@ -79,21 +80,21 @@ class Posteriors:
         self.gate = gate
         self.replay = replay
         self._ring = FeatureReplay(selector.landmarks.size, gate.landmarks.size)
-        self._known: OrderedDict[str, tuple[float, float]] = OrderedDict()
-        self._contexts: deque[tuple[list[float], float, float]] = deque(maxlen=CALIBRATED)
-        # A seed of its own: the same experiences give the same weights.
+        self._known: LRUCache[str, tuple[float, float]] = LRUCache(KNOWN)
+        self._contexts: deque[tuple[list[float], float, float]] = deque(maxlen=CALIBRATION_WINDOW)
+        # A fixed seed: the same experiences give the same weights.
         self._rng = np.random.default_rng(0)
 
-    def start_anew(self) -> None:
-        """Empties the ring: what it holds belongs to the weights that it was fitted with, no others."""
+    def clear(self) -> None:
+        """Clears the ring: its α are valid only for the weights that they were fitted with."""
         self._ring = FeatureReplay(self.selector.landmarks.size, self.gate.landmarks.size)
 
     def knows(self, entry_id: str) -> bool:
-        """Whether a reply to this interaction was learned from, so that a new one amends it."""
+        """Whether a reply to this interaction was learned from, so that a new one amends its reward."""
         return bool(entry_id) and entry_id in self._known
 
     def features(self, entries: Sequence[ReplayEntry], admit: int) -> tuple[FloatArray, FloatArray]:
-        """(B, M) φ and (B, L) summed ψ; the first `admit` entries may become landmarks."""
+        """(B, M) φ and (B, L) ψ summed over each slate; the first `admit` entries may become landmarks."""
         messages = np.zeros((len(entries), self.selector.text_dim), np.float32)
         for row, entry in enumerate(entries):
             message = self.selector.kernel_input(entry.message_emb, entry.situation_emb)
@@ -132,66 +133,68 @@ class Posteriors:
         prior: FloatArray,
         scores: FloatArray,
         bilinear: FloatArray,
-        content: FloatArray,
+        label: FloatArray,
         weight: FloatArray,
     ) -> None:
-        """On fresh replies, in their order.
+        """Conditions on fresh replies, in order.
 
         Args:
-            strategy: of each; prior: (B,) the strategies' estimates before any neighbour's reply.
+            phi: (B, M) message features.
+            psi: (B, L) memory features, summed over each slate.
+            strategy: (B,) index of the strategy used.
+            prior: (B,) prior means of the strategies used.
             scores: (B,) mean ŝᵀWm̂ of the memories shown.
-            bilinear: (B,) log-odds that they add.
-            weight: (B,) sureness of each reply.
+            bilinear: (B,) log-odds that the memories add.
+            label: (B,) 1 for a satisfied user, else 0.
+            weight: (B,) sample weights.
         """
         fresh: list[int] = []
         for row, entry in enumerate(entries):
-            w, y = float(weight[row]), float(content[row])
-            before = self._known.pop(entry.id, None) if entry.id else None
+            w, y = float(weight[row]), float(label[row])
+            before = self._known.get(entry.id) if entry.id else None
             if entry.id:
                 self._known[entry.id] = (y, w)
-            if len(self._known) > KNOWN:
-                self._known.popitem(last=False)
             if before is not None:
-                # The reward was amended: the same place in the posterior, another value.
+                # An amended reward changes the label of a point that the posterior already contains.
                 change = (y * w - before[0] * before[1]) / max(w, before[1], 1e-6)
                 self.selector.amend(phi[row], strategy[row], change, max(w, before[1]))
                 known = self._ring.row(entry.id)
                 if known is not None:
-                    self._ring.content[known], self._ring.weight[known] = y, w
+                    self._ring.label[known], self._ring.weight[known] = y, w
                     fresh.append(known)
                 continue
             if w > 0.0:
-                # The selector estimates a strategy over the memories that go with it: explaining replies by
-                # memories first made it follow the gate's errors.
+                # The residual does not subtract the memories' effect: that made the selector fit the errors
+                # of the gate.
                 predicted = float(prior[row] + self.selector.mean[strategy[row]].numpy() @ phi[row])
                 self.selector.condition(phi[row], strategy[row], y - predicted, w)
                 if entry.context:
                     self._contexts.append((entry.context, y, w))
             if psi[row].any():
-                self._shown(float(scores[row]))
+                self._update_mean_score(float(scores[row]))
                 if w > 0.0:
                     ring, place = self._ring, self._ring.add(entry.id)
                     ring.phi[place], ring.psi[place] = phi[row], psi[row]
                     ring.strategy[place] = strategy[row]
                     ring.bilinear[place] = bilinear[row]
-                    ring.content[place], ring.weight[place] = y, w
+                    ring.label[place], ring.weight[place] = y, w
                     fresh.append(place)
         self._fit_gate(fresh)
         if self._contexts:
             contexts, replies, weights = zip(*self._contexts, strict=True)
             self.estimator.fit(*(np.array(values, np.float32) for values in (contexts, replies, weights)))
 
-    def _shown(self, score: float) -> None:
-        usual, slates = self.gate.usual.tolist()
-        slates = min(slates + 1.0, SHOWN)
+    def _update_mean_score(self, score: float) -> None:
+        mean, slates = self.gate.mean_score.tolist()
+        slates = min(slates + 1.0, MEAN_SCORE_WINDOW)
         with torch.no_grad():
-            self.gate.usual.copy_(torch.tensor([usual + (score - usual) / slates, slates]))
+            self.gate.mean_score.copy_(torch.tensor([mean + (score - mean) / slates, slates]))
 
     def _fit_gate(self, fresh: list[int]) -> None:
         ring = self._ring
-        want = min(ring.used, BLOCK) if self.replay else 0
-        more = self._rng.choice(ring.used, want, replace=False).tolist() if want else []
-        rows = np.array(list(dict.fromkeys([*fresh, *more])), np.int64)
+        count = min(ring.used, REPLAYED) if self.replay else 0
+        replayed = self._rng.choice(ring.used, count, replace=False).tolist() if count else []
+        rows = np.array(list(dict.fromkeys([*fresh, *replayed])), np.int64)
         if not len(rows):
             return
         ring.dual[rows] = self.gate.condition(
@@ -199,7 +202,7 @@ class Posteriors:
             psi=ring.psi[rows],
             strategy=ring.strategy[rows],
             bilinear=ring.bilinear[rows],
-            content=ring.content[rows],
+            label=ring.label[rows],
             weight=ring.weight[rows],
             dual=ring.dual[rows],
         )

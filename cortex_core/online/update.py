@@ -1,4 +1,4 @@
-"""What an online training step reports: to metrics, to callers, and to the step itself."""
+"""Results of an online training step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OnlineUpdate:
-    """One training step, as metrics want it."""
+    """Metrics of one training step."""
 
     update: int
-    """number of this step since birth"""
+    """number of this step since initialisation"""
     loss: float
     strategy_loss: float
     confidence_loss: float
@@ -29,34 +29,35 @@ class OnlineUpdate:
     fresh: int
     """experiences trained on for the first time"""
     replayed: int
+    """experiences sampled from replay"""
     skipped: bool = False
-    """the loss or a gradient was not finite, and the weights are as before"""
+    """the loss or a gradient was not finite, and the weights are unchanged"""
     rolled_back: bool = False
-    """the step ended in going back to the last good weights"""
+    """the last good weights were restored after the step"""
 
 
 @dataclass(frozen=True, slots=True)
 class InteractionOutcome:
-    """What a user's reply was taken to mean."""
+    """The result of `OnlineTrainer.record_interaction`."""
 
     entry: ReplayEntry
     reward: float
     signals: Sequence[FeedbackSignal]
     update: OnlineUpdate | None
-    """the training step this interaction completed, if it did"""
+    """the training step that this interaction triggered, if any"""
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Of one batch."""
+    """Losses of one batch, and intermediate results."""
 
     total: Tensor
     reward: Tensor
-    """of strategy and memories, which explain one reward together"""
+    """loss of the reward model of strategy and memories"""
     calibration: Tensor
     prior: Tensor
-    """(B,) the strategies' estimates before any neighbour's reply"""
+    """(B,) prior means of the chosen strategies"""
     scores: Tensor
     """(B,) mean bilinear score of the memories shown"""
     bilinear: Tensor
-    """(B,) log-odds that they add"""
+    """(B,) log-odds that the memories add"""

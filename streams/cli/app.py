@@ -28,6 +28,7 @@ from streams.cli.options import (
     group,
     load,
 )
+from streams.ports import WORKER_PORTS
 
 app = group(help="A learned layer around frozen LLM agents: user replies become better weights, live.")
 
@@ -110,7 +111,7 @@ def say(text: str) -> None:
 # --- one worker ---------------------------------------------------------------------------------------------
 
 
-def worker_command(name: str, default_port: int, what: str) -> None:
+def worker_command(name: str, what: str) -> None:
     """Adds the command of one worker; each has a port of its own, so that one machine can run them all."""
 
     def command(
@@ -135,21 +136,19 @@ def worker_command(name: str, default_port: int, what: str) -> None:
         )
         if name != "inference":  # which needs no Redis, and finds Kafka by itself
             settings = settings.resolved()
-        if "port" not in settings.model_fields_set:
-            settings = settings.model_copy(update={"port": default_port})
+        settings = settings.of_worker(name)
         # Read by BLAS when numpy is first imported, which is now. With a thread for each core, workers that
         # share a machine wait for each other's: a decision then costs three times as much.
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ.setdefault(variable, str(settings.torch_threads))
         importlib.import_module(f"streams.{name}.app").main(settings)
 
-    app.command(name, help=f"{what} HTTP port {default_port} unless set.")(command)
+    app.command(name, help=f"{what} HTTP port {WORKER_PORTS[name]} unless set.")(command)
 
 
-# Apart from 8080 and the ports after it, which the inference workers of `cortex up` take.
-worker_command("joiner", 8181, "Join interactions with replies; fill replay and the experiences topic.")
-worker_command("trainer", 8182, "Learn from experiences; publish weights.")
-worker_command("inference", 8080, "Serve decisions and take replies over HTTP; follow the weights.")
+worker_command("joiner", "Join interactions with replies; fill replay and the experiences topic.")
+worker_command("trainer", "Learn from experiences; publish weights.")
+worker_command("inference", "Serve decisions and take replies over HTTP; follow the weights.")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands of operators: topics, status, logs, rebuild, dead letters, control."""
+"""The commands of operators: topics, status, audit, logs, rebuild, dead letters, control."""
 
 from __future__ import annotations
 
@@ -190,6 +190,42 @@ def status(
 
     report = run(collect(settings), settings)
     typer.echo(json.dumps(report, indent=1)) if as_json else show(report)
+
+
+@app.command()
+def audit(
+    since: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="TIME",
+            help="Judge interactions from here on: `beginning`, or a time such as 2026-01-31T00:00:00Z.",
+        ),
+    ] = "beginning",
+    kafka: Kafka = None,
+    redis: Redis = None,
+    data: Data = None,
+    topic_prefix: Prefix = None,
+    as_json: AsJson = False,
+) -> None:
+    """Join all that the topics hold by brute force, and say what is lost, doubled or wrong.
+
+    The exit code is 1 where anything is. Set CORTEX_JOIN_WINDOW_S and CORTEX_REPLAY_CAPACITY as the workers
+    have them.
+    """
+    start = 0.0 if since == "beginning" else moment(since).timestamp()
+    settings = load(kafka=kafka, redis=redis, data=data, topic_prefix=topic_prefix).resolved()
+    from streams.audit.compare import audit as judge
+    from streams.audit.reading import collect
+
+    report = judge(run(collect(settings), settings), start)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=1))
+    else:
+        for line in report.lines():
+            typer.echo(line)
+    if not report.clean:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -10,14 +10,15 @@ from collections.abc import Awaitable
 from typing import Any
 
 import httpx
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
 from rich.console import Console
 from rich.table import Table
 
-from streams.connections import backoff, kafka_client_options, redis_client
+from streams.connections import kafka_client_options, redis_client
 from streams.kafka.clients import started
+from streams.kafka.groups import committed_offsets
+from streams.kafka.reader import reading
 from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer, model_ids
 from streams.settings import Settings
@@ -82,41 +83,33 @@ async def _groups(settings: Settings) -> list[dict[str, Any]]:
         settings.joiner_group: (topics.interactions, topics.replies),
         settings.trainer_group: (topics.experiences,),
     }
-    options = kafka_client_options(settings)
     rows = []
-    async with (
-        started(AIOKafkaAdminClient(**options)) as admin,
-        started(AIOKafkaConsumer(**options)) as consumer,
-    ):
-        existing = set(await admin.list_topics())
+    async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
+        existing = sorted(
+            {name for names in reads.values() for name in names} & set(await admin.list_topics())
+        )
+        async with reading(settings, existing, committed_only=False) as consumer:
+            partitions = sorted(consumer.assignment())
+            ends = await consumer.end_offsets(partitions)
+            starts = await consumer.beginning_offsets(partitions)
         for group, names in reads.items():
             members, committed = await _group(admin, group)
-            for name in sorted(existing.intersection(names)):
-                [described] = await admin.describe_topics([name])
-                partitions = [TopicPartition(name, p["partition"]) for p in described["partitions"]]
-                ends = await consumer.end_offsets(partitions)
-                starts = await consumer.beginning_offsets(partitions)
-                done = {p: committed.get(p, -1) for p in partitions}
-                lag = sum(ends[p] - (done[p] if done[p] >= 0 else starts[p]) for p in partitions)
-                events = sum(ends.values())
+            for name in sorted(set(names).intersection(existing)):
+                mine = [p for p in partitions if p.topic == name]
+                done = {p: committed.get(p, -1) for p in mine}
+                lag = sum(ends[p] - (done[p] if done[p] >= 0 else starts[p]) for p in mine)
+                events = sum(ends[p] for p in mine)
                 rows.append({"group": group, "members": members, "topic": name, "events": events, "lag": lag})
-        return rows
+    return rows
 
 
 async def _group(admin: AIOKafkaAdminClient, group: str) -> tuple[int, dict[TopicPartition, int]]:
     """Members of a consumer group, and the next offset that it will read of each partition."""
-    async for _ in backoff():
-        try:
-            await admin.find_coordinator(group)
-            break
-        except KafkaError as error:
-            if not error.retriable:  # a new broker first makes the topic that coordinates groups
-                raise
+    committed = await committed_offsets(admin, group)
     answers = await admin.describe_consumer_groups([group])
     # A group is described as (error, id, state, protocol type, protocol, members, …).
     members = sum(len(described[5]) for answer in answers for described in answer.groups)
-    offsets = await admin.list_consumer_group_offsets(group)
-    return members, {partition: at.offset for partition, at in offsets.items()}
+    return members, committed
 
 
 async def _replay(settings: Settings) -> list[dict[str, Any]]:

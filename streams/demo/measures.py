@@ -1,6 +1,6 @@
-"""What the demo measures, from what it saw: pure functions and plain records, no I/O.
+"""Metrics of the demo: pure functions of the observations, without I/O.
 
-The true reward is the simulation's own (`users.reward`), in [0, 1]; the system never sees it.
+The true reward is that of the simulation (`users.reward`), in [0, 1]; it is hidden from the system.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ import numpy as np
 from cortex_core.evaluation import expected_calibration_error
 
 FIRST_SHARE = 0.10
-"""`…_first` are means over this share of the interactions, from the beginning."""
+"""`…_first` are means over this fraction of the interactions, from the beginning."""
 LAST_SHARE = 0.25
-"""`…_last` and `reward_control` are means over this share, up to the end."""
+"""`…_last` and `reward_control` are means over this fraction, at the end."""
 ECE_BINS = 15
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request as the learning model answered it, and as the control did."""
+    """One request, as answered by the learning model and by the control."""
 
     index: int
     reward: float
-    """True expected contentment with the answer, in [0, 1]."""
-    content: bool
-    """Whether this user was content."""
+    """True probability of a satisfied user, in [0, 1]."""
+    satisfied: bool
+    """Whether this user was satisfied."""
     precision: float
-    """Share of the shown memories that help."""
+    """Fraction of the retrieved memories that help."""
     control_precision: float
-    """The same for the memories that the untrained gate shows."""
+    """The same for the memories of the untrained gate."""
     confidence: float
     weights_version: int
     control: Mapping[str, float]
-    """strategy id → true reward of that strategy with the memories that the untrained gate shows."""
+    """strategy id → true reward of that strategy with the memories of the untrained gate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,40 +54,40 @@ class ExperienceSeen:
     reply_ids: tuple[str, ...]
     replied_at: datetime | None
     digest: str
-    """Of the whole value: two records of one (interaction, revision) must agree in it."""
+    """Hash of the value: equal for all records of one (interaction, revision)."""
 
 
 @dataclass(frozen=True, slots=True)
 class VersionSeen:
-    """A weights version in one inference worker, from the moment it decided with it."""
+    """A weights version in one inference worker, and since when it serves."""
 
     version: int
     applied_at: datetime
     consumed: Mapping[str, int]
-    """"topic-partition" → next offset: it has learned from every experience below."""
+    """"topic-partition" → next offset: the version has learned from all experiences below."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What was sent and acknowledged, and what went wrong on the way."""
+    """What was sent and acknowledged, and the errors."""
 
     samples: list[Sample] = field(default_factory=list)
     interactions: list[str] = field(default_factory=list)
-    """Ids of acknowledged interactions of the learning model."""
+    """Ids of the acknowledged interactions of the learning model."""
     control_interactions: list[str] = field(default_factory=list)
     replies: dict[str, str] = field(default_factory=dict)
-    """reply id → interaction id; acknowledged ones."""
+    """reply id → interaction id, of the acknowledged replies."""
     errors: Counter[str] = field(default_factory=Counter)
-    """What the service refused or did not answer, by reason."""
+    """Requests rejected or not answered by the service, by reason."""
 
     @property
     def events(self) -> int:
-        """Events that Kafka has acknowledged."""
+        """Number of events acknowledged by Kafka."""
         return len(self.interactions) + len(self.control_interactions) + len(self.replies)
 
 
 def spans(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """The first and the last part of a run, in order of the requests."""
+    """The first and the last samples of a run, in the order of the requests."""
     ordered = sorted(samples, key=lambda s: s.index)
     first = max(1, round(FIRST_SHARE * len(ordered)))
     last = max(1, round(LAST_SHARE * len(ordered)))
@@ -95,13 +95,13 @@ def spans(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """None for no values."""
+    """The mean; None without values."""
     array = np.fromiter(values, dtype=float)
     return float(array.mean()) if len(array) else None
 
 
 def best_fixed(samples: Sequence[Sample]) -> str | None:
-    """The one strategy that would have served these samples best with the untrained gate's memories."""
+    """The best fixed strategy on these samples in hindsight, with the untrained gate's memories."""
     totals: Counter[str] = Counter()
     for sample in samples:
         totals.update(dict(sample.control))
@@ -111,27 +111,26 @@ def best_fixed(samples: Sequence[Sample]) -> str | None:
 def control_rewards(samples: Sequence[Sample], strategy: str | None = None) -> list[float]:
     """True rewards of the control: the untrained gate's memories and one fixed strategy for all requests.
 
-    The strategy is the best one in hindsight over these very samples unless one is given, which makes this
-    the strongest policy that does not look at the request.
+    Unless a strategy is given, it is the best one in hindsight on the same samples: the best policy that
+    ignores the request.
     """
     fixed = strategy or best_fixed(samples)
     return [sample.control[fixed] for sample in samples] if fixed else []
 
 
 def calibration_error(
-    confidences: Sequence[float], content: Sequence[bool], bins: int = ECE_BINS
+    confidences: Sequence[float], satisfied: Sequence[bool], bins: int = ECE_BINS
 ) -> float | None:
-    """Expected calibration error over `bins` bins of equal width; None for no samples."""
-    return expected_calibration_error(confidences, content, bins) if confidences else None
+    """Expected calibration error over `bins` bins of equal width; None without samples."""
+    return expected_calibration_error(confidences, satisfied, bins) if confidences else None
 
 
 def reply_to_weights_ms(
     experiences: Sequence[ExperienceSeen], topic: str, workers: Sequence[Sequence[VersionSeen]]
 ) -> list[float]:
-    """For each experience with a reply: from the reply to the first version that learned from it, in ms.
+    """For each experience with a reply, the time from the reply to the first version that includes it, in ms.
 
-    Measured where it matters: at the slowest inference worker. Experiences that some worker has no version
-    for yet are left out; `unlearned` counts them.
+    Measured at the slowest inference worker. Omits the experiences that `unlearned` counts.
     """
     reach = [_Reach(topic, versions) for versions in workers]
     out = []
@@ -146,13 +145,13 @@ def reply_to_weights_ms(
 def unlearned(
     experiences: Sequence[ExperienceSeen], topic: str, workers: Sequence[Sequence[VersionSeen]]
 ) -> int:
-    """Experiences that at least one worker serves no version for yet."""
+    """Number of experiences that the served version of at least one worker does not include yet."""
     reach = [_Reach(topic, versions) for versions in workers]
     return sum(any(r.applied_at(e.partition, e.offset) is None for r in reach) for e in experiences)
 
 
 class _Reach:
-    """When one worker began to serve what was learned from an experience."""
+    """Times at which one worker began to serve a version that includes an experience."""
 
     def __init__(self, topic: str, versions: Sequence[VersionSeen]) -> None:
         self._topic = topic
@@ -163,29 +162,29 @@ class _Reach:
         if partition not in self._consumed:
             key = f"{self._topic}-{partition}"
             offsets = np.array([v.consumed.get(key, 0) for v in self._ordered], dtype=int)
-            # A rollback serves older bytes and still has consumed what came before it.
+            # A rollback serves older weights, but has consumed at least as many offsets.
             self._consumed[partition] = np.maximum.accumulate(offsets).tolist() if len(offsets) else []
         place = bisect_right(self._consumed[partition], offset)
         return self._ordered[place].applied_at if place < len(self._ordered) else None
 
 
 def percentile(values: Sequence[float], q: float) -> float | None:
-    """The `q`-th percentile (0–100), None for no values."""
+    """The `q`-th percentile (0–100); None without values."""
     return float(np.percentile(values, q)) if len(values) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Ids that were acknowledged against ids that are there."""
+    """Comparison of acknowledged ids with stored ids."""
 
     joined: int
     lost: frozenset[str]
-    """Ids of interactions and replies that were acknowledged and are missing somewhere."""
+    """Acknowledged ids of interactions and replies that are missing in a topic, an experience or replay."""
     pending: frozenset[str]
-    """Ids that stand in their topic and that a run which was cut short did not see joined."""
+    """Ids that are in their topic but not yet joined, in an interrupted run."""
     duplicates: int
     redelivered: int
-    """Records that say again what an earlier one said: harmless, and told apart from duplicates."""
+    """Records identical to an earlier one: harmless, not counted as duplicates."""
 
 
 def audit(
@@ -198,18 +197,18 @@ def audit(
     replay_capacity: int,
     learned: int,
 ) -> Audit:
-    """Compares what was acknowledged with what is there.
+    """Compares what was acknowledged with what is stored.
 
     Args:
         tally: what the service acknowledged.
-        experiences: every record of this model in the experiences topic.
-        replay: interaction id → revision, of every entry of this model in the replay buffer.
-        logged: ids of every interaction and reply in their topics.
-        drained: whether the workers had the time to handle everything. Without it, what stands in its topic
-            and is not joined yet is pending; with it, it is lost.
-        replay_capacity: the buffer keeps this many, the newest ones.
-        learned: experiences and amendments that the trainer says it learned from; more than there are mean
-            that one was counted twice.
+        experiences: all records of this model in the experiences topic.
+        replay: interaction id → revision, of all entries of this model in the replay buffer.
+        logged: ids of all interactions and replies in their topics.
+        drained: whether the workers had time to process everything. If not, an id that is in its topic but
+            not joined is pending; otherwise it is lost.
+        replay_capacity: maximum number of entries in the replay buffer.
+        learned: number of experiences and amendments that the trainer reports; more than there are records
+            mean that one was counted twice.
     """
     records: dict[tuple[str, int], set[str]] = {}
     newest: dict[str, ExperienceSeen] = {}
@@ -220,7 +219,7 @@ def audit(
     replied = set(tally.replies.values())
     lost = {i for i in replied if i not in newest}
     lost |= {r for r, i in tally.replies.items() if i in newest and r not in newest[i].reply_ids}
-    if len(newest) <= replay_capacity:  # beyond it the oldest leave, as they must
+    if len(newest) <= replay_capacity:  # above it the oldest entries are evicted
         lost |= {i for i in replied if replay.get(i, -1) < (newest[i].revision if i in newest else 0)}
     pending = frozenset() if drained else frozenset(lost & logged)
     sent = (*tally.interactions, *tally.control_interactions, *tally.replies)
@@ -236,7 +235,7 @@ def audit(
 
 
 def rounded(value: Any, digits: int = 4) -> Any:
-    """Floats of a JSON value with at most `digits` decimals, what is not finite as None."""
+    """A JSON value with floats rounded to `digits` decimals, and None instead of non-finite floats."""
     if isinstance(value, float):
         return round(value, digits) if math.isfinite(value) else None
     if isinstance(value, Mapping):

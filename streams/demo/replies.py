@@ -1,7 +1,7 @@
-"""What simulated users say when they are content, when they are not, and when one cannot tell.
+"""Reply texts of the simulated users: templates with slots, by tone.
 
-Banks of phrasings with slots. Written as people write in a chat, without an eye on any reader's word list:
-some praise is faint, some complaints are polite, and some replies say nothing about the answer before.
+Written like chat messages, independently of the extractors' word lists: some praise is faint, some complaints
+are polite, and some replies do not concern the answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the demo leaves behind: a summary with a verdict, a JSON file, a picture of the learning curve."""
+"""Output of the demo: a summary with a verdict, a JSON file, and a plot of the learning curve."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from streams.demo.measures import (
 from streams.demo.view import summary_table
 
 REWARD_GAIN = 0.2
-"""`reward_last` must be above `reward_first` by this much, for the verdict."""
+"""For a positive verdict `reward_last` must exceed `reward_first` by this."""
 LATENCY_MS = 2000.0
-"""Reply → weights at the 99th percentile must be below this, for the verdict."""
+"""For a positive verdict the 99th percentile of reply → weights must be below this."""
 
 JSON_FIELDS = (
     "interactions",
@@ -44,46 +44,46 @@ JSON_FIELDS = (
     "reply_to_weights_ms",
     "seconds",
 )
-"""Always there, in this order; what follows them may grow."""
+"""Always present, in this order; more fields may follow."""
 
 Summary = dict[str, Any]
 
 
 def failures(summary: Mapping[str, Any]) -> list[str]:
-    """What the run did not show, each in a few words; empty where all is well."""
+    """The criteria that the run failed; empty for a positive verdict."""
     out = []
     for name in ("lost", "duplicates", "dead_letters", "errors"):
         if summary.get(name):
-            out.append(f"{name} is {summary[name]}, not 0")
+            out.append(f"{name} is {summary[name]}, expected 0")
     first, last, control = (summary[f"reward_{x}"] for x in ("first", "last", "control"))
     if None in (first, last, control):
         out.append("nothing was measured")
     else:
         if last < first + REWARD_GAIN:
-            out.append(f"the reward went from {first:.2f} to {last:.2f}, not up by {REWARD_GAIN}")
+            out.append(f"the reward rose from {first:.2f} to {last:.2f}, expected + {REWARD_GAIN}")
         if last <= control:
             out.append(f"the reward {last:.2f} is not above the control's {control:.2f}")
     p99 = summary["reply_to_weights_ms"]["p99"]
     if p99 is None:
         out.append("no reply reached the weights")
     elif p99 >= LATENCY_MS:
-        out.append(f"reply → weights took {p99:.0f} ms at the 99th percentile, not under {LATENCY_MS:.0f}")
+        out.append(f"reply → weights took {p99:.0f} ms (p99), expected less than {LATENCY_MS:.0f}")
     return out
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """One line: what the run showed, or what it did not."""
-    if wrong := failures(summary):
-        return "Not shown: " + "; ".join(wrong) + "."
+    """One line: success with the main figures, or the failed criteria."""
+    if failed := failures(summary):
+        return "Failed: " + "; ".join(failed) + "."
     return (
         f"It learns: reward {summary['reward_first']:.2f} → {summary['reward_last']:.2f} (best fixed policy "
-        f"{summary['reward_control']:.2f}), a reply reaches the weights in "
-        f"{summary['reply_to_weights_ms']['p50']:.0f} ms, and nothing was lost."
+        f"{summary['reward_control']:.2f}); a reply reaches the weights in "
+        f"{summary['reply_to_weights_ms']['p50']:.0f} ms; nothing was lost."
     )
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
-    """The table and the verdict."""
+    """Prints the table and the verdict."""
     latency = summary["reply_to_weights_ms"]
 
     def shown(value: float | None, form: str = ".3f") -> str:
@@ -94,14 +94,14 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         (
             "interactions",
             summary["interactions"],
-            "decisions acknowledged by Kafka, the control's not counted",
+            "decisions acknowledged by Kafka, without those of the control",
         ),
         ("replies", summary["replies"], "replies acknowledged by Kafka"),
-        ("joined", summary["joined"], "interactions with a reply that became an experience"),
+        ("joined", summary["joined"], "interactions with a reply that became experiences"),
         ("lost", summary["lost"], "acknowledged ids missing in a topic or in replay"),
-        ("duplicates", summary["duplicates"], "experiences counted twice, or told in two ways"),
-        ("dead letters", summary["dead_letters"], "events that a worker could not read"),
-        ("errors", summary.get("errors", 0), "requests that the service refused or did not answer"),
+        ("duplicates", summary["duplicates"], "experiences counted twice or contradictory"),
+        ("dead letters", summary["dead_letters"], "events that a worker rejected"),
+        ("errors", summary.get("errors", 0), "requests rejected or not answered by the service"),
         ("updates", summary["updates"], "training steps"),
         ("versions", summary["versions"], "weights versions published"),
         (
@@ -113,7 +113,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         (
             "memory precision",
             f"{shown(summary['memory_precision_first'])} → {shown(summary['memory_precision_last'])}",
-            f"share of shown memories that help, {first} → {last}",
+            f"fraction of retrieved memories that help, {first} → {last}",
         ),
         ("calibration error", shown(summary["ece_last"]), f"expected, 15 bins, {last}"),
         (
@@ -128,7 +128,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def write_json(summary: Mapping[str, Any], path: Path) -> None:
-    """Writes the summary whole or not at all."""
+    """Writes the summary, atomically."""
     ordered = {name: summary[name] for name in JSON_FIELDS}
     ordered |= {name: value for name, value in summary.items() if name not in ordered}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -138,11 +138,11 @@ def write_json(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def plot(samples: Sequence[Sample], path: Path) -> None:
-    """Draws the learning curve as PNG: reward and memory precision against the control, weights versions.
+    """Plots reward and memory precision beside the control, and the weights versions.
 
     Args:
-        samples: in order of the requests.
-        path: of the PNG; its folder is made.
+        samples: in the order of the requests.
+        path: the PNG file; its folder is created.
 
     Raises:
         ImportError: matplotlib is missing; it comes with cortex-streams[embedded].

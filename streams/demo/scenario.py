@@ -1,8 +1,8 @@
-"""What the simulated users ask for, and what would content them: kinds of requests, memories, slots.
+"""Scenario of the demo: kinds of requests, their preferred strategies and helpful memories, and templates.
 
-An assistant of a small software company. Each kind of request has one strategy that its askers want and two
-or three memories that help. Some memories share the request's words and do not help; some help and share
-none of its words: similarity of text alone cannot find them. The assistant is never shown this file.
+An assistant of a small software company. Each kind of request has one preferred strategy and two or three
+helpful memories. Some memories share the request's words and do not help; some help and share none of its
+words, so that text similarity cannot find them. The system has no access to this file.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ class Kind:
 
     name: str
     strategy: str
-    """The generic strategy that its askers want."""
+    """The preferred strategy, of the generic set."""
     helpful: tuple[str, ...]
-    """Ids of the memories that help, of `MEMORIES`."""
+    """Keys of the helpful memories in `MEMORIES`."""
     topic: tuple[str, ...]
-    """Noun phrases for it, as used in replies: "no, I meant the …"."""
+    """Noun phrases for replies: "no, I meant the …"."""
     templates: tuple[str, ...]
 
 
 MEMORIES: Mapping[str, str] = {
-    # Each of these helps the askers of one kind; nearly half share hardly a word with what is asked.
+    # Each of these helps with one kind of request; nearly half share hardly any word with it.
     "blue-green": "Releases go out blue-green: traffic moves to the new colour only after its checks pass.",
     "freeze": "Maya keeps the freeze calendar; nothing ships on the last two working days of a month.",
     "migrations": "Schema migrations run as a separate job before the new containers start.",
@@ -55,7 +55,7 @@ MEMORIES: Mapping[str, str] = {
     "arm": "Images for Apple silicon are built under the suffix -arm64.",
     "handbook": "Section 7 of the handbook states days, notice and carry-over for each country.",
     "works-council": "Since January the works council has agreed to five extra days for carers.",
-    # Share words with requests, and help nobody.
+    # These share words with requests, but do not help.
     "deploy-joke": "The word deploy was banned from stand-up for a week after somebody made a song of it.",
     "slow-lunch": "The canteen is slow on Thursdays; somebody should look into the cause.",
     "port-wine": "The service desk got a bottle of port and a card for answering by default.",
@@ -67,7 +67,7 @@ MEMORIES: Mapping[str, str] = {
     "laptop-bags": "Laptop bags for Linux and Mac users: set them up on the shelf by the printer.",
     "holiday-party": "The holiday party has a policy: leave your days of worry at home.",
 }
-"""The pool: id → text. Every request offers all of it to the assistant."""
+"""id → text. Every request has all of them as candidates."""
 
 KINDS: tuple[Kind, ...] = (
     Kind(
@@ -326,7 +326,7 @@ SLOTS: Mapping[str, tuple[str, ...]] = {
     "leave": ("parental", "sick", "annual", "unpaid", "study", "carer's", "bereavement", "compensatory"),
     "country": ("Germany", "France", "the UK", "Poland", "Spain", "the Netherlands", "Ireland"),
 }
-"""What stands for {slot} in requests, topics and replies."""
+"""Values of {slot} in requests, topics and replies."""
 
 OPENERS: tuple[str, ...] = (
     "", "", "", "", "", "Hi, ", "Hello! ", "Hey, ", "Quick question: ", "Morning. ",

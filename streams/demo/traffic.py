@@ -1,6 +1,6 @@
-"""Simulated users at the service's door: requests in at a steady rate, replies a moment later.
+"""Traffic of the simulated users: requests at a constant rate, each followed by its replies.
 
-Everything goes over HTTP, as an agent's would. It measures nothing; it notes what happened in a `Tally`.
+All traffic goes over HTTP, like that of an agent. What was sent and acknowledged is recorded in a `Tally`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from streams.client.client import CortexClient, Decision
 
 CONCURRENCY = 16
-"""Requests in flight, at most; over it the next ones wait. A machine that cannot hold the rate then serves
-fewer of them in good time, instead of all of them too late."""
+"""Maximum number of requests in flight. A machine that cannot sustain the rate serves fewer requests, instead
+of all of them too late."""
 STRATEGIES = StrategyRegistry().ids
 
 
 class Traffic:
-    """One run of one population; the client spreads its conversations over the inference workers.
+    """The traffic of one run; the client distributes the conversations over the inference workers.
 
-    Every request is asked twice: for the model that learns, and for one that never gets a reply and so stays
-    as it was born, which shows what cosine similarity alone would have retrieved.
+    Every request is sent twice: for the learning model, and for a control model that gets no replies and so
+    stays untrained: its memories are those of cosine similarity.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class Traffic:
         self.tally = Tally()
         self._client = client
         self._slots = asyncio.Semaphore(concurrency)
-        # Within one conversation requests and unnamed replies keep their order, as one person's do.
+        # Requests and replies of a conversation are sent in order, as one person sends them.
         self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._latest: dict[str, str] = {}
-        # A request that was given up may be recorded all the same, and later: which interaction is the
-        # conversation's latest, nobody here knows then, and replies must say which one they mean.
-        self._unsure: set[str] = set()
+        # A request that timed out may still be logged later. Then it is unknown which interaction is the
+        # latest of its conversation, so that replies must name theirs.
+        self._latest_unknown: set[str] = set()
 
     async def run(self, seconds: float, rate: float, stop: asyncio.Event) -> None:
-        """Sends `rate` requests a second for that long, whatever comes back, and the replies to them.
+        """Sends `rate` requests per second for `seconds`, whatever the answers, and their replies.
 
-        Returns when every user has said what there was to say, or soon after `stop` is set.
+        Returns after the last reply, or soon after `stop` is set.
         """
         loop = asyncio.get_running_loop()
         begun = loop.time()
@@ -93,10 +93,10 @@ class Traffic:
         shown = [memory.id for memory in learned.memories]
         reaction = self.users.react(request, learned.strategy.id, shown)
         if control is not None:
-            self._note(request, learned, control, reaction.reward, reaction.content)
+            self._record(request, learned, control, reaction.reward, reaction.satisfied)
         for place, reply in enumerate(reaction.replies):
             await asyncio.sleep(reply.delay_s)
-            # Some chats cannot say which answer a message belongs to; the joiner then finds it.
+            # Some replies do not name their interaction; the joiner must find it.
             unnamed = place == 0 and index % 4 == 0
             await self._reply(conversation, learned, reply.text, unnamed)
 
@@ -106,7 +106,7 @@ class Traffic:
             if decision is not None:
                 self._latest[conversation] = decision.interaction_id
             else:
-                self._unsure.add(conversation)
+                self._latest_unknown.add(conversation)
             return decision
 
     async def _ask(
@@ -128,7 +128,7 @@ class Traffic:
 
     async def _reply(self, conversation: str, decision: Decision, text: str, unnamed: bool) -> None:
         async with self._turns[conversation]:
-            latest = None if conversation in self._unsure else self._latest[conversation]
+            latest = None if conversation in self._latest_unknown else self._latest[conversation]
             named = not unnamed or latest != decision.interaction_id
             try:
                 reply_id = await self._client.reply(
@@ -139,8 +139,8 @@ class Traffic:
                 return
         self.tally.replies[reply_id] = decision.interaction_id
 
-    def _note(
-        self, request: Request, learned: Decision, control: Decision, value: float, content: bool
+    def _record(
+        self, request: Request, learned: Decision, control: Decision, value: float, satisfied: bool
     ) -> None:
         shown = [memory.id for memory in learned.memories]
         cosine = [memory.id for memory in control.memories]
@@ -148,7 +148,7 @@ class Traffic:
             Sample(
                 index=request.index,
                 reward=value,
-                content=content,
+                satisfied=satisfied,
                 precision=memory_precision(request.kind, shown),
                 control_precision=memory_precision(request.kind, cosine),
                 confidence=learned.confidence,

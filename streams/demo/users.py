@@ -1,12 +1,11 @@
-"""Simulated users: what they ask, how content an answer makes them, and what they say about it.
+"""Simulated users: their requests, their satisfaction with an answer, and their replies.
 
     users = Users(seed=0)
     request = users.request(index)
     reaction = users.react(request, strategy_id, memory_ids)
 
-Pure and seeded: no clock, no network, no state. The same seed gives the same users, requests and moods in
-the same order, whatever is answered and whenever it arrives: each draw has its own stream, named by what it
-is for.
+Pure functions of a seed: no clock, no network, no state. Each random draw has its own named stream, so that
+the same seed gives the same users and requests, whatever the answers and their order.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from streams.demo.scenario import KINDS, Kind
 RIGHT_STRATEGY = 0.55
 HELPFUL_MEMORIES = 0.45
 FLOOR, CEILING = 0.05, 0.95
-"""Nobody is content for certain, and nobody is lost for certain."""
+"""Bounds of the probability of a satisfied user."""
 
 NOISE = 0.05
-"""Share of replies that say the opposite of what the user felt: irony, politeness, a slip."""
+"""Fraction of replies with the wrong sign: irony, politeness, a slip."""
 NEUTRAL = 0.08
-"""Share of replies that say nothing about the answer."""
+"""Fraction of replies that do not concern the answer."""
 SECOND_AFTER_BAD = 0.08
-"""Share of discontent users who thank first and find out later."""
+"""Fraction of dissatisfied users who first thank and later correct themselves."""
 SECOND_AFTER_GOOD = 0.04
-"""Share of content users who complain first and find out later."""
+"""Fraction of satisfied users who first complain and later correct themselves."""
 
 USERS = 48
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -41,12 +40,12 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Style:
-    """How one user writes."""
+    """The writing style of a user."""
 
     lowercase: bool
     no_full_stop: bool
     typos: float
-    """Probability of a slip in a message."""
+    """Probability of a typo in a message."""
     emoji: float
     """Probability of an emoji in a reply."""
     silence: float
@@ -62,7 +61,7 @@ class Request:
     index: int
     user: int
     conversation: str
-    """Unique within one seed; a run prefixes it with its own name."""
+    """Unique within a seed; a run adds its prefix."""
     kind: Kind
     text: str
     history: tuple[str, ...]
@@ -72,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a user says, and how many seconds after the answer (or after the reply before)."""
+    """A user's reply, `delay_s` seconds after the answer or the previous reply."""
 
     text: str
     tone: Tone
@@ -81,25 +80,25 @@ class Reply:
 
 @dataclass(frozen=True)
 class Reaction:
-    """How a user took an answer."""
+    """A user's reaction to an answer."""
 
     reward: float
-    """True expected contentment in [0, 1]. Known to the simulation alone."""
-    content: bool
-    """Whether this user was content: one draw with probability `reward`."""
+    """True probability of a satisfied user, in [0, 1]. Hidden from the system."""
+    satisfied: bool
+    """Whether this user is satisfied: one draw with probability `reward`."""
     replies: tuple[Reply, ...]
-    """None, one, or two that contradict each other; the second one is meant."""
+    """None, one, or two replies; the second one revokes the first."""
 
 
 def reward(kind: Kind, strategy_id: str, memory_ids: Collection[str]) -> float:
-    """Probability that a user is content; the strategy counts for a little more than the memories."""
+    """Probability of a satisfied user; the strategy counts slightly more than the memories."""
     share = len(set(kind.helpful) & set(memory_ids)) / len(kind.helpful)
     quality = RIGHT_STRATEGY * (strategy_id == kind.strategy) + HELPFUL_MEMORIES * share
     return FLOOR + (CEILING - FLOOR) * quality
 
 
 def memory_precision(kind: Kind, memory_ids: Collection[str]) -> float:
-    """Share of the shown memories that help; 0 when none was shown."""
+    """Fraction of the retrieved memories that help; 0 without memories."""
     return len(set(kind.helpful) & set(memory_ids)) / len(memory_ids) if memory_ids else 0.0
 
 
@@ -112,7 +111,7 @@ class Users:
         self._order = lru_cache(maxsize=4)(self._shuffled)
 
     def style(self, user: int) -> Style:
-        """How `user` writes."""
+        """The writing style of `user`."""
         rng = self._rng("style", user)
         return Style(
             lowercase=rng.random() < 0.35,
@@ -124,7 +123,7 @@ class Users:
         )
 
     def request(self, index: int) -> Request:
-        """The `index`-th request of this population (from 0). Every user asks once in each round."""
+        """The `index`-th request of this population (from 0). In each round every user makes one request."""
         round_, place = divmod(index, self.count)
         user = self._order(round_)[place]
         style = self.style(user)
@@ -146,21 +145,21 @@ class Users:
         )
 
     def react(self, request: Request, strategy_id: str, memory_ids: Collection[str]) -> Reaction:
-        """How the user takes an answer given with this strategy and these memories."""
+        """The user's reaction to an answer with this strategy and these memories."""
         rng = self._rng("reaction", request.index)
-        # Every draw is made whatever the answer was, so that two policies meet the same luck.
+        # The draws do not depend on the answer, so that two policies get the same random numbers.
         mood, silence, slip, late = (rng.random() for _ in range(4))
         value = reward(request.kind, strategy_id, memory_ids)
-        content = mood < value
+        satisfied = mood < value
         style = self.style(request.user)
         if silence < style.silence:
-            return Reaction(value, content, ())
-        tones = _tones(content, slip, late, rng.random())
+            return Reaction(value, satisfied, ())
+        tones = _tones(satisfied, slip, late, rng.random())
         said = tuple(
             Reply(self._say(request, style, tone, place), tone, rng.uniform(0.3, 1.5) * (1 + place))
             for place, tone in enumerate(tones)
         )
-        return Reaction(value, content, said)
+        return Reaction(value, satisfied, said)
 
     def _rng(self, *stream: object) -> random.Random:
         return random.Random("/".join(map(str, (self.seed, *stream))))
@@ -190,19 +189,19 @@ class Users:
         return text
 
 
-def _tones(content: bool, slip: float, late: float, which: float) -> tuple[Tone, ...]:
-    discontent: Tone = "complaint" if which < 0.5 else "correction" if which < 0.8 else "confusion"
-    if late < (SECOND_AFTER_GOOD if content else SECOND_AFTER_BAD):
-        return (discontent, "works_after_all") if content else ("praise", "broke_again")
+def _tones(satisfied: bool, slip: float, late: float, which: float) -> tuple[Tone, ...]:
+    negative: Tone = "complaint" if which < 0.5 else "correction" if which < 0.8 else "confusion"
+    if late < (SECOND_AFTER_GOOD if satisfied else SECOND_AFTER_BAD):
+        return (negative, "works_after_all") if satisfied else ("praise", "broke_again")
     if slip < NOISE:
-        return (discontent,) if content else ("praise",)
+        return (negative,) if satisfied else ("praise",)
     if slip < NOISE + NEUTRAL:
         return ("neutral",)
-    return ("praise",) if content else (discontent,)
+    return ("praise",) if satisfied else (negative,)
 
 
 def _expand(template: str, slots: Mapping[str, tuple[str, ...]], rng: random.Random) -> str:
-    """Fills every {slot}, also those inside what a slot brings; no value twice in one sentence."""
+    """Fills every {slot}, including slots in the values; uses no value twice in a sentence."""
     used: set[str] = set()
 
     def fill(match: re.Match[str]) -> str:
@@ -226,7 +225,7 @@ def _joined(opener: str, text: str, closer: str) -> str:
 
 
 def _written(text: str, style: Style, rng: random.Random) -> str:
-    """The text as this user types it."""
+    """The text in this user's style."""
     slip, where = rng.random(), rng.random()
     if style.lowercase:
         text = text.lower()

@@ -1,7 +1,4 @@
-"""The demo's live picture: a chart and a few figures in a terminal, plain lines anywhere else.
-
-It draws what it is handed and measures nothing.
-"""
+"""Live view of the demo: a chart and figures in a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -24,15 +21,15 @@ _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
 
 @dataclass(slots=True)
-class Picture:
-    """What there is to see at one moment; None is shown as "–"."""
+class Frame:
+    """The displayed values at one moment; None is shown as "–"."""
 
     phase: str = "starting"
     elapsed_s: float = 0.0
     seconds: float = 0.0
     interactions: int = 0
     expected: int = 0
-    """Interactions by the end."""
+    """Number of interactions at the end."""
     replies: int = 0
     joined: int = 0
     errors: int = 0
@@ -44,7 +41,7 @@ class Picture:
     ema_loss: float | None = None
     ece: float | None = None
     versions: Mapping[str, int] = field(default_factory=dict)
-    """Inference worker → weights version that it decides with."""
+    """Inference worker → weights version that it serves."""
     events_per_s: float | None = None
     latency_ms: tuple[float, float] | None = None
     """Reply → weights: median and 99th percentile."""
@@ -54,13 +51,14 @@ class Picture:
 def chart(
     series: Sequence[tuple[Sequence[float], str]], width: int, height: int, total: int = 0
 ) -> list[Text]:
-    """Lines of braille over [0, 1], two by four dots a character; the first series lies on top.
+    """Draws series in [0, 1] as lines of braille, with two by four dots per character; the first one is on
+    top.
 
     Args:
         series: (values, rich style).
-        width: characters, without the axis.
-        height: lines.
-        total: number of values that the width stands for; more values than that are squeezed in.
+        width: in characters, without the axis.
+        height: in lines.
+        total: number of values that fill the width; more values are compressed.
     """
     bits = [[0] * width for _ in range(height)]
     styles = [[""] * width for _ in range(height)]
@@ -85,7 +83,7 @@ def chart(
 
 
 def _places(values: Sequence[float], columns: int, total: int) -> Iterator[tuple[int, float]]:
-    """(column, value) for each column that the values reach."""
+    """(column, value) of each column that the values reach."""
     total = max(total, len(values), 1)
     for x in range(columns):
         place = x * total // columns
@@ -97,11 +95,11 @@ def _number(value: float | None, form: str = ".3f") -> str:
     return "–" if value is None else format(value, form)
 
 
-def render(picture: Picture, width: int = 80) -> RenderableType:
-    """The whole picture."""
+def render(frame: Frame, width: int = 80) -> RenderableType:
+    """The frame as a panel."""
     inside = max(min(width, 110) - 6, 30)
-    reward = picture.reward[-1] if len(picture.reward) else None
-    control = picture.control[-1] if len(picture.control) else None
+    reward = frame.reward[-1] if len(frame.reward) else None
+    control = frame.control[-1] if len(frame.control) else None
     legend = Text.assemble(
         ("━ learned ", LEARNED),
         (_number(reward, ".2f"), LEARNED),
@@ -113,34 +111,32 @@ def render(picture: Picture, width: int = 80) -> RenderableType:
     figures = Table.grid(padding=(0, 2), expand=True)
     for _ in range(4):
         figures.add_column(no_wrap=True)
-    latency = picture.latency_ms
-    precision = (
-        f"{_number(picture.memory_precision, '.2f')} (cosine {_number(picture.control_precision, '.2f')})"
-    )
-    versions = "  ".join(f"{name} v{version}" for name, version in picture.versions.items()) or "–"
+    latency = frame.latency_ms
+    precision = f"{_number(frame.memory_precision, '.2f')} (cosine {_number(frame.control_precision, '.2f')})"
+    versions = "  ".join(f"{name} v{version}" for name, version in frame.versions.items()) or "–"
     cells = (
-        ("interactions", f"{picture.interactions:,}"),
-        ("events/s", _number(picture.events_per_s, ".0f")),
-        ("replies joined", f"{picture.joined:,} of {picture.replies:,}"),
+        ("interactions", f"{frame.interactions:,}"),
+        ("events/s", _number(frame.events_per_s, ".0f")),
+        ("replies joined", f"{frame.joined:,} of {frame.replies:,}"),
         ("memory precision", precision),
-        ("EMA loss", _number(picture.ema_loss)),
-        ("calibration error", _number(picture.ece)),
+        ("EMA loss", _number(frame.ema_loss)),
+        ("calibration error", _number(frame.ece)),
         ("reply → weights", f"p50 {latency[0]:.0f} ms  p99 {latency[1]:.0f} ms" if latency else "–"),
-        ("errors", str(picture.errors)),
+        ("errors", str(frame.errors)),
     )
     for left, right in zip(cells[::2], cells[1::2], strict=True):
         figures.add_row(Text(left[0], style="dim"), left[1], Text(right[0], style="dim"), Text(right[1]))
-    share = min(picture.elapsed_s / picture.seconds, 1.0) if picture.seconds else 0.0
-    left_s = max(picture.seconds - picture.elapsed_s, 0.0)
-    status = f"{picture.phase}, {left_s:.0f} s left" if picture.phase == "talking" else picture.phase
+    share = min(frame.elapsed_s / frame.seconds, 1.0) if frame.seconds else 0.0
+    left_s = max(frame.seconds - frame.elapsed_s, 0.0)
+    status = f"{frame.phase}, {left_s:.0f} s left" if frame.phase == "running" else frame.phase
     progress = Table.grid(padding=(0, 1))
-    waiting = f"  {picture.waiting_for}" if picture.waiting_for else ""
+    waiting = f"  {frame.waiting_for}" if frame.waiting_for else ""
     progress.add_row(
         ProgressBar(total=1.0, completed=share, width=inside // 2), Text(status + waiting, "dim")
     )
     return Panel(
         Group(
-            *chart([(picture.reward, LEARNED), (picture.control, CONTROL)], inside - 6, 9, picture.expected),
+            *chart([(frame.reward, LEARNED), (frame.control, CONTROL)], inside - 6, 9, frame.expected),
             legend,
             Text(),
             figures,
@@ -153,26 +149,26 @@ def render(picture: Picture, width: int = 80) -> RenderableType:
     )
 
 
-def plain_line(picture: Picture) -> str:
-    """The picture in one line, for logs."""
-    reward = picture.reward[-1] if len(picture.reward) else None
-    control = picture.control[-1] if len(picture.control) else None
-    latency = f"{picture.latency_ms[1]:.0f} ms" if picture.latency_ms else "–"
+def plain_line(frame: Frame) -> str:
+    """The frame as one log line."""
+    reward = frame.reward[-1] if len(frame.reward) else None
+    control = frame.control[-1] if len(frame.control) else None
+    latency = f"{frame.latency_ms[1]:.0f} ms" if frame.latency_ms else "–"
     return (
-        f"{picture.elapsed_s:4.0f} s  {picture.phase:<9} interactions {picture.interactions:<6} "
+        f"{frame.elapsed_s:4.0f} s  {frame.phase:<9} interactions {frame.interactions:<6} "
         f"reward {_number(reward, '.2f')} (control {_number(control, '.2f')})  "
-        f"EMA loss {_number(picture.ema_loss)}  calibration {_number(picture.ece)}  "
-        f"weights {'/'.join(f'v{v}' for v in picture.versions.values()) or '–'}  "
-        f"events/s {_number(picture.events_per_s, '.0f')}  reply→weights p99 {latency}  "
-        f"errors {picture.errors}{'  ' + picture.waiting_for if picture.waiting_for else ''}"
+        f"EMA loss {_number(frame.ema_loss)}  calibration {_number(frame.ece)}  "
+        f"weights {'/'.join(f'v{v}' for v in frame.versions.values()) or '–'}  "
+        f"events/s {_number(frame.events_per_s, '.0f')}  reply→weights p99 {latency}  "
+        f"errors {frame.errors}{'  ' + frame.waiting_for if frame.waiting_for else ''}"
     )
 
 
 class View:
-    """Shows pictures as they come.
+    """Shows frames on a console.
 
     with View(console).showing() as view:
-        view.show(picture)
+        view.show(frame)
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -182,7 +178,7 @@ class View:
 
     @contextmanager
     def showing(self) -> Iterator[View]:
-        """Takes the terminal while the body runs, where there is one."""
+        """Takes over the terminal, if there is one, while the body runs."""
         if not self.console.is_terminal:
             yield self
             return
@@ -193,27 +189,27 @@ class View:
             finally:
                 self._live = None
 
-    def show(self, picture: Picture) -> None:
-        """Draws it at once in a terminal; prints a line every few seconds elsewhere."""
+    def show(self, frame: Frame) -> None:
+        """Updates the terminal, or prints a line every few seconds."""
         if self._live is not None:
-            self._live.update(render(picture, self.console.width))
+            self._live.update(render(frame, self.console.width))
             return
         at, phase = self._printed
-        if picture.phase != phase or picture.elapsed_s - at >= PLAIN_EVERY_S:
-            self._printed = (picture.elapsed_s, picture.phase)
-            self.console.print(plain_line(picture), highlight=False, soft_wrap=True)
+        if frame.phase != phase or frame.elapsed_s - at >= PLAIN_EVERY_S:
+            self._printed = (frame.elapsed_s, frame.phase)
+            self.console.print(plain_line(frame), highlight=False, soft_wrap=True)
 
-    def say(self, message: str) -> None:
-        """One line above the picture."""
+    def log(self, message: str) -> None:
+        """Prints one line, above the frame."""
         self.console.print(message, highlight=False, soft_wrap=True, markup=False)
 
 
 def summary_table(rows: Iterable[tuple[str, Any, str]]) -> Table:
-    """(figure, value, what it is) as a table."""
+    """(figure, value, description) as a table."""
     table = Table(title="cortex demo", title_justify="left", show_edge=False, pad_edge=False)
     table.add_column("figure", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("what it is", style="dim")
-    for name, value, what in rows:
-        table.add_row(name, str(value), what)
+    table.add_column("description", style="dim")
+    for name, value, description in rows:
+        table.add_row(name, str(value), description)
     return table

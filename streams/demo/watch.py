@@ -1,14 +1,11 @@
-"""What the demo sees of the system from outside: topics, replay and the inference workers' answers.
-
-It only reads. What it makes of it stands in `measures.py`.
-"""
+"""Observes the system from outside: reads topics, and polls the inference workers."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -17,47 +14,19 @@ import httpx
 import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from streams.connections import kafka_client_options
 from streams.demo.measures import ExperienceSeen, VersionSeen
 from streams.inference.api import ModelDetail
-from streams.kafka.clients import started
-from streams.kafka.topics import MAX_RECORD_BYTES, Topics
+from streams.kafka.reader import reading, records_to_end
+from streams.kafka.topics import Topics
 from streams.settings import Settings
 
 POLL_S = 0.5
 
 
-@contextlib.asynccontextmanager
-async def _reader(
-    settings: Settings, topics: Iterable[str]
-) -> AsyncIterator[tuple[AIOKafkaConsumer, list[TopicPartition]]]:
-    """A consumer without a group on all partitions of the topics."""
-    consumer = AIOKafkaConsumer(
-        **kafka_client_options(settings),
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-        isolation_level="read_committed",
-        max_partition_fetch_bytes=MAX_RECORD_BYTES,
-    )
-    async with started(consumer):
-        partitions = []
-        for topic in topics:
-            numbers = consumer.partitions_for_topic(topic) or await _partitions(consumer, topic)
-            partitions += [TopicPartition(topic, n) for n in sorted(numbers)]
-        consumer.assign(partitions)
-        yield consumer, partitions
-
-
-async def _partitions(consumer: AIOKafkaConsumer, topic: str) -> set[int]:
-    consumer._client.add_topic(topic)
-    await consumer._client.force_metadata_update()
-    return consumer.partitions_for_topic(topic) or set()
-
-
 async def end_offsets(settings: Settings, *topics: str) -> dict[TopicPartition, int]:
     """The next offset of every partition of the topics."""
-    async with _reader(settings, topics) as (consumer, partitions):
-        ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
+    async with reading(settings, topics) as consumer:
+        ends: dict[TopicPartition, int] = await consumer.end_offsets(sorted(consumer.assignment()))
         return ends
 
 
@@ -67,26 +36,23 @@ async def ids_logged(
     """Ids of all interactions and replies in their topics, from the given offsets to the end.
 
     Args:
-        since: first offset to read of each partition.
-        conversations: what the ids of the conversations wanted begin with.
+        since: first offset to read in each partition.
+        conversations: prefix of the conversation ids.
     """
     topics = Topics.of(settings)
     names = {topics.interactions: "interaction_id", topics.replies: "reply_id"}
     found: set[str] = set()
-    async with _reader(settings, names) as (consumer, partitions):
-        ends = await consumer.end_offsets(partitions)
-        for partition in partitions:
+    async with reading(settings, names) as consumer:
+        for partition in consumer.assignment():
             consumer.seek(partition, since.get(partition, 0))
-        while any([await consumer.position(p) < ends[p] for p in partitions]):
-            for partition, records in (await consumer.getmany(timeout_ms=500)).items():
-                for record in records:
-                    if (record.key or b"").startswith(conversations.encode()):
-                        found.add(orjson.loads(record.value)[names[partition.topic]])
+        async for record in records_to_end(consumer, settings):
+            if (record.key or b"").startswith(conversations.encode()):
+                found.add(orjson.loads(record.value)[names[record.topic]])
     return frozenset(found)
 
 
 class ExperienceReader:
-    """Reads every experience of one model, as they come.
+    """Reads all experiences of one model as they arrive.
 
     async with ExperienceReader(settings, model_id) as reader:
         reader.seen
@@ -97,14 +63,14 @@ class ExperienceReader:
         self.topic = Topics.of(settings).experiences
         self.seen: list[ExperienceSeen] = []
         self.reply_ids: set[str] = set()
-        """Replies that stand behind some experience."""
+        """Ids of all replies that an experience includes."""
         self._key = model_id.encode()
         self._stack = contextlib.AsyncExitStack()
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> ExperienceReader:
-        consumer, partitions = await self._stack.enter_async_context(_reader(self.settings, [self.topic]))
-        for partition, offset in (await consumer.end_offsets(partitions)).items():
+        consumer = await self._stack.enter_async_context(reading(self.settings, [self.topic]))
+        for partition, offset in (await consumer.end_offsets(sorted(consumer.assignment()))).items():
             consumer.seek(partition, offset)
         self._task = asyncio.create_task(self._read(consumer))
         return self
@@ -139,8 +105,8 @@ class ExperienceReader:
 
 
 @dataclass(slots=True)
-class WorkerSeen:
-    """One inference worker, as it describes a model."""
+class WorkerState:
+    """The state of a model in one inference worker."""
 
     name: str
     url: str
@@ -153,11 +119,11 @@ class WorkerSeen:
 
 
 class WorkerWatch:
-    """Asks every inference worker again and again which weights it decides with."""
+    """Polls every inference worker for the weights version that it serves."""
 
     def __init__(self, urls: Iterable[str], model_id: str) -> None:
         self.model_id = model_id
-        self.workers = [WorkerSeen(f"inference-{n}", url) for n, url in enumerate(urls, 1)]
+        self.workers = [WorkerState(f"inference-{n}", url) for n, url in enumerate(urls, 1)]
         self._http = httpx.AsyncClient(timeout=5.0)
         self._task: asyncio.Task[None] | None = None
 
@@ -173,29 +139,29 @@ class WorkerWatch:
 
     async def _poll(self) -> None:
         while True:
-            await self.look()
+            await self.poll_once()
             await asyncio.sleep(POLL_S)
 
-    async def look(self) -> None:
-        """Asks each worker once; one that does not answer keeps what was known of it."""
-        await asyncio.gather(*(self._look_at(worker) for worker in self.workers))
+    async def poll_once(self) -> None:
+        """Polls each worker once; a worker that does not answer keeps its last state."""
+        await asyncio.gather(*(self._poll_worker(worker) for worker in self.workers))
 
-    async def _look_at(self, worker: WorkerSeen) -> None:
+    async def _poll_worker(self, worker: WorkerState) -> None:
         try:
             answer = await self._http.get(f"{worker.url}/v1/models/{self.model_id}")
         except httpx.HTTPError:
             return
         if answer.status_code == 200:
-            take(worker, ModelDetail.model_validate_json(answer.content))
+            update(worker, ModelDetail.model_validate_json(answer.content))
 
     @property
-    def newest(self) -> WorkerSeen:
+    def newest(self) -> WorkerState:
         """The worker that serves the newest version."""
         return max(self.workers, key=lambda w: w.version)
 
 
-def take(worker: WorkerSeen, model: ModelDetail) -> None:
-    """Notes what a worker says of the model."""
+def update(worker: WorkerState, model: ModelDetail) -> None:
+    """Updates a worker's state from its answer."""
     worker.version = model.version
     worker.updates = model.updates
     worker.learned = model.interactions

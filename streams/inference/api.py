@@ -7,7 +7,6 @@ dropped costs quality for months. Limits that depend on settings are checked by 
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     PlainSerializer,
     StringConstraints,
@@ -26,10 +26,16 @@ from pydantic import (
 )
 
 from cortex_core.arrays import FloatArray
-from cortex_core.errors import InputError
-from streams.events import Embedding, Id, Signed, Unit
+from cortex_core.errors import InputError, shown
+from streams.events import Embedding, Id, Rating, Unit, require_value
 
 MAX_TOP_K = 100
+MAX_ITEMS = 10_000
+"""Memories or earlier messages in a request, whatever the settings allow."""
+MAX_FIELDS = 50
+"""Fields of one JSON object; each unknown one is an error of its own."""
+MAX_DIM = 65_536
+"""Numbers in an embedding."""
 Action = Literal["proceed", "hedge", "escalate"]
 
 
@@ -61,20 +67,33 @@ def _read_vector(value: Any) -> FloatArray:
     else:
         if not isinstance(value, list | tuple | np.ndarray):
             raise ValueError(
-                f'wanted a list of numbers or {{"shape": [D], "f16": base64}}, got {_short(value)}'
+                f'wanted a list of numbers or {{"shape": [D], "f16": base64}}, got {shown(value)}'
             )
-        try:
-            array = np.asarray(value)
-        except ValueError:
-            raise ValueError(f"wanted a flat list of numbers, got {_short(value)}") from None
-        if array.dtype.kind not in "fiu":
-            raise ValueError(f"wanted a flat list of numbers, got {_short(value)}")
+        if len(value) > MAX_DIM:
+            raise ValueError(f"wanted at most {MAX_DIM:,} numbers, got {len(value):,}")
+        array = _as_numbers(value)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"wanted a flat list of numbers, got shape {array.shape}")
     if not np.isfinite(array).all():
         at = int(np.flatnonzero(~np.isfinite(array))[0])
         raise ValueError(f"holds NaN or infinity (at position {at}); every number must be finite")
     return unit(array)
+
+
+def _as_numbers(value: Sequence[Any] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    try:
+        # As float64: of a list of strings numpy would make a table as wide as its longest one.
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        array = np.empty(0)
+    kinds = {value.dtype.type} if isinstance(value, np.ndarray) else set(map(type, value))
+    if array.ndim == 1 and not (array.size and all(map(_is_number, kinds))):
+        raise ValueError(f"wanted a flat list of numbers, got {shown(value)}")
+    return array
+
+
+def _is_number(kind: type) -> bool:
+    return issubclass(kind, int | float | np.integer | np.floating) and kind is not bool
 
 
 def unit(array: np.ndarray[Any, Any]) -> FloatArray:
@@ -86,10 +105,6 @@ def unit(array: np.ndarray[Any, Any]) -> FloatArray:
     # Divided by the largest first: squares of numbers near the ends of the range would leave it.
     wide /= float(np.abs(wide).max(initial=0.0)) or 1.0
     return (wide / (math.sqrt(float(wide @ wide)) or 1.0)).astype(np.float32)
-
-
-def _short(value: Any) -> str:
-    return reprlib.repr(value)
 
 
 def _to_wire(array: FloatArray) -> dict[str, Any]:
@@ -126,6 +141,13 @@ class _Request(BaseModel):
         extra="forbid", arbitrary_types_allowed=True, frozen=True, ser_json_inf_nan="constants"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and len(data) > MAX_FIELDS:
+            raise ValueError(f"{len(data)} fields, wanted no others than {', '.join(cls.model_fields)}")
+        return data
+
 
 class Memory(_Request):
     """A candidate memory: its text, its embedding, or both."""
@@ -152,13 +174,18 @@ class DecideRequest(_Request):
 
     conversation_id: Id = Field(description="Interactions and replies are joined within it.")
     message: str = Field(description="What the user just wrote.", examples=["How do I deploy billing?"])
-    history: list[str] = Field([], description="Earlier messages of the conversation, oldest first.")
+    history: Annotated[list[str], FailFast()] = Field(
+        [], max_length=MAX_ITEMS, description="Earlier messages of the conversation, oldest first."
+    )
     metadata: dict[str, Any] = Field(
         {},
+        max_length=1_000,
         description="Read where present: hour_of_day [0, 24), day_of_week [0, 7) with 0 = Monday, "
         "conversation_length (turns), idle_s (seconds since the user's last message). Others are ignored.",
     )
-    memories: list[Memory] = Field([], description="Candidates, in any order.")
+    memories: Annotated[list[Memory], FailFast()] = Field(
+        [], max_length=MAX_ITEMS, description="Candidates, in any order."
+    )
     model_id: ModelId = Field("default", description="Whose weights; agents that share one learn together.")
     agent_id: Id = Field("agent", description="Which agent asks; logged, not learned from.")
     interaction_id: Id | None = Field(
@@ -166,10 +193,16 @@ class DecideRequest(_Request):
         description="Your own id, for safe repetition: the same request with the same id is one interaction.",
     )
     top_k: int | None = Field(
-        None, ge=0, le=MAX_TOP_K, description="Memories to retrieve; null takes the service's default."
+        None,
+        ge=0,
+        le=MAX_TOP_K,
+        strict=True,
+        description="Memories to retrieve; null takes the service's default.",
     )
     explore: bool = Field(
-        True, description="False always takes what looks best; nothing new is then learned about the rest."
+        True,
+        strict=True,
+        description="False always takes what looks best; nothing new is then learned about the rest.",
     )
 
     @model_validator(mode="after")
@@ -229,15 +262,16 @@ class ReplyRequest(_Request):
         "text", description="text: the next message; rating: the user rated; outcome: what turned out later."
     )
     text: str = Field("", description="The user's words; wanted for kind text.")
-    rating: Signed | None = Field(None, description="-1 (bad) to 1 (good); wanted for rating and outcome.")
+    rating: Rating | None = Field(
+        None,
+        description="-1 (bad) to 1 (good), wanted for rating and outcome. 0 is neutral: thumbs are 1 and -1, "
+        "and true and false are refused.",
+    )
     reply_id: Id | None = Field(None, description="Your own id, for safe repetition.")
 
     @model_validator(mode="after")
     def _kind_has_its_value(self) -> ReplyRequest:
-        if self.kind == "text" and not self.text.strip():
-            raise ValueError("a reply of kind text needs a text that is not blank")
-        if self.kind != "text" and self.rating is None:
-            raise ValueError(f"a reply of kind {self.kind} needs a rating in [-1, 1]")
+        require_value(self.kind, self.text, self.rating)
         return self
 
 
@@ -299,11 +333,11 @@ def describe_fields(errors: Sequence[Any], body: Any = None) -> dict[str, str]:
     """Pydantic's errors as field → message; a memory is named by its id too."""
     fields: dict[str, str] = {}
     for error in errors[:20]:
-        loc = [str(part) for part in error["loc"] if part != "body"]
+        loc = [str(part)[:80] for part in error["loc"] if part != "body"]
         name = ".".join(loc) or "body"
         message = str(error["msg"]).removeprefix("Value error, ")
         if error["type"] not in ("value_error", "missing"):
-            message += f" (got {_short(error.get('input'))})"
+            message += f" (got {shown(error.get('input'))})"
         if len(loc) > 1 and loc[0] == "memories" and isinstance(body, dict):
             name += _memory_name(body.get("memories"), loc[1])
         fields[name] = message
@@ -312,6 +346,6 @@ def describe_fields(errors: Sequence[Any], body: Any = None) -> dict[str, str]:
 
 def _memory_name(memories: Any, index: str) -> str:
     try:
-        return f" (id {_short(memories[int(index)]['id'])})"
+        return f" (id {shown(memories[int(index)]['id'])})"
     except (ValueError, TypeError, KeyError, IndexError):
         return ""

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 
 import structlog
 from aiokafka.errors import KafkaError
+from cachetools import LRUCache
 
 from cortex_core.errors import UnavailableError, WeightsError
 from cortex_core.model import CortexModel
@@ -36,7 +37,7 @@ from streams.inference.api import (
 )
 from streams.inference.decider import Decider
 from streams.inference.models import Models
-from streams.inference.once import RECENT, IdempotentPublisher, Record
+from streams.inference.once import IDS_REMEMBERED, IdempotentPublisher, Record
 from streams.kafka.publisher import Publisher
 from streams.kafka.topics import Topics
 from streams.settings import Settings
@@ -66,11 +67,10 @@ class Service:
         self._follower = WeightsFollower(settings, self._swap, on_state=self._follower_state)
         self._models = Models(model_config(settings), settings.models_in_memory, self._fetch)
         self._decider: Decider | None = None
-        self._interactions: IdempotentPublisher[DecideResponse] = IdempotentPublisher(
-            "interaction_id", self._publisher
-        )
-        self._replies: IdempotentPublisher[ReplyResponse] = IdempotentPublisher("reply_id", self._publisher)
-        self._latest: OrderedDict[str, str] = OrderedDict()
+        self._interactions = IdempotentPublisher(DecideResponse, "interaction_id", self._publisher)
+        self._replies = IdempotentPublisher(ReplyResponse, "reply_id", self._publisher)
+        self._latest: LRUCache[str, str] = LRUCache(IDS_REMEMBERED)
+        """The latest interaction of each conversation."""
 
     async def start(self) -> None:
         """Returns when everything is there; waits for a Kafka that is away, with backoff.
@@ -121,9 +121,6 @@ class Service:
             interaction_id, request.conversation_id, _fingerprint(request), make
         )
         self._latest[request.conversation_id] = interaction_id
-        self._latest.move_to_end(request.conversation_id)
-        while len(self._latest) > RECENT:
-            self._latest.popitem(last=False)
         return response
 
     async def reply(self, request: ReplyRequest) -> ReplyResponse:
@@ -158,9 +155,7 @@ class Service:
                 text=request.text,
                 rating=request.rating,
                 embedding=await decider.embed(request.text) if request.text.strip() else None,
-                message=interaction.made.result().message
-                if interaction and interaction.made.done()
-                else None,
+                message=interaction.message if interaction else None,
             )
             return Record(
                 ReplyResponse(reply_id=reply_id, occurred_at=event.occurred_at),
@@ -170,7 +165,10 @@ class Service:
             )
 
         return await self._replies.answer(
-            reply_id, request.conversation_id, request.model_dump_json().encode(), make
+            reply_id,
+            request.conversation_id,
+            hashlib.blake2b(request.model_dump_json().encode(), digest_size=16).digest(),
+            make,
         )
 
     def models(self) -> ModelList:
@@ -215,7 +213,7 @@ class Service:
         await self._publisher.start()
         self._state("weights", "being read")
         await self._follower.start()
-        await self._follower.caught_up.wait()
+        await self._follower.until_caught_up()
         self._state("weights", None)
 
     async def _swap(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:

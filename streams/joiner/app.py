@@ -1,107 +1,42 @@
-"""The joiner: a Faust app whose consumer is our own.
+"""The joiner: a Faust agent on the interactions and the replies.
 
     cortex joiner
     faust -A streams.joiner worker
 
-Faust gives the agent, the services' lifecycle and its command line. It does not read Kafka: its consumer can
-commit past a message that is still in flight. Batches reach the agent over an in-memory channel instead, and
-the agent commits exactly what it has done (`streams.joining`).
+The agent's body is the pipeline. It is handed whole batches (`streams.joiner.consumer`), and tries each until
+its offsets are committed (`streams.joiner.batch`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import sys
-from collections.abc import AsyncIterable, Iterable
+import base64
+from collections.abc import AsyncIterable, Sequence
 from typing import Any, cast
 
 import faust
 import structlog
 from faust.app.base import BootStrategy
 from mode import Service
+from mode.supervisors import CrashingSupervisor
 
 from cortex_core.errors import ConfigError
-from streams.joiner.consumer import Joining
+from streams.connections import async_redis_client, retry
+from streams.events import DeadLetter
+from streams.failures import is_transient
+from streams.joiner.batch import Batch
+from streams.joiner.consumer import BatchConsumer, BatchTransport, JoinedTopic, NoTables
+from streams.joiner.effects import Engine
+from streams.joiner.metrics import DEAD_LETTERS, count
+from streams.joiner.records import extract_feedback, make_join, read
+from streams.joiner.states import RedisStates
+from streams.kafka.publisher import Publisher
+from streams.kafka.topics import Topics
+from streams.replay_store import ReplayWriter
 from streams.settings import Settings
 from streams.worker import Worker, configure_logs, run_worker
 
 log = structlog.get_logger(__name__)
-
-
-class JoiningService(Service):
-    """Serves health, connects, and feeds the agent's channel."""
-
-    def __init__(self, app: JoinerApp, worker: Worker, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._app = app
-        self.worker = worker
-        self.joining = Joining(app.cortex_settings, worker)
-        self._open = contextlib.AsyncExitStack()
-
-    async def on_start(self) -> None:
-        await self._open.enter_async_context(self.worker.serving())
-        # The app's own consumer would open the channel's gate; there is none.
-        self._app.flow_control.resume()
-
-    @Service.task
-    async def _feed(self) -> None:
-        try:
-            await self.joining.start()
-            while not self.worker.stopping.is_set():
-                await self._app.batches.send(value=await self.joining.next_batch())
-        except ConfigError as error:
-            log.error("cannot run with these settings", error=str(error))
-            self._app.exit_code = 2
-            self.worker.stop()
-        except Exception as error:
-            log.exception("fetching ended", error=str(error))
-            self.worker.fail(f"fetching ended: {type(error).__name__}: {error}")
-
-    @Service.task
-    async def _watch(self) -> None:
-        await self.joining.watch()
-
-    @Service.task
-    async def _end(self) -> None:
-        """A worker that failed, or whose `main` is not ours, ends the process by itself."""
-        await self.worker.stopping.wait()
-        if self._app.ends_process:
-            await self.joining.stop()
-            sys.stderr.flush()
-            os._exit(self._app.exit_code or int(self.worker.failed is not None))
-
-    async def on_stop(self) -> None:
-        self.worker.stopping.set()
-        await self.joining.stop()
-        await self._open.aclose()
-
-
-class JoinerBoot(BootStrategy):
-    """Starts the agents and our service, and nothing that reads or writes Kafka for Faust."""
-
-    enable_kafka = False
-    enable_web = False
-
-    def server(self) -> Iterable[Any]:
-        return self._chain(self.sensors(), self.agents(), [cast(JoinerApp, self.app).service_of_joining])
-
-
-class JoinerApp(faust.App):
-    """The Faust app; `create_app` makes one."""
-
-    BootStrategy = JoinerBoot
-    cortex_settings: Settings
-    service_of_joining: JoiningService
-    batches: Any
-    """The channel between the fetching service and the agent. One batch waits while another is handled."""
-    ends_process = False
-    """Whether `faust worker` runs it, so that nobody else turns a failure into an exit code."""
-    exit_code = 0
-
-    def _create_directories(self) -> None:
-        """Faust keeps tables on disk; there are none."""
 
 
 def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
@@ -110,48 +45,157 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
     Raises:
         ConfigError: an address is neither configured nor known from a running stack.
     """
-    settings = settings.resolved()
-    app = JoinerApp(
-        settings.joiner_group,
-        broker=f"kafka://{settings.kafka_address.replace(',', ';kafka://')}",
-        web_enabled=False,
-        topic_allow_declare=False,
-        topic_disable_leader=True,
-        autodiscover=False,
-        monitor=None,
+    app = JoinerApp(settings.resolved(), worker)
+    topics, join, engine = app.cortex_topics, app.join, app.engine
+    events = app.topic(
+        topics.interactions, topics.replies, key_serializer="raw", value_serializer="raw", acks=False
     )
-    app.cortex_settings = settings
-    app.ends_process = worker is None
-    app.batches = app.channel(maxsize=1)
-    app.service_of_joining = JoiningService(app, worker or Worker("joiner", settings))
 
-    @app.agent(app.batches, name="joiner")
-    async def join_batches(batches: AsyncIterable[Any]) -> None:
-        joining, its_worker = app.service_of_joining.joining, app.service_of_joining.worker
+    @app.agent(events, name="joiner", supervisor_strategy=CrashingSupervisor)
+    async def joiner(batches: AsyncIterable[Batch]) -> None:
+        """Joins interactions with replies; fills replay and the experiences topic."""
         async for batch in batches:
+            async for attempt in batch.attempts():
+                async with attempt as part:
+                    received = read(part.readable, topics, part.refuse)
+                    tasks = extract_feedback(received, join, part.refuse)
+                    while tasks:
+                        joined = await engine.join(tasks)
+                        await engine.store(joined)
+                        await engine.publish(joined)
+                        tasks = await engine.save(joined)
+                        count(joined.counts)
+                    await app.publish_dead_letters(part.dead_letters)
+                    await part.commit()
+
+    @app.timer(interval=0.5)  # type: ignore[untyped-decorator]
+    async def close_silent_interactions() -> None:
+        for partition, now in app.batches.event_time.items():
             try:
-                await joining.handle(batch)
-            except asyncio.CancelledError:
-                raise
-            except Exception as error:
-                # Its offsets are not committed: whoever starts next reads the batch again.
-                log.exception("a batch failed", error=str(error))
-                its_worker.fail(f"a batch failed: {type(error).__name__}: {error}")
-                return
+                count(await engine.timer(partition, now))
+            except Exception as error:  # what is due stays due, and is tried again
+                log.warning("the timer failed", partition=partition, exc_info=not is_transient(error))
+                count({"timer_failures": 1})
+
+    @app.on_partitions_revoked.connect
+    async def forget_conversations(*_: Any, **__: Any) -> None:
+        app.states.forget_cache()
 
     return app
+
+
+class JoinerBoot(BootStrategy):
+    """Starts no producer (`Publisher` is idempotent, and comes back by itself) and no web server."""
+
+    enable_kafka_producer = False
+    enable_web = False
+
+
+class JoinerApp(faust.App):
+    """What the agent works with, and its process: health over HTTP, connections, the end."""
+
+    BootStrategy = JoinerBoot
+
+    def __init__(self, settings: Settings, worker: Worker | None) -> None:
+        super().__init__(
+            settings.joiner_group,
+            broker=f"kafka://{settings.kafka_address.replace(',', ';kafka://')}",
+            topic_allow_declare=False,
+            topic_disable_leader=True,
+            autodiscover=False,
+            Topic=JoinedTopic,
+            TableManager=NoTables,
+        )
+        self.cortex_settings = settings
+        self.cortex_topics = Topics.of(settings)
+        self.runs_alone = worker is None
+        """Whether `faust worker` runs it, so that nobody else turns a failure into an exit code."""
+        self.worker = worker or Worker("joiner", settings)
+        self.transport = BatchTransport(self, settings, self.worker)
+        self.publisher = Publisher(settings, self._on_publisher)
+        self.redis = async_redis_client(settings)
+        self.join = make_join(settings)
+        self.states = RedisStates(self.redis, settings.topic_prefix, settings.join_window_s)
+        self.engine = Engine(
+            self.join,
+            self.states,
+            ReplayWriter(self.redis, prefix=settings.topic_prefix, capacity=settings.replay_capacity),
+            self._publish_experiences,
+        )
+
+    @property
+    def batches(self) -> BatchConsumer:
+        """Faust's consumer, which is ours."""
+        return cast(BatchConsumer, self.consumer)
+
+    async def _publish_experiences(self, experiences: Sequence[tuple[str, bytes]]) -> None:
+        topic = self.cortex_topics.experiences
+        await self.publisher.send((topic, model_id.encode(), value) for model_id, value in experiences)
+
+    async def publish_dead_letters(self, letters: Sequence[DeadLetter]) -> None:
+        """Returns when all are acknowledged."""
+        topic = self.cortex_topics.dead_letters
+        await self.publisher.send(
+            (topic, base64.b64decode(letter.key or ""), letter.to_bytes()) for letter in letters
+        )
+        for letter in letters:
+            DEAD_LETTERS.labels(letter.topic).inc()
+            log.warning("dead letter", id=letter.dead_letter_id, reason=letter.reason[:300])
+
+    # -- lifecycle -----------------------------------------------------------------------------------------
+
+    async def on_start(self) -> None:
+        """Serves health, then waits until Redis and Kafka answer; only then is the consumer started."""
+        await self.add_async_context(self.worker.serving())
+        self.async_exit_stack.push_async_callback(self.redis.aclose)
+        self.async_exit_stack.push_async_callback(self.publisher.stop, timeout_s=1.0)
+        await super().on_start()
+        try:
+            await self.wait(self._connect())
+        except ConfigError as error:
+            if not self.runs_alone:
+                raise
+            log.error("cannot run with these settings", error=str(error))
+            raise SystemExit(2) from error
+
+    async def _connect(self) -> None:
+        await retry(self.redis.ping, self.cortex_settings, self.worker.not_ready)
+        self.worker.ready("redis")
+        await self.publisher.start()
+        self.worker.not_ready("kafka", "joining the group")
+
+    def _on_publisher(self, why: str | None) -> None:
+        if why is not None:
+            self.worker.not_ready("kafka", why)
+        elif self.batches.is_reading:
+            self.worker.ready("kafka")
+
+    @Service.task
+    async def _crash_on_failure(self) -> None:
+        await self.worker.stopping.wait()
+        if self.worker.failed:
+            await self.crash(RuntimeError(self.worker.failed))
+
+    async def on_stop(self) -> None:
+        self.worker.stop()
+        await super().on_stop()
+
+    def _create_directories(self) -> None:
+        """Faust keeps tables on disk; there are none."""
 
 
 async def run(worker: Worker) -> None:
     """Runs the joiner until `worker.stopping`."""
     app = create_app(worker.settings, worker)
-    await app.start()
+    starting = asyncio.ensure_future(app.start())
     try:
-        await worker.stopping.wait()
+        await app.wait_first(asyncio.shield(starting), worker.stopping.wait())
+        await app.wait(worker.stopping.wait())
     finally:
         await app.stop()
-    if app.exit_code:
-        raise ConfigError("the joiner cannot run with these settings")
+    await starting
+    if app.crash_reason is not None:
+        raise app.crash_reason
 
 
 def main(settings: Settings) -> None:
@@ -162,8 +206,13 @@ def main(settings: Settings) -> None:
 def __getattr__(name: str) -> Any:
     # `faust -A streams.joiner worker` looks for `app`; nobody else needs settings at import.
     if name == "app":
-        settings = Settings.load()
-        configure_logs(settings)
-        globals()["app"] = created = create_app(settings)
-        return created
+        import click  # noqa: PLC0415 - Faust's command line is click's
+
+        try:
+            settings = Settings.load().of_worker("joiner")
+            configure_logs(settings)
+            globals()["app"] = create_app(settings)
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from error
+        return globals()["app"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

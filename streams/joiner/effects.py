@@ -1,31 +1,28 @@
 """One batch of events through the join: state, effects, state. Shared by live joining and rebuilds.
 
-Effects have one order, and a crash between any two of them repeats work and changes nothing:
+    while tasks:
+        joined = await engine.join(tasks)     # what the events make of their conversations
+        await engine.store(joined)            # replay: an upsert by revision; repeating it is harmless
+        await engine.publish(joined)          # the same; the same (id, revision) carries the same bytes
+        tasks = await engine.save(joined)     # state: compare-and-set on each conversation's version
 
-    1. replay        what the experiences now are (an upsert by revision: repeating it is harmless)
-    2. experiences   the same, published; the same (id, revision) again carries the same bytes
-    3. state         compare-and-set on each conversation's version
-    (4. the caller commits the batch's offsets)
-
-State comes last, so that an event that the state knows has had its effects. When another worker changed a
-conversation meanwhile (for a moment two may own it, in a rebalance), its state is read again, the batch's
-events are done again on it, and everything the conversation now amounts to is written once more.
+Effects have this one order, and a crash between any two of them repeats work and changes nothing. State comes
+last, so that an event that the state knows has had its effects; the caller commits the batch's offsets after
+it. When another worker changed a conversation meanwhile (for a moment two may own it, in a rebalance), `save`
+hands back the tasks on it: its state is read again, they are done again on it, and everything that the
+conversation now amounts to is written once more.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 from streams.joiner.conversation import Conversation, Heard
 from streams.joiner.join import Changes, Join, Orphan, Put, Retract
 from streams.joiner.states import DUE_AT_ONCE, Save, States
 from streams.replay_store import ReplayWrite, ReplayWriter, Wrote
-
-if TYPE_CHECKING:
-    pass
 
 Step = Callable[[Conversation, Changes], None]
 Publish = Callable[[Sequence[tuple[str, bytes]]], Awaitable[None]]
@@ -41,59 +38,111 @@ class Task:
     step: Step
     is_timer: bool = False
     """Saved even where nothing changed, so that what is due next is right again."""
+    again: bool = False
+    """Another worker changed the conversation meanwhile: its state is read afresh, and all of it written."""
+
+
+@dataclass(slots=True)
+class Joined:
+    """What a batch of tasks made of its conversations, on its way out."""
+
+    tasks: dict[str, list[Task]]
+    """By conversation."""
+    saves: list[Save] = field(default_factory=list)
+    writes: list[tuple[str, ReplayWrite]] = field(default_factory=list)
+    """(model_id, entry) for replay."""
+    values: list[bytes] = field(default_factory=list)
+    """The experience that each write is about, as JSON."""
+    news: list[tuple[str, bytes]] = field(default_factory=list)
+    """(model_id, experience) to publish: those that replay took."""
+    changed: dict[str, Counter[str]] = field(default_factory=dict)
+    """What happened in each conversation, by the names of `Changes`."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """What happened in all; complete after `save`."""
 
 
 class Engine:
-    """Runs tasks on conversations and makes their effects."""
+    """Runs tasks on conversations and makes their effects.
 
-    def __init__(self, join: Join, states: States, replay: ReplayWriter, publish: Publish | None) -> None:
-        self.join = join
+    Its methods raise whatever Redis or Kafka raise. Nothing is half done then: do the same tasks again.
+    """
+
+    def __init__(
+        self, join: Join, states: States, replay: ReplayWriter, publish: Publish | None = None
+    ) -> None:
+        self.rules = join
         self.states = states
         self._replay = replay
         self._publish = publish
 
     async def apply(self, tasks: Sequence[Task]) -> Counter[str]:
-        """Does all tasks, in order for each conversation; returns what happened, by the names of `Changes`.
-
-        Raises:
-            Exception: whatever Redis or Kafka raise. Nothing is half done then: call it again.
-        """
+        """Does all tasks, in order for each conversation; returns what happened, by names of `Changes`."""
         counts: Counter[str] = Counter()
-        pending: dict[str, list[Task]] = {}
-        for task in tasks:
-            pending.setdefault(task.conversation_id, []).append(task)
-        again = False
-        while pending:
-            stored = await self.states.load(pending, fresh=again)
-            saves: list[Save] = []
-            changed: dict[str, Changes] = {}
-            for conversation_id, its_tasks in pending.items():
-                before = stored[conversation_id]
-                after, changes = before.conversation.copy(), Changes()
-                for task in its_tasks:
-                    task.step(after, changes)
-                if again:
-                    self.join.everything(after, changes)
-                changed[conversation_id] = changes
-                if after != before.conversation or again or its_tasks[-1].is_timer:
-                    due = after.due(self.join.window_s)
-                    saves.append(Save(conversation_id, its_tasks[-1].partition, before, after, due))
-            effects_counts = await self._effects([e for c in changed.values() for e in c.effects])
-            conflicts = await self.states.save(saves)
-            for conversation_id, changes in changed.items():
-                if conversation_id not in conflicts:
-                    counts += changes.counts
-            counts += effects_counts
-            counts["conflicts"] += len(conflicts)
-            pending = {conversation_id: pending[conversation_id] for conversation_id in conflicts}
-            again = True
+        while tasks:
+            joined = await self.join(tasks)
+            await self.store(joined)
+            await self.publish(joined)
+            tasks = await self.save(joined)
+            counts += joined.counts
         return counts
+
+    async def join(self, tasks: Sequence[Task]) -> Joined:
+        """Does the tasks, in order for each conversation, on copies of what is stored."""
+        by_conversation: dict[str, list[Task]] = {}
+        for task in tasks:
+            by_conversation.setdefault(task.conversation_id, []).append(task)
+        joined, again = Joined(by_conversation), any(task.again for task in tasks)
+        stored = await self.states.load(by_conversation, fresh=again)
+        effects: list[Put | Retract | Orphan] = []
+        for conversation_id, its_tasks in by_conversation.items():
+            before = stored[conversation_id]
+            after, changes = before.conversation.copy(), Changes()
+            for task in its_tasks:
+                task.step(after, changes)
+            if again:
+                self.rules.everything(after, changes)
+            joined.changed[conversation_id] = changes.counts
+            effects += changes.effects
+            if after != before.conversation or again or its_tasks[-1].is_timer:
+                due = after.due(self.rules.window_s)
+                joined.saves.append(Save(conversation_id, its_tasks[-1].partition, before, after, due))
+        await self._compose(effects, joined)
+        return joined
+
+    async def store(self, joined: Joined) -> None:
+        """Writes replay."""
+        wrote = await self._replay.write(joined.writes)
+        joined.news = [
+            (model_id, value)
+            for (model_id, _), value, result in zip(joined.writes, joined.values, wrote, strict=True)
+            if result is not Wrote.STALE
+        ]
+        joined.counts["experiences"] += len(joined.news)
+
+    async def publish(self, joined: Joined) -> None:
+        """Publishes what replay took; returns when all is acknowledged."""
+        if self._publish is not None and joined.news:
+            await self._publish(joined.news)
+
+    async def save(self, joined: Joined) -> list[Task]:
+        """Writes the conversations' state; returns the tasks on those that another worker changed."""
+        conflicts = await self.states.save(joined.saves)
+        for conversation_id, counts in joined.changed.items():
+            if conversation_id not in conflicts:
+                joined.counts += counts
+        joined.counts["conflicts"] += len(conflicts)
+        return [
+            replace(task, again=True)
+            for conversation_id in joined.tasks
+            if conversation_id in conflicts
+            for task in joined.tasks[conversation_id]
+        ]
 
     async def timer(self, partition: int, now: float) -> Counter[str]:
         """Closes what is due in a partition; may be called at any time, with any `now`."""
         counts: Counter[str] = Counter()
         while due := await self.states.due(partition, now):
-            step = _timer_step(self.join, now)
+            step = _timer_step(self.rules, now)
             counts += await self.apply(
                 [Task(conversation_id, partition, step, is_timer=True) for conversation_id in due]
             )
@@ -101,57 +150,44 @@ class Engine:
                 break
         return counts
 
-    async def _effects(self, effects: Sequence[Put | Retract | Orphan]) -> Counter[str]:
-        counts: Counter[str] = Counter()
+    async def _compose(self, effects: Sequence[Put | Retract | Orphan], joined: Joined) -> None:
+        """The experiences that the effects are about, with what replay still knows of them."""
         final, orphans = _collapse(effects)
         asked: list[tuple[str | None, str]] = [
             (e.interaction.model_id, e.interaction.id) for e in final if e.interaction.body is None
         ]
         asked += [(None, names) for names in orphans]
         found = dict(zip(asked, await self._replay.find(asked), strict=True)) if asked else {}
-        writes: list[tuple[str, ReplayWrite]] = []
-        values: list[bytes] = []
         for effect in final:
             known = effect.interaction
             body = known.body
             if body is None:
                 stored = found[known.model_id, known.id]
                 if stored is None:
-                    counts["too_late"] += 1
+                    joined.counts["too_late"] += 1
                     continue
                 body = stored[1].interaction.to_bytes()
             replies = effect.replies if isinstance(effect, Put) else ()
-            value = self.join.experience(body, replies)
+            value = self.rules.experience(body, replies)
             kept, force = (value, effect.force) if isinstance(effect, Put) else (b"", True)
-            writes.append((known.model_id, ReplayWrite(known.id, known.at, len(replies), kept, force)))
-            values.append(value)
+            write = ReplayWrite(known.id, known.at, len(replies), kept, force)
+            joined.writes.append((known.model_id, write))
+            joined.values.append(value)
         for names, replies_late in orphans.items():
             stored = found[None, names] if names else None
             if stored is None:
-                counts["orphans"] += len(replies_late)
+                joined.counts["orphans"] += len(replies_late)
                 continue
             model_id, event = stored
-            merged = self.join.merged(event, replies_late)
+            merged = self.rules.merged(event, replies_late)
             if merged is None:
-                counts["duplicates"] += len(replies_late)
+                joined.counts["duplicates"] += len(replies_late)
                 continue
-            counts["late"] += len(replies_late)
+            joined.counts["late"] += len(replies_late)
             value, revision = merged
-            writes.append(
-                (model_id, ReplayWrite(names, event.occurred_at.timestamp(), revision, value)),
-            )
-            values.append(value)
-        wrote = await self._replay.write(writes)
-        if self._publish is not None:
-            news = [
-                (model_id, value)
-                for (model_id, _), value, result in zip(writes, values, wrote, strict=True)
-                if result is not Wrote.STALE
-            ]
-            if news:
-                await self._publish(news)
-        counts["experiences"] += sum(result is not Wrote.STALE for result in wrote)
-        return counts
+            write = ReplayWrite(names, event.occurred_at.timestamp(), revision, value)
+            joined.writes.append((model_id, write))
+            joined.values.append(value)
 
 
 def _timer_step(join: Join, now: float) -> Step:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import Counter, Gauge, Histogram
 
 EVENTS = Counter("cortex_joiner_events_total", "Events read", ["kind"])
@@ -20,3 +22,12 @@ BATCH_S = Histogram(
     "From taking a batch up to its committed offsets",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0),
 )
+
+
+def count(counts: Mapping[str, int]) -> None:
+    """Counts what happened, by the names of `Changes`."""
+    for name, n in counts.items():
+        if name in ("interactions", "replies"):
+            EVENTS.labels(name).inc(n)
+        elif n:
+            OUTCOMES.labels(name).inc(n)

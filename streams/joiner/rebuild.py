@@ -25,11 +25,11 @@ import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from cortex_core.errors import InputError, UnavailableError
+from cortex_core.errors import UnavailableError
 from streams.connections import async_redis_client, kafka_client_options, redis_client
-from streams.events import new_id
+from streams.events import InteractionEvent, ReplyEvent, new_id
 from streams.joiner.effects import Engine, Task
-from streams.joiner.records import EventTime, make_join, read_record
+from streams.joiner.records import EventTime, extract_feedback, make_join, read
 from streams.joiner.states import MemoryStates, RedisStates, Save, Stored
 from streams.kafka.clients import started
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
@@ -178,7 +178,7 @@ async def rebuild(
                 writer = _Writer(aio, settings, model_id)
                 join = make_join(settings, extractor)
                 states = MemoryStates()
-                engine = Engine(join, states, writer, publish=None)
+                engine = Engine(join, states, writer)
                 await _replay(settings, engine, since=since, report=report, progress=progress, touch=touch)
                 for name in sorted(writer.models | ({model_id} if model_id else set())):
                     if report.rescored is not None:
@@ -275,15 +275,15 @@ async def _replay(
                     f"Kafka at {settings.kafka_address} sent nothing for {STALL_S:g} s, with "
                     f"{total - _left(position, ends)} of {total} records read"
                 )
-            tasks: list[Task] = []
+            batch: list[Any] = []
             for tp in sorted(records, key=lambda tp: tp.topic != topics.interactions):
                 for record in records[tp]:
                     if record.offset < ends[tp]:
                         event_time.saw(tp, record.timestamp)
-                        tasks += _tasks(engine, topics, record, since, report)
+                        batch.append(record)
                 position[tp] = max(position[tp], await consumer.position(tp))
                 heard_at = time.monotonic()
-            await engine.apply(tasks)
+            await engine.apply(_tasks(engine, topics, batch, since, report))
             for partition in {tp.partition for tp in partitions}:
                 moment = event_time.of(partition, lambda tp: (position[tp] >= ends[tp], now))
                 await engine.timer(partition, moment)
@@ -311,24 +311,24 @@ def _left(position: dict[TopicPartition, int], ends: dict[TopicPartition, int]) 
 
 
 def _tasks(
-    engine: Engine, topics: Topics, record: Any, since: datetime | None, report: RebuildReport
+    engine: Engine, topics: Topics, records: list[Any], since: datetime | None, report: RebuildReport
 ) -> list[Task]:
-    try:
-        read = read_record(engine.join, topics, record)
-    except InputError:
+    def refuse(
+        record: Any, reason: str
+    ) -> None:  # the joiner has it in the dead letters, with the same reason
+        log.warning("a record cannot be read", topic=record.topic, offset=record.offset, error=reason)
         report.unreadable += 1
-        return []
-    except Exception as error:  # the joiner has it in the dead letters, with the same reason
-        log.warning("a record cannot be read", topic=record.topic, offset=record.offset, error=str(error))
-        report.unreadable += 1
-        return []
-    if record.topic == topics.replies:
-        report.replies += 1
-    elif since is not None and read.occurred_at < since:
-        return []
-    else:
-        report.interactions += 1
-    return [Task(read.conversation_id, record.partition, read.step)]
+
+    received = [
+        it
+        for it in read(records, topics, refuse)
+        if since is None or isinstance(it.event, ReplyEvent) or it.event.occurred_at >= since
+    ]
+    tasks = extract_feedback(received, engine.rules, refuse)
+    interactions = sum(isinstance(it.event, InteractionEvent) for it in received)
+    report.interactions += interactions
+    report.replies += len(tasks) - interactions
+    return tasks
 
 
 def _swap(settings: Settings, client: redis.Redis, model_id: str, *, force: bool) -> int:

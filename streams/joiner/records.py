@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from functools import partial
 from typing import Any
 
 from aiokafka import TopicPartition
@@ -12,8 +12,8 @@ from aiokafka import TopicPartition
 from cortex_core.errors import InputError
 from cortex_core.feedback_collector import DEFAULT_EXTRACTOR, FeedbackCollector
 from streams.events import InteractionEvent, ReplyEvent, parse
-from streams.joiner.conversation import Conversation
-from streams.joiner.effects import Step
+from streams.joiner.conversation import Conversation, Heard
+from streams.joiner.effects import Step, Task
 from streams.joiner.join import Changes, Join
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
@@ -23,39 +23,76 @@ ROOM = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """A record that could be read."""
+class Received:
+    """An event, and the record that it came in."""
 
-    conversation_id: str
-    occurred_at: datetime
-    step: Step
-    """What it does to its conversation."""
+    record: Any
+    event: InteractionEvent | ReplyEvent
 
 
-def read_record(join: Join, topics: Topics, record: Any) -> Read:
-    """Reads an interaction or a reply.
+Refuse = Callable[[Any, str], None]
+"""Takes a record that cannot be joined, and the reason for its dead letter."""
 
-    Raises:
-        InputError: it cannot be read; the message is the reason for its dead letter.
-    """
-    size = len(record.value or b"")
-    if size > MAX_RECORD_BYTES - ROOM:
-        raise InputError(f"the event has {size} bytes, at most {MAX_RECORD_BYTES - ROOM} can be joined")
-    arrived = record.timestamp / 1000
-    if record.topic == topics.interactions:
-        event = parse(InteractionEvent, record.value)
 
-        def interaction(conversation: Conversation, changes: Changes) -> None:
-            join.on_interaction(conversation, event, arrived, changes)
+def read(records: Iterable[Any], topics: Topics, refuse: Refuse) -> list[Received]:
+    """The events in records of the two topics."""
+    received = []
+    for record in records:
+        size = len(record.value or b"")
+        try:
+            if size > MAX_RECORD_BYTES - ROOM:
+                raise InputError(
+                    f"the event has {size} bytes, at most {MAX_RECORD_BYTES - ROOM} can be joined"
+                )
+            if record.topic == topics.interactions:
+                received.append(Received(record, parse(InteractionEvent, record.value)))
+            else:
+                received.append(Received(record, parse(ReplyEvent, record.value)))
+        except InputError as error:
+            refuse(record, str(error))
+    return received
 
-        return Read(event.conversation_id, event.occurred_at, interaction)
-    said = parse(ReplyEvent, record.value)
-    [heard] = join.read([said])
 
-    def reply(conversation: Conversation, changes: Changes) -> None:
-        join.on_reply(conversation, heard, arrived, changes)
+def extract_feedback(received: Sequence[Received], join: Join, refuse: Refuse) -> list[Task]:
+    """What each event does to its conversation; the replies are read for what they say, once and for good."""
+    replies = [it for it in received if isinstance(it.event, ReplyEvent)]
+    try:
+        read = _read(replies, join)
+    except Exception:  # one of them; which one is found by reading them one by one
+        read = {}
+        for it in replies:
+            try:
+                read |= _read([it], join)
+            except InputError as error:
+                refuse(it.record, str(error))
+            except Exception as error:
+                refuse(it.record, f"reading it failed: {type(error).__name__}: {error}")
+    tasks = []
+    for it in received:
+        arrived = it.record.timestamp / 1000
+        if isinstance(it.event, InteractionEvent):
+            step: Step = partial(_interaction, join, it.event, arrived)
+        elif id(it) in read:
+            step = partial(_reply, join, read[id(it)], arrived)
+        else:
+            continue
+        tasks.append(Task(it.event.conversation_id, it.record.partition, step))
+    return tasks
 
-    return Read(said.conversation_id, said.occurred_at, reply)
+
+def _read(replies: Sequence[Received], join: Join) -> dict[int, Heard]:
+    heard = join.read([it.event for it in replies if isinstance(it.event, ReplyEvent)])
+    return dict(zip(map(id, replies), heard, strict=True))
+
+
+def _interaction(
+    join: Join, event: InteractionEvent, arrived: float, conversation: Conversation, changes: Changes
+) -> None:
+    join.on_interaction(conversation, event, arrived, changes)
+
+
+def _reply(join: Join, heard: Heard, arrived: float, conversation: Conversation, changes: Changes) -> None:
+    join.on_reply(conversation, heard, arrived, changes)
 
 
 def make_join(settings: Settings, extractor: str | None = None) -> Join:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 
-from cortex_core.errors import InputError, UnavailableError
+from cortex_core.errors import InputError
 from streams.connections import kafka_client_options
 from streams.events import DeadLetter, parse
 from streams.kafka.clients import started
 from streams.kafka.publisher import MAX_VALUE
+from streams.kafka.reader import reading, records_to_end
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 
 if TYPE_CHECKING:
     from streams.settings import Settings
-
-SILENCE_S = 15.0
-"""Without a record for so long, Kafka counts as away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +39,19 @@ async def list_dead_letters(settings: Settings, limit: int | None = 100) -> list
     settings = settings.resolved()
     await create_topics(settings)
     letters: dict[str, DeadLetter] = {}
-    async with _reader(settings) as reader:
-        tp = TopicPartition(Topics.of(settings).dead_letters, 0)
-        reader.assign([tp])
-        end = (await reader.end_offsets([tp]))[tp]
-        start = (await reader.beginning_offsets([tp]))[tp]
-        # A joiner that crashed may have written some of them twice: read a few more than asked for.
-        reader.seek(tp, start if limit is None else max(start, end - 2 * limit - 1000))
-        while await reader.position(tp) < end:
-            for record in await _some(reader, settings):
-                try:
-                    letter = parse(DeadLetter, record.value)
-                except InputError:  # written by something newer
-                    continue
-                letters.setdefault(letter.dead_letter_id, letter)
+    tp = TopicPartition(Topics.of(settings).dead_letters, 0)
+    async with reading(settings, [tp.topic]) as reader:
+        if limit is not None:
+            end = (await reader.end_offsets([tp]))[tp]
+            start = (await reader.beginning_offsets([tp]))[tp]
+            # A joiner that crashed may have written some of them twice: read a few more than asked for.
+            reader.seek(tp, max(start, end - 2 * limit - 1000))
+        async for record in records_to_end(reader, settings):
+            try:
+                letter = parse(DeadLetter, record.value)
+            except InputError:  # written by something newer
+                continue
+            letters.setdefault(letter.dead_letter_id, letter)
     found = list(letters.values())
     return found if limit is None else found[len(found) - min(limit, len(found)) :]
 
@@ -93,36 +89,14 @@ async def retry_dead_letters(settings: Settings, ids: Collection[str] | None = N
 
 
 async def _at_source(settings: Settings, letter: DeadLetter) -> bytes | None:
-    async with _reader(settings) as reader:
-        tp = TopicPartition(letter.topic, letter.partition)
-        reader.assign([tp])
-        start = (await reader.beginning_offsets([tp]))[tp]
-        if letter.offset < start:
+    tp = TopicPartition(letter.topic, letter.partition)
+    async with reading(settings, start={tp: 0}, committed_only=False) as reader:
+        if letter.offset < (await reader.beginning_offsets([tp]))[tp]:
             return None
         reader.seek(tp, letter.offset)
-        for record in await _some(reader, settings):
-            if record.offset == letter.offset:
-                return bytes(record.value)
-        return None
-
-
-@contextlib.asynccontextmanager
-async def _reader(settings: Settings) -> AsyncIterator[Any]:
-    """A consumer without a group."""
-    consumer = AIOKafkaConsumer(
-        **kafka_client_options(settings),
-        enable_auto_commit=False,
-        max_partition_fetch_bytes=MAX_RECORD_BYTES,
-    )
-    async with started(consumer):
-        yield consumer
-
-
-async def _some(reader: Any, settings: Settings) -> list[Any]:
-    records = await reader.getmany(timeout_ms=int(1000 * SILENCE_S), max_records=500)
-    if not records:
-        raise UnavailableError(f"Kafka at {settings.kafka_address} sent nothing for {SILENCE_S:g} s")
-    return [record for its_records in records.values() for record in its_records]
+        async for record in records_to_end(reader, settings):
+            return bytes(record.value) if record.offset == letter.offset else None
+    return None
 
 
 def dead_letter(record: Any, reason: str) -> DeadLetter:

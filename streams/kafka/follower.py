@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import contextlib
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
 import structlog
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 
-from streams.connections import REACHABILITY_ERRORS, backoff, kafka_client_options
-from streams.kafka.clients import start, started, stop
-from streams.kafka.topics import MAX_RECORD_BYTES
+from streams.connections import backoff, explain, retry
+from streams.kafka.reader import STALL_S, EndProbe, Watchdog, reading
 from streams.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -34,67 +31,6 @@ Handle = Callable[[list[Any]], Awaitable[None]]
 
 PROBE_S = 2.0
 """Seconds between two questions where the topic ends: what `/readyz` knows, and the watchdog's eyes."""
-PROBE_TIMEOUT_S = 5.0
-STALL_S = 25.0
-"""Seconds without progress, with more to read, after which the client is replaced. An open transaction also
-holds readers back, and rightly: for at most its timeout, and the ten seconds in which brokers look for it."""
-
-
-@contextlib.asynccontextmanager
-async def reading(
-    settings: Settings, partition: TopicPartition, offset: int
-) -> AsyncIterator[AIOKafkaConsumer]:
-    """A consumer of one partition's committed records, from `offset` on, without a group.
-
-    Raises:
-        KafkaError, OSError: the broker does not answer.
-    """
-    consumer = AIOKafkaConsumer(
-        **kafka_client_options(settings),
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-        isolation_level="read_committed",
-        max_partition_fetch_bytes=MAX_RECORD_BYTES,
-    )
-    async with started(consumer):
-        consumer.assign([partition])
-        consumer.seek(partition, offset)
-        yield consumer
-
-
-class EndProbe:
-    """Asks where partitions end, counting what is not committed yet.
-
-    Read uncommitted on purpose: an open transaction before a committed one hides the latter from the end
-    that a committed reader is told.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._consumer: AIOKafkaConsumer | None = None
-        self._lock = asyncio.Lock()
-
-    async def ends(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
-        """Offset after the last record of each.
-
-        Raises:
-            KafkaError, OSError (TimeoutError too): the broker does not answer in time.
-        """
-        async with self._lock:
-            try:
-                async with asyncio.timeout(PROBE_TIMEOUT_S):
-                    if self._consumer is None:
-                        self._consumer = await start(AIOKafkaConsumer(**kafka_client_options(self._settings)))
-                    return dict(await self._consumer.end_offsets(list(partitions)))
-            except BaseException:
-                await self.close()
-                raise
-
-    async def close(self) -> None:
-        """Closes the connection; the next question opens another."""
-        consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            await stop(consumer)
 
 
 class TopicFollower:
@@ -127,7 +63,7 @@ class TopicFollower:
         self._tasks: list[asyncio.Task[None]] = []
         self._probe = EndProbe(settings)
         self._stalled = False
-        self._away = False
+        self._unavailable = False
         self._busy = False
 
     async def start(self) -> None:
@@ -160,14 +96,12 @@ class TopicFollower:
     async def catch_up(self) -> None:
         """Returns when all that stood in the topic at the time of the call has been handled.
 
-        Waits while the broker is away, and for transactions open at that time (at most their timeout).
+        Waits while the broker is unavailable, and for transactions open at that time (at most their timeout).
+
+        Raises:
+            ConfigError: the broker refuses this process.
         """
-        async for _ in backoff():
-            try:
-                target = await self.end()
-                break
-            except REACHABILITY_ERRORS as error:
-                self._say_away(error)
+        target = await retry(self.end, self.settings, lambda _, why: self._on_state(why))
         async with self._moved:
             await self._moved.wait_for(lambda: self.position >= target)
 
@@ -175,14 +109,12 @@ class TopicFollower:
         async for _ in backoff():
             try:
                 await self._read()
-            except REACHABILITY_ERRORS as error:
-                self._say_away(error)
             except Exception as error:
-                log.exception("reading begins anew", topic=self.partition.topic, error=str(error))
+                await self._say_unavailable(error)
             self.restarts += 1
 
     async def _read(self) -> None:
-        async with reading(self.settings, self.partition, self.position) as consumer:
+        async with reading(self.settings, start={self.partition: self.position}) as consumer:
             self._stalled = False
             while not self._stalled:
                 batches = await consumer.getmany(self.partition, timeout_ms=100)
@@ -201,30 +133,35 @@ class TopicFollower:
                         self._moved.notify_all()
 
     async def _watch(self) -> None:
-        seen, since = -1, time.monotonic()
+        watchdog: Watchdog[TopicPartition] = Watchdog(self._stall_s)
         while True:
+            end = 0  # unknown: nothing to read is missed
             try:
                 end = await self.end()
-                if self._away:
+                if self._unavailable:
                     log.warning("reachable again", topic=self.partition.topic)
-                self._away = False
+                self._unavailable = False
                 self._on_state(None)
-            except REACHABILITY_ERRORS as error:
-                self._say_away(error)
-                end = 0
-            if self.position != seen or self._busy or self.position >= end:
-                seen, since = self.position, time.monotonic()
-            elif time.monotonic() - since > self._stall_s:
-                log.warning("reading stands still", topic=self.partition.topic, at=seen, end=end)
-                self._stalled, since = True, time.monotonic()
+            except Exception as error:
+                await self._say_unavailable(error)
+            if self._busy:
+                watchdog.reset()
+            elif watchdog.stalled({self.partition: self.position}, {self.partition: end}):
+                log.warning("reading stands still", topic=self.partition.topic, at=self.position, end=end)
+                self._stalled = True
+                watchdog.reset()
             await asyncio.sleep(PROBE_S)
 
-    def _say_away(self, error: BaseException) -> None:
-        why = f"Kafka at {self.settings.kafka_address} does not answer ({type(error).__name__}: {error})"
-        say = log.debug if self._away else log.warning
-        say("unreachable", topic=self.partition.topic, why=why)
-        self._away = True
-        self._on_state(why)
+    async def _say_unavailable(self, error: Exception) -> None:
+        """Logs and shows why reading failed; it goes on, as what is known already is of use without it."""
+        meaning = await explain(error, self.settings)
+        if meaning is None:
+            log.exception("reading failed", topic=self.partition.topic, error=str(error))
+            return
+        say = log.debug if self._unavailable else log.warning
+        say("unavailable", topic=self.partition.topic, why=str(meaning))
+        self._unavailable = True
+        self._on_state(str(meaning))
 
 
 class StateFollower(abc.ABC):
@@ -255,6 +192,15 @@ class StateFollower(abc.ABC):
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
+
+    async def until_caught_up(self) -> None:
+        """Returns once all that stood in the topic at the start has been read.
+
+        Raises:
+            ConfigError: the broker refuses this process.
+        """
+        assert self._starting is not None, "start() first"
+        await asyncio.shield(self._starting)
 
     async def catch_up(self) -> None:
         """Returns when everything committed before this call is known."""

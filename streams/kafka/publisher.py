@@ -17,7 +17,7 @@ What a failure means, and what is done:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import structlog
 from aiokafka import AIOKafkaProducer
@@ -115,6 +115,16 @@ class Publisher:
         if delivery.cancelled():
             raise UnavailableError("the connection to Kafka was lost meanwhile: repeat with the same id")
         delivery.result()
+
+    async def send(self, messages: Iterable[tuple[str, bytes, bytes]]) -> None:
+        """Hands over (topic, key, value) messages together, and returns once all are acknowledged.
+
+        Raises:
+            UnavailableError, InputError: as `begin` and `wait`; some messages may be there nonetheless.
+        """
+        deliveries = [self.begin(*message) for message in messages]
+        for delivery in deliveries:
+            await self.wait(delivery)
 
     async def _deliver(self, producer: AIOKafkaProducer, topic: str, key: bytes, value: bytes) -> None:
         try:

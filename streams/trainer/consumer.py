@@ -34,7 +34,8 @@ from streams.connections import (
     until_reachable,
 )
 from streams.kafka.clients import start, stop
-from streams.kafka.follower import PROBE_S, EndProbe
+from streams.kafka.follower import PROBE_S
+from streams.kafka.reader import EndProbe, Watchdog
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 from streams.trainer.learner import warm_up
 from streams.trainer.metrics import Metrics
@@ -49,8 +50,6 @@ BATCH = 64
 """Experiences per read."""
 IDLE_MS = 200
 """How long a read waits: operators' wishes and SIGTERM are seen after that, at the latest."""
-STALL_S = 30.0
-"""Without progress on experiences that stand there, the consumer is replaced."""
 TRIES = 3
 """Failures on one experience alone before it goes to the dead letters."""
 
@@ -133,8 +132,8 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
         await stack.enter_async_context(self._follower)
         await stack.enter_async_context(self._controls)
         await self._in_thread(warm_up, settings)
-        await self._follower.caught_up.wait()
-        await self._controls.caught_up.wait()
+        await self._follower.until_caught_up()
+        await self._controls.until_caught_up()
         worker.ready("weights")
 
     async def _consume(self) -> None:
@@ -249,7 +248,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _watch_kafka(self) -> None:
         """Lag, and whether reading stands still although there is more."""
-        seen: dict[TopicPartition, tuple[int, float]] = {}
+        watchdog: Watchdog[TopicPartition] = Watchdog()
         while True:
             await asyncio.sleep(PROBE_S)
             owned = dict(self._owned)
@@ -258,17 +257,12 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
             except REACHABILITY_ERRORS as error:
                 log.debug("ends unknown", error=f"{type(error).__name__}: {error}")
                 continue
-            now = time.monotonic()
-            seen = {tp: at for tp, at in seen.items() if tp in owned}
-            for tp, partition in owned.items():
-                lag = max(0, ends[tp] - partition.position)
-                self.metrics.lag.labels(str(tp.partition)).set(lag)
-                position, since = seen.get(tp, (-1, now))
-                if lag == 0 or position != partition.position:
-                    seen[tp] = partition.position, now
-                elif now - since > STALL_S:
-                    log.error("reading stands still", partition=tp.partition, at=position, lag=lag)
-                    self._stalled = True
+            positions = {tp: partition.position for tp, partition in owned.items()}
+            for tp, position in positions.items():
+                self.metrics.lag.labels(str(tp.partition)).set(max(0, ends[tp] - position))
+            for tp in watchdog.stalled(positions, ends):
+                log.error("reading stands still", partition=tp.partition, at=positions[tp], end=ends[tp])
+                self._stalled = True
 
     async def _watch_redis(self) -> None:
         client = async_redis_client(self.settings)

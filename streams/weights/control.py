@@ -155,7 +155,7 @@ async def send_control(
     await create_topics(settings)
     if action in ("rollback", "pin"):
         async with WeightsFollower(settings) as follower:
-            await follower.caught_up.wait()
+            await follower.until_caught_up()
             kept = [m.version for m in follower.history(model_id)]
         if version is None and len(kept) > (action == "rollback"):
             version = kept[-2] if action == "rollback" else kept[-1]

@@ -30,7 +30,8 @@ from aiokafka import TopicPartition
 
 from cortex_core.errors import CortexError, WeightsError
 from cortex_core.weights import WeightsManifest, WeightsSnapshot
-from streams.kafka.follower import StateFollower, reading
+from streams.kafka.follower import StateFollower
+from streams.kafka.reader import reading
 from streams.kafka.topics import Topics
 from streams.settings import Settings
 from streams.weights.records import MANIFEST, Assembler, IncompleteError, decode_key, encode_key
@@ -64,7 +65,7 @@ class WeightsFollower(StateFollower):
         async def swap(snapshot, model): ...
         follower = WeightsFollower(settings, swap)
         await follower.start()
-        await follower.caught_up.wait()
+        await follower.until_caught_up()
 
     Payloads are not kept here: `on_version` gets each, and `fetch` reads a kept one again.
     """
@@ -131,7 +132,7 @@ class WeightsFollower(StateFollower):
         wanted |= {encode_key(model_id, kept.slot, i) for i in range(kept.manifest.chunks)}
         async with (
             asyncio.timeout(30.0),
-            reading(self.settings, partition, kept.first_offset) as consumer,
+            reading(self.settings, start={partition: kept.first_offset}) as consumer,
         ):
             while await consumer.position(partition) <= kept.last_offset:
                 for record in (await consumer.getmany(partition, timeout_ms=200)).get(partition, []):

@@ -175,5 +175,5 @@ def test_too_few_sentences_are_refused(made: sentences.Sentences, tmp_path: Path
         tasks.make("strategy", made, Settings(steps=3000, kinds=4), 0)
     with pytest.raises(SystemExit, match="--kinds is 101"):
         tasks.make("strategy", made, Settings(kinds=101), 0)
-    with pytest.raises(SystemExit, match="--data wants CLINC150's folder"):
+    with pytest.raises(SystemExit, match="--data expects the folder of CLINC150"):
         sentences.load(tmp_path)

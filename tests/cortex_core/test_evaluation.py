@@ -133,11 +133,11 @@ def test_unusable_confidences_are_refused(
 ) -> None:
     with pytest.raises(DimensionError):
         measure([0.5], [1, 0])
-    with pytest.raises(InputError, match="nothing to judge"):
+    with pytest.raises(InputError, match="nothing to evaluate"):
         measure([], [])
     with pytest.raises(NonFiniteError):
         measure([float("nan"), 0.5], [1, 0])
-    with pytest.raises(InputError, match="wanted numbers in"):
+    with pytest.raises(InputError, match="expected numbers in"):
         measure([1.2, 0.5], [1, 0])
 
 
@@ -242,8 +242,8 @@ def test_clipping_bounds_the_weights() -> None:
 @pytest.mark.parametrize(
     ("actions", "rewards", "propensities", "error"),
     [
-        ([0], [1.0], [0.5], "two at least"),
-        ([0, 1], [1.0, 0.0], [0.5, 0.0], "propensities lie in"),
+        ([0], [1.0], [0.5], "at least two"),
+        ([0, 1], [1.0, 0.0], [0.5, 0.0], "propensities range from"),
         ([0, -1], [1.0, 0.0], [0.5, 0.5], "index of 0"),
         ([0.5, 1.0], [1.0, 0.0], [0.5, 0.5], "integers"),
         ([0, 1], [1.0], [0.5, 0.5], "rewards has shape"),

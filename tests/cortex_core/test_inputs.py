@@ -80,7 +80,7 @@ def test_registry() -> None:
     assert len(StrategyRegistry.from_set("developer")) > 1 < len(StrategyRegistry.from_set("support"))
     registry.add(StrategyProfile("own"))
     assert registry[7].name == "Own"
-    with pytest.raises(ConfigError, match="twice"):
+    with pytest.raises(ConfigError, match="duplicate"):
         registry.add(StrategyProfile("own"))
     with pytest.raises(InputError, match="quick_answer"):
         registry.id_to_index("missing")

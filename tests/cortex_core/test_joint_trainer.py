@@ -115,7 +115,7 @@ def test_a_bad_outcome_teaches_against_its_strategy(parts: PARTS) -> None:
 def test_unusable_samples_train_nothing(parts: PARTS) -> None:
     encoder, gate, selector, estimator, registry = parts
     trainer = JointTrainer(encoder, gate, selector, estimator, registry)
-    with pytest.raises(InputError, match="wants samples"):
+    with pytest.raises(InputError, match="expects samples"):
         trainer.train([])
     sample = samples(encoder)[0]
     sample.relevant_indices = {99}

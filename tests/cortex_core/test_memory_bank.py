@@ -205,7 +205,7 @@ def test_it_survives_closing_and_is_shared_between_processes_banks(tmp_path: Pat
         assert [r.memory.text for r in other.retrieve(axis(2))] == ["kept"]
         one.add("from the other side", axis(3), memory_id="new")
         assert other.retrieve(axis(3), k=1)[0].memory.id == "new"
-    with pytest.raises(ConfigError, match="holds embeddings of 8 dimensions, and dim is 384"):
+    with pytest.raises(ConfigError, match="contains embeddings of 8 dimensions, but dim is 384"):
         MemoryBank(path)
 
 
@@ -226,7 +226,7 @@ def test_a_failure_inside_consolidation_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_unusable_input_is_refused_with_what_was_wanted(bank: MemoryBank) -> None:
-    with pytest.raises(DimensionError, match=r"embedding has shape \(3,\), wanted \(8,\)"):
+    with pytest.raises(DimensionError, match=r"embedding has shape \(3,\), expected \(8,\)"):
         bank.add("x", [1, 2, 3])
     with pytest.raises(DimensionError, match="query"):
         bank.retrieve(np.ones(3))

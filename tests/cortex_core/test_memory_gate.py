@@ -24,7 +24,7 @@ def test_it_reaches_the_posterior_mode_block_by_block() -> None:
     phi, psi = unit_rows(rng, REPLIES), unit_rows(rng, REPLIES)
     strategy = rng.integers(3, size=REPLIES)
     bilinear = rng.normal(size=REPLIES).astype(np.float32)
-    content = rng.integers(2, size=REPLIES).astype(np.float32)
+    label = rng.integers(2, size=REPLIES).astype(np.float32)
     weight = rng.uniform(0.2, 1.0, REPLIES).astype(np.float32)
     dual = np.zeros(REPLIES, np.float32)
     for _ in range(150):
@@ -34,13 +34,13 @@ def test_it_reaches_the_posterior_mode_block_by_block() -> None:
             psi=psi[rows],
             strategy=strategy[rows],
             bilinear=bilinear[rows],
-            content=content[rows],
+            label=label[rows],
             weight=weight[rows],
             dual=dual[rows],
         )
     share = gate.strategy_weight.numpy()[strategy]
     logit = bilinear + gate.kernel_logit(phi, psi) + (share[:, :-1] * phi).sum(1) + share[:, -1]
-    residual = weight * (content - 1.0 / (1.0 + np.exp(-logit)))
+    residual = weight * (label - 1.0 / (1.0 + np.exp(-logit)))
     np.testing.assert_allclose(dual, residual, atol=2e-3)
     np.testing.assert_allclose(
         gate.kernel_weight.numpy(), PRIOR_VARIANCE * (phi * dual[:, None]).T @ psi, atol=1e-3
@@ -54,7 +54,7 @@ def test_memories_are_not_credited_with_what_the_strategy_did() -> None:
     def fitted(cause: str) -> MemoryGate:
         gate = MemoryGate(DIM, features=DIM, landmarks=DIM, strategies=2)
         strategy, memory = rng.integers(2, size=200), rng.integers(2, size=200)
-        content = (strategy if cause == "strategy" else memory).astype(np.float32)
+        label = (strategy if cause == "strategy" else memory).astype(np.float32)
         dual = np.zeros(200, np.float32)
         for _ in range(20):
             dual = gate.condition(
@@ -62,7 +62,7 @@ def test_memories_are_not_credited_with_what_the_strategy_did() -> None:
                 psi=features[memory],
                 strategy=strategy,
                 bilinear=np.zeros(200, np.float32),
-                content=content,
+                label=label,
                 weight=np.ones(200, np.float32),
                 dual=dual,
             )
@@ -78,7 +78,7 @@ def test_a_slate_adds_nothing_until_one_was_shown() -> None:
     gate = MemoryGate(DIM)
     scores, mask = torch.rand(4, 3), torch.ones(4, 3)
     assert torch.equal(gate.log_odds(scores, mask), torch.zeros(4))
-    gate.usual.copy_(torch.tensor([0.5, 1.0]))
+    gate.mean_score.copy_(torch.tensor([0.5, 1.0]))
     assert (gate.log_odds(scores, mask) > 0).tolist() == (scores.mean(1) > 0.5).tolist()
 
 

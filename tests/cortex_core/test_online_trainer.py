@@ -12,7 +12,7 @@ import torch
 from cortex_core.errors import ConfigError, DimensionError, InputError, WeightsError
 from cortex_core.joint_trainer import JointTrainer, TrainingSample
 from cortex_core.model import CortexModel
-from cortex_core.online.degradation import weights_of
+from cortex_core.online.degradation import copy_weights
 from cortex_core.online_trainer import OnlineTrainer
 from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry
 from tests.cortex_core.learner_helpers import DIM, SMALL, entry_of, fresh, near, unit
@@ -162,7 +162,7 @@ def test_the_specified_arguments_alone_teach() -> None:
 def test_unusable_experiences_cost_themselves_alone() -> None:
     _, trainer, buffer = fresh()
     good = entries(1)[0]
-    with pytest.raises(InputError, match="no strategy"):
+    with pytest.raises(InputError, match="unknown strategy"):
         trainer.observe(replace(good, strategy_id="unknown"))
     with pytest.raises(DimensionError, match="situation_emb"):
         trainer.observe(replace(good, situation_emb=np.ones(3, np.float32)))
@@ -176,13 +176,13 @@ def test_a_loss_that_is_not_finite_touches_nothing() -> None:
     model, trainer, buffer = fresh()
     feed(trainer, buffer, entries(5))
     trainer._parameters[0].register_hook(lambda gradient: gradient * float("inf"))
-    before = weights_of(trainer._modules)
+    before = copy_weights(trainer._modules)
     buffer.add(entries(6)[5])
     trainer.observe(entries(6)[5])
     update = trainer.flush()
     assert update is not None
     assert update.skipped
-    after = weights_of(trainer._modules)
+    after = copy_weights(trainer._modules)
     assert all(torch.equal(before[k], after[k]) for k in before if "landmarks" not in k)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
@@ -223,7 +223,7 @@ def test_a_checkpoint_resumes_exactly(tmp_path: Path) -> None:
     other_buffer.extend(items[:20])
     resumed.load_checkpoint(path)
     assert (resumed.total_updates, resumed.ema_loss) == (trainer.total_updates, trainer.ema_loss)
-    a, b = weights_of(trainer._modules), weights_of(resumed._modules)
+    a, b = copy_weights(trainer._modules), copy_weights(resumed._modules)
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert len(resumed.optimizer.state) == len(trainer.optimizer.state) > 0
     assert list(path.parent.iterdir()) == [path]

@@ -86,7 +86,7 @@ def test_a_torn_last_line_costs_that_line_only_and_says_so(
     with caplog.at_level(logging.WARNING, logger="cortex_core.replay_buffer"):
         again = ReplayBuffer(10, path=path)
     assert ids(again) == (["a", "b", "c"] if whole else ["a", "b"])
-    assert [r.getMessage() for r in caplog.records if "line 3 is cut short" in r.getMessage()] == [
+    assert [r.getMessage() for r in caplog.records if "line 3 is truncated" in r.getMessage()] == [
         r.getMessage() for r in caplog.records
     ]
     assert len(caplog.records) == (0 if whole else 1)
@@ -105,7 +105,7 @@ def test_a_damaged_line_in_the_middle_costs_that_line_only(
     lines[1:5] = [b"\x00\xff garbage", b"[1, 2]", json.dumps(bad_reward).encode(), b'{"reward": 0.5}']
     path.write_bytes(b"\n".join(lines) + b"\n")
     assert ids(ReplayBuffer(10, path=path)) == ["a", "f"]
-    assert [f"line {n} is unreadable" in caplog.text for n in range(1, 7)] == [
+    assert [f"line {n} is invalid" in caplog.text for n in range(1, 7)] == [
         False,
         True,
         True,
@@ -143,7 +143,7 @@ def test_compacting_that_fails_leaves_the_old_file_and_says_so(
 
     monkeypatch.setattr("cortex_core.replay_buffer.os.fsync", die)
     assert buffer.extend(entry(f"{i:04d}", float(i)) for i in range(100)) == 100
-    assert "is not compacted" in caplog.text
+    assert "cannot compact" in caplog.text
     monkeypatch.undo()
     assert ids(ReplayBuffer(40, path=path)) == [f"{i:04d}" for i in range(60, 100)]
 
@@ -180,14 +180,14 @@ def test_a_seed_repeats_the_samples() -> None:
 
 @pytest.mark.parametrize("capacity", [1.5, True, "replay.jsonl", None])
 def test_a_capacity_that_is_no_integer_is_refused(capacity: object) -> None:
-    with pytest.raises(ConfigError, match="wanted a positive integer"):
+    with pytest.raises(ConfigError, match="expected a positive integer"):
         ReplayBuffer(capacity)  # type: ignore[arg-type]  # the wrong type is the test
 
 
 def test_entries_that_nobody_could_learn_from_are_refused() -> None:
     with pytest.raises(NonFiniteError):
         entry("a", 1.0, situation_emb=[float("nan")])
-    with pytest.raises(InputError, match=r"reward is 1.5, wanted a number in \[-1, 1\]"):
+    with pytest.raises(InputError, match=r"reward is 1.5, expected a number in \[-1, 1\]"):
         entry("a", 1.0, reward=1.5)
     with pytest.raises(InputError, match="missing"):
         ReplayEntry.from_json({"reward": 1.0})

@@ -24,6 +24,7 @@ from streams.settings import Settings
 from streams.testing import async_wait_for
 from streams.trainer.partition import home_partition
 from streams.weights.records import MANIFEST, decode_key
+from tests.streams.kafka_helpers import read_all
 
 DIM = 384
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -111,30 +112,6 @@ async def send_raw(
         await producer.stop()
 
 
-async def read_topic(settings: Settings, topic: str) -> list[Any]:
-    """Every committed record of every partition of a topic, now."""
-    consumer = AIOKafkaConsumer(
-        **kafka_client_options(settings),
-        isolation_level="read_committed",
-        auto_offset_reset="earliest",
-        max_partition_fetch_bytes=8_000_000,
-    )
-    await consumer.start()
-    try:
-        count = len(await consumer._client._wait_on_metadata(topic))
-        partitions = [TopicPartition(topic, p) for p in range(count)]
-        ends = await consumer.end_offsets(partitions)
-        consumer.assign(partitions)
-        await consumer.seek_to_beginning()
-        records: list[Any] = []
-        while any([await consumer.position(p) < ends[p] for p in partitions]):
-            for batch in (await consumer.getmany(timeout_ms=200)).values():
-                records += batch
-        return records
-    finally:
-        await consumer.stop()
-
-
 class WeightsWatch:
     """Every version that is published while it watches, by model, in the order of the log."""
 
@@ -174,7 +151,7 @@ class WeightsWatch:
 
 async def dead_letters(settings: Settings) -> list[DeadLetter]:
     """Every dead letter."""
-    records = await read_topic(settings, Topics.of(settings).dead_letters)
+    records = await read_all(settings, Topics.of(settings).dead_letters)
     return [parse(DeadLetter, r.value) for r in records]
 
 

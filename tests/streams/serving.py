@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer
 
 from cortex_core.model import CortexModel
 from cortex_core.weights import WeightsSnapshot
@@ -25,47 +25,19 @@ from streams.settings import Settings
 from streams.weights.architecture import model_config
 from streams.weights.records import publish
 from streams.worker import Worker
-
-
-async def records(settings: Settings, topic: str) -> list[Any]:
-    """Every committed record of a topic, partition by partition."""
-    consumer = AIOKafkaConsumer(
-        **kafka_client_options(settings),
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-        isolation_level="read_committed",
-        max_partition_fetch_bytes=MAX_RECORD_BYTES,
-    )
-    await consumer.start()
-    try:
-        partitions = [TopicPartition(topic, p) for p in await consumer_partitions(consumer, topic)]
-        consumer.assign(partitions)
-        await consumer.seek_to_beginning(*partitions)
-        ends = await consumer.end_offsets(partitions)
-        found: list[Any] = []
-        for partition in partitions:
-            while await consumer.position(partition) < ends[partition]:
-                found += (await consumer.getmany(partition, timeout_ms=200)).get(partition, [])
-        return found
-    finally:
-        await consumer.stop()
-
-
-async def consumer_partitions(consumer: AIOKafkaConsumer, topic: str) -> list[int]:
-    await consumer._client._wait_on_metadata(topic)
-    return sorted(consumer.partitions_for_topic(topic) or ())
+from tests.streams.kafka_helpers import read_all
 
 
 async def interactions(settings: Settings) -> list[InteractionEvent]:
     """All interactions in Kafka, in order within a conversation."""
     return [
-        parse(InteractionEvent, r.value) for r in await records(settings, Topics.of(settings).interactions)
+        parse(InteractionEvent, r.value) for r in await read_all(settings, Topics.of(settings).interactions)
     ]
 
 
 async def replies(settings: Settings) -> list[ReplyEvent]:
     """All replies in Kafka, in order within a conversation."""
-    return [parse(ReplyEvent, r.value) for r in await records(settings, Topics.of(settings).replies)]
+    return [parse(ReplyEvent, r.value) for r in await read_all(settings, Topics.of(settings).replies)]
 
 
 def version(settings: Settings, number: int, model_id: str = "default") -> WeightsSnapshot:

@@ -95,7 +95,7 @@ async def test_errors_say_what_is_wrong(settings: Settings) -> None:
         with pytest.raises(RequestError, match=r"3 numbers, wanted 384") as short:
             await decide(memories=[{"id": "m", "embedding": [1.0, 2.0, 3.0]}])
         assert list(short.value.fields) == ["memories.0.embedding (id 'm')"]
-        with pytest.raises(InputError, match=r"idle_s.* holds NaN"):
+        with pytest.raises(InputError, match=r"idle_s.* contains NaN"):
             await decide(metadata={"idle_s": float("nan")})
         with pytest.raises(InputError, match="as JSON"):
             await decide(metadata={"user": object()})

@@ -19,7 +19,7 @@ def sample(index: int, reward: float = 0.5, **changes: Any) -> Sample:
     fields: dict[str, Any] = {
         "index": index,
         "reward": reward,
-        "content": True,
+        "satisfied": True,
         "precision": 0.0,
         "control_precision": 0.0,
         "confidence": 0.5,

@@ -1,4 +1,4 @@
-"""The demo's picture, summary, JSON and PNG."""
+"""The demo's frame, summary, JSON and PNG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from streams.demo import report
 from streams.demo.measures import Sample
-from streams.demo.view import Picture, View, chart, plain_line, render
+from streams.demo.view import Frame, View, chart, plain_line, render
 
 
 def summary(**changes: Any) -> dict[str, Any]:
@@ -122,8 +122,8 @@ def test_a_chart_fills_as_much_of_its_width_as_there_are_values_yet() -> None:
 
 
 def test_the_picture_shows_its_figures_in_a_terminal_and_in_a_log() -> None:
-    picture = Picture(
-        phase="talking",
+    frame = Frame(
+        phase="running",
         elapsed_s=45,
         seconds=90,
         interactions=700,
@@ -139,7 +139,7 @@ def test_the_picture_shows_its_figures_in_a_terminal_and_in_a_log() -> None:
         latency_ms=(420.0, 900.0),
     )
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
-    console.print(render(picture, 100))
+    console.print(render(frame, 100))
     for shown in (
         "0.67",
         "0.31",
@@ -151,24 +151,24 @@ def test_the_picture_shows_its_figures_in_a_terminal_and_in_a_log() -> None:
         "45 s",
     ):
         assert shown in text_of(console)
-    line = plain_line(picture)
+    line = plain_line(frame)
     for shown in ("reward 0.67 (control 0.31)", "v80/v81", "p99 900 ms", "events/s 45"):
         assert shown in line
-    assert "–" in plain_line(Picture())
+    assert "–" in plain_line(Frame())
 
 
 def test_without_a_terminal_a_line_comes_every_few_seconds_and_at_each_phase() -> None:
     console = plain_console()
     with View(console).showing() as view:
         for tick in range(41):
-            view.show(Picture(phase="talking", elapsed_s=tick * 0.25))
-        view.show(Picture(phase="draining", elapsed_s=10.1))
-        view.say("inference-1 [is] ready")
+            view.show(Frame(phase="running", elapsed_s=tick * 0.25))
+        view.show(Frame(phase="draining", elapsed_s=10.1))
+        view.log("inference-1 [is] ready")
     lines = text_of(console).splitlines()
     assert [line.split()[:3] for line in lines[:3]] == [
-        ["0", "s", "talking"],
-        ["5", "s", "talking"],
-        ["10", "s", "talking"],
+        ["0", "s", "running"],
+        ["5", "s", "running"],
+        ["10", "s", "running"],
     ]
     assert "draining" in lines[3]
     assert lines[4] == "inference-1 [is] ready"
@@ -177,5 +177,5 @@ def test_without_a_terminal_a_line_comes_every_few_seconds_and_at_each_phase() -
 def test_with_a_terminal_the_picture_is_live() -> None:
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     with View(console).showing() as view:
-        view.show(Picture(phase="talking", interactions=77))
+        view.show(Frame(phase="running", interactions=77))
     assert "cortex demo" in text_of(console)

@@ -122,28 +122,28 @@ def test_content_users_mostly_praise_and_noise_silence_and_second_thoughts_occur
     first: Counter[tuple[bool, str]] = Counter()
     later: Counter[tuple[bool, str]] = Counter()
     silent, count = 0, 4000
-    contents = []
+    outcomes = []
     for index in range(count):
         request = users.request(index)
         right = index % 2 == 0
         reaction = users.react(
             request, request.kind.strategy if right else "", request.kind.helpful if right else ()
         )
-        contents.append((reaction.reward, reaction.content))
+        outcomes.append((reaction.reward, reaction.satisfied))
         silent += not reaction.replies
         if reaction.replies:
-            first[reaction.content, reaction.replies[0].tone] += 1
+            first[reaction.satisfied, reaction.replies[0].tone] += 1
         for reply in reaction.replies[1:]:
-            later[reaction.content, reply.tone] += 1
+            later[reaction.satisfied, reply.tone] += 1
         assert all(reply.delay_s > 0 and reply.text.strip() for reply in reaction.replies)
     assert 0.05 < silent / count < 0.3
-    content = sum(n for (is_content, _), n in first.items() if is_content)
-    assert 0.75 < first[True, "praise"] / content < 0.95
-    discontent = sum(n for (is_content, _), n in first.items() if not is_content)
+    satisfied = sum(n for (is_satisfied, _), n in first.items() if is_satisfied)
+    assert 0.75 < first[True, "praise"] / satisfied < 0.95
+    discontent = sum(n for (is_satisfied, _), n in first.items() if not is_satisfied)
     assert 0.03 < first[False, "praise"] / discontent < 0.2  # they say the opposite, or thank too early
     assert min(first[False, t] for t in ("complaint", "correction", "confusion", "neutral")) > 50
     assert set(later) == {(True, "works_after_all"), (False, "broke_again")}
-    assert np.mean([r for r, _ in contents]) == pytest.approx(np.mean([c for _, c in contents]), abs=0.03)
+    assert np.mean([r for r, _ in outcomes]) == pytest.approx(np.mean([c for _, c in outcomes]), abs=0.03)
 
 
 def test_two_policies_meet_the_same_luck() -> None:
@@ -153,6 +153,6 @@ def test_two_policies_meet_the_same_luck() -> None:
         good = users.react(request, request.kind.strategy, request.kind.helpful)
         bad = users.react(request, "", ())
         assert bool(good.replies) == bool(bad.replies)
-        assert good.content or not bad.content  # who is content with less is content with more
-        better += good.content and not bad.content
+        assert good.satisfied or not bad.satisfied  # who is satisfied with less is satisfied with more
+        better += good.satisfied and not bad.satisfied
     assert better > 400

@@ -16,7 +16,7 @@ from streams.kafka.publisher import MAX_VALUE, Publisher
 from streams.kafka.topics import Topics
 from streams.settings import Settings
 from streams.testing import async_wait_for
-from tests.streams.serving import records
+from tests.streams.kafka_helpers import read_all
 
 pytestmark = pytest.mark.integration
 
@@ -33,7 +33,7 @@ async def publisher(settings: Settings) -> AsyncIterator[tuple[Publisher, list[s
 
 
 async def values(settings: Settings) -> list[bytes]:
-    return [r.value for r in await records(settings, Topics.of(settings).replies)]
+    return [r.value for r in await read_all(settings, Topics.of(settings).replies)]
 
 
 async def limit(settings: Settings, size: int) -> None:

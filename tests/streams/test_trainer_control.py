@@ -238,5 +238,5 @@ async def test_weights_that_are_not_finite_never_leave(
         await watch.learned(2)
     await watch.check()
     async with WeightsFollower(settings) as follower:
-        await follower.caught_up.wait()
+        await follower.until_caught_up()
         assert follower.refused.total() == 0

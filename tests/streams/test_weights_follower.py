@@ -68,7 +68,7 @@ async def test_a_follower_starts_with_the_newest_and_then_gets_each(settings: Se
     async with producing(settings) as producer:
         await put(producer, settings, *(snapshot(v, "a") for v in (1, 2, 3)), snapshot(1, "b"))
         async with WeightsFollower(settings, swaps, keep_resume=True) as follower:
-            await follower.caught_up.wait()
+            await follower.until_caught_up()
             await async_wait_for(lambda: len(swaps.seen) == 2, what="the newest of both models")
             assert sorted(swaps.seen) == [("a", 3), ("b", 1)]
             await put(producer, settings, snapshot(4, "a"), snapshot(5, "a"))
@@ -87,7 +87,7 @@ async def test_an_aborted_or_open_transaction_is_never_seen(settings: Settings) 
         producing(settings, "u") as other,
         WeightsFollower(settings, swaps) as follower,
     ):
-        await follower.caught_up.wait()
+        await follower.until_caught_up()
         await one.begin_transaction()
         await publish(one, settings, snapshot(1, "aborted"))
         await one.abort_transaction()
@@ -178,7 +178,7 @@ async def test_older_and_equal_versions_are_ignored(settings: Settings) -> None:
     await create_topics(settings)
     swaps = Swaps()
     async with producing(settings) as producer, WeightsFollower(settings, swaps) as follower:
-        await follower.caught_up.wait()
+        await follower.until_caught_up()
         await put(producer, settings, snapshot(3), snapshot(2), snapshot(3, fill=0.25), snapshot(4))
         await follower.catch_up()
         assert swaps.seen == [("m", 3), ("m", 4)]
@@ -214,7 +214,7 @@ async def test_after_compaction_the_last_versions_are_still_there(settings: Sett
     async with producing(settings) as producer:
         await send_raw(producer, settings, [*holes, *log.values()])
         async with WeightsFollower(settings) as follower:
-            await follower.caught_up.wait()
+            await follower.until_caught_up()
             assert [m.version for m in follower.history("m")] == [20, 21, 22, 23]
             assert follower.refused == {"incomplete": 1}
 
@@ -275,7 +275,7 @@ async def test_a_callback_that_fails_stops_nothing(settings: Settings) -> None:
         raise ValueError("no room")
 
     async with producing(settings) as producer, WeightsFollower(settings, swap) as follower:
-        await follower.caught_up.wait()
+        await follower.until_caught_up()
         await put(producer, settings, snapshot(1), snapshot(2))
         await follower.catch_up()
         assert seen == [1, 2]

@@ -1,0 +1,172 @@
+"""Reads all that an audit judges: topics, replay, weights. Belongs to no group, and changes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import redis.asyncio
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from pydantic import ValidationError
+
+from cortex_core.errors import CortexError, InputError, UnavailableError
+from cortex_core.weights import WeightsManifest
+from streams.audit.evidence import Evidence, Experience, Interaction, Published, Reply, Version
+from streams.connections import async_redis_client, kafka_client_options
+from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, ReplyEvent, parse
+from streams.kafka.clients import started
+from streams.kafka.groups import committed_offsets
+from streams.kafka.reader import reading, records_to_end
+from streams.kafka.topics import Topics
+from streams.replay_store import CHUNK, ReplayKeys, decode
+from streams.weights.records import MANIFEST, decode_key
+
+if TYPE_CHECKING:
+    from streams.settings import Settings
+
+GRACE_S = 60.0
+
+Place = tuple[str, int, int]
+"""Topic, partition, offset."""
+
+
+async def collect(settings: Settings) -> Evidence:
+    """Reads everything; on a running system, as it stands from one moment to the next.
+
+    Args:
+        settings: resolved, with the window and the capacity that the workers have.
+
+    Raises:
+        UnavailableError: a topic does not exist, or Kafka stopped sending.
+        KafkaError, redis.RedisError, OSError: a server does not answer.
+    """
+    topics = Topics.of(settings)
+    evidence = Evidence(
+        settings.join_window_s,
+        settings.replay_capacity,
+        started=time.time(),
+        grace_s=min(GRACE_S, settings.join_window_s / 4),
+    )
+    # Inputs come last: whatever stands in an output then has its events among them.
+    committed = await _committed(settings)
+    letters: set[Place] = set()
+    async for record in _records(settings, topics.dead_letters):
+        try:
+            letter = parse(DeadLetter, record.value)
+        except InputError:
+            continue
+        letters.add((letter.topic, letter.partition, letter.offset))
+    async with async_redis_client(settings) as client:
+        await _replay(settings, client, evidence)
+    async for record in _records(settings, topics.experiences):
+        _published(record, letters, evidence)
+    async for record in _records(settings, topics.weights):
+        if version := _version(record):
+            evidence.versions.append(version)
+    async with reading(settings, [topics.interactions, topics.replies]) as consumer:
+        starts = await consumer.beginning_offsets(sorted(consumer.assignment()))
+        let_go = {tp for tp, offset in starts.items() if offset > 0}
+        async for record in records_to_end(consumer, settings):
+            tp = TopicPartition(record.topic, record.partition)
+            if tp in let_go:
+                evidence.horizon = max(evidence.horizon, record.timestamp / 1000)
+                let_go.remove(tp)
+            _event(record, record.offset < committed.get(tp, 0), letters, evidence, topics)
+        if let_go:  # nothing is left of them
+            evidence.horizon = evidence.started
+    return evidence
+
+
+async def _committed(settings: Settings) -> dict[TopicPartition, int]:
+    """Offsets up to which the joiners say that all is done."""
+    async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
+        missing = {spec.name for spec in Topics.of(settings).specs()} - set(await admin.list_topics())
+        if missing:
+            raise UnavailableError(
+                f"{', '.join(sorted(missing))} do not exist at {settings.kafka_address}: is "
+                "CORTEX_TOPIC_PREFIX that of the workers?"
+            )
+        return await committed_offsets(admin, settings.joiner_group)
+
+
+async def _records(settings: Settings, topic: str) -> AsyncIterator[Any]:
+    async with reading(settings, [topic]) as consumer:
+        async for record in records_to_end(consumer, settings):
+            yield record
+
+
+def _event(record: Any, is_done: bool, letters: set[Place], evidence: Evidence, topics: Topics) -> None:
+    evidence.uncommitted += not is_done
+    place = (record.topic, record.partition, record.offset)
+    if place in letters:
+        evidence.refused += 1
+        return
+    arrived = record.timestamp / 1000
+    try:
+        if record.topic == topics.replies:
+            evidence.replies.append(Reply.of(parse(ReplyEvent, record.value), arrived, is_done))
+        else:
+            event = parse(InteractionEvent, record.value)
+            evidence.interactions.append(Interaction.of(event, arrived, is_done))
+    except InputError:
+        if is_done:
+            evidence.unreadable.append(f"{record.topic}-{record.partition} @{record.offset}")
+
+
+def _published(record: Any, letters: set[Place], evidence: Evidence) -> None:
+    place = (record.topic, record.partition, record.offset)
+    try:
+        experience = Experience.of(parse(ExperienceEvent, record.value))
+    except InputError:
+        if place not in letters:
+            evidence.damaged.append(f"{record.topic}-{record.partition} @{record.offset}")
+        return
+    if known := evidence.published.get(experience.key):
+        known.add(experience)
+    else:
+        evidence.published[experience.key] = Published.of(experience)
+
+
+def _version(record: Any) -> Version | None:
+    """The version whose manifest this is; None for chunks, tombstones and what followers refuse."""
+    try:
+        if record.value is None or decode_key(record.key)[2] != MANIFEST:
+            return None
+        return Version.of(WeightsManifest.model_validate_json(record.value))
+    except (CortexError, ValidationError, RecursionError):
+        return None
+
+
+async def _replay(settings: Settings, client: redis.asyncio.Redis, evidence: Evidence) -> None:
+    models: Any = await client.smembers(ReplayKeys(settings.topic_prefix, "").models)
+    for model_id in sorted(name.decode() for name in models):
+        keys = ReplayKeys(settings.topic_prefix, model_id)
+        both = client.pipeline(transaction=True)
+        both.zrange(keys.order, 0, -1, withscores=True)
+        both.hlen(keys.entries)
+        order, count = await both.execute()
+        if count != len(order):
+            evidence.damaged.append(f"{keys.entries} ({count} entries, {len(order)} in {keys.order})")
+        for start in range(0, len(order), CHUNK):
+            chunk = order[start : start + CHUNK]
+            values: Any = await client.hmget(keys.entries, [entry_id for entry_id, _ in chunk])
+            for (entry_id, score), value in zip(chunk, values, strict=True):
+                _entry(keys, entry_id.decode(), score, value, evidence)
+
+
+def _entry(keys: ReplayKeys, entry_id: str, score: float, value: bytes | None, evidence: Evidence) -> None:
+    if value is None:
+        return  # let go between the two reads
+    body = decode(value)[1]
+    if b'"interaction":{' not in body:
+        return  # a tool's entry, of no interaction
+    try:
+        experience = Experience.of(parse(ExperienceEvent, body))
+    except InputError:
+        evidence.damaged.append(f"{entry_id} in {keys.entries}")
+        return
+    if experience.key != (keys.model_id, entry_id) or experience.at != score:
+        evidence.damaged.append(f"{entry_id} in {keys.entries}")
+    evidence.stored[keys.model_id, entry_id] = experience

@@ -1,0 +1,27 @@
+"""What the broker knows of a consumer group, asked from outside it."""
+
+from __future__ import annotations
+
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+from streams.connections import backoff
+
+
+async def committed_offsets(admin: AIOKafkaAdminClient, group: str) -> dict[TopicPartition, int]:
+    """The next offset that a group will read of each partition; partitions without one are left out.
+
+    Raises:
+        KafkaError, OSError: the broker does not answer.
+    """
+    async for attempt in backoff():
+        try:
+            await admin.find_coordinator(group)
+            break
+        except KafkaError as error:
+            # A new broker first makes the topic that coordinates groups.
+            if not error.retriable or attempt == 20:
+                raise
+    offsets = await admin.list_consumer_group_offsets(group)
+    return {partition: at.offset for partition, at in offsets.items() if at.offset >= 0}

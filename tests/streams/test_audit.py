@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streams.audit.compare import MOST_REPLIES, audit
+from streams.audit.evidence import Evidence, Experience, Interaction, Published, Reply, Version
+from streams.audit.join import LATE_S, join
+from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
+from streams.joiner import conversation
+from streams.joiner.join import MAX_KEPT
+from streams.testing import interaction, reply
+from tests.streams.test_join import START, WINDOW, World, event_sets, make_join
+
+Event = InteractionEvent | ReplyEvent
+CAPACITY = 10_000
+JOIN = make_join()
+
+
+class Watched:
+    """A joiner's world, and the records of what it was sent."""
+
+    def __init__(self) -> None:
+        self.world = World(JOIN)
+        self.evidence = Evidence(WINDOW, CAPACITY, started=START, grace_s=60.0)
+
+    def see(self, *events: Event) -> Watched:
+        for event in events:
+            self.world.see(event)
+            if isinstance(event, InteractionEvent):
+                self.evidence.interactions.append(Interaction.of(event, self.world.now))
+            else:
+                self.evidence.replies.append(Reply.of(event, self.world.now))
+        return self
+
+    def timer(self, now_s: float) -> Watched:
+        self.world.timer(now_s)
+        return self
+
+    def collect(self, after_s: float = 3 * LATE_S) -> Evidence:
+        """What stands in the topics and in replay `after_s` later, all timers done."""
+        self.world.timer(self.world.now - START + after_s)
+        evidence = self.evidence
+        evidence.started = self.world.now + 61
+        for event in self.world.published:
+            experience = Experience.of(event)
+            if known := evidence.published.get(experience.key):
+                known.add(experience)
+            else:
+                evidence.published[experience.key] = Published.of(experience)
+        for _, value in self.world.replay.values():
+            stored = Experience.of(parse(ExperienceEvent, value))
+            evidence.stored[stored.key] = stored
+        return evidence
+
+
+def talk() -> list[Event]:
+    """Two interactions with three rated replies and one in words."""
+    events: list[Event] = [interaction("i1", at_s=0), interaction("i2", at_s=100)]
+    for n, (names, at_s) in enumerate([("i1", 10), (None, 50), (None, 120)]):
+        events.append(reply(f"r{n}", names, at_s=at_s, kind="rating", rating=(-1) ** n * 0.5, text=""))
+    return [*events, reply("words", "i2", at_s=130)]
+
+
+def test_its_bounds_are_the_joiner_s() -> None:
+    assert (LATE_S, MOST_REPLIES) == (conversation.LATE_S, MAX_KEPT)
+
+
+def test_a_clean_report_counts_everything() -> None:
+    watched = Watched().see(*talk(), *talk()[:3], interaction("silent", at_s=200), reply("never", "i9"))
+    report = audit(watched.collect())
+    assert report.clean
+    assert {k: v for k, v in report.counts.items() if v} == {
+        "acknowledged": 8,
+        "repeated": 3,
+        "joined": 4,
+        "orphaned": 1,
+        "experiences": 3,
+        "amended": 2,
+        "expired": 1,
+        "republished": 2,
+    }
+    assert report.models == {"default": {"entries": 3}}
+
+
+def test_what_is_under_way_is_pending_and_no_fault() -> None:
+    watched = Watched().see(*talk(), interaction("later", at_s=1000), reply("waits", "i9", at_s=1000))
+    report = audit(watched.collect(after_s=0))
+    assert report.clean
+    assert (report.counts["open"], report.counts["waiting"], report.pending) == (1, 1, 2)
+
+
+def test_an_interaction_that_nobody_closes_is_lost() -> None:
+    watched = Watched().see(interaction("i1"))
+    evidence = watched.collect(after_s=WINDOW - 2)
+    assert audit(evidence).clean
+    evidence.started += WINDOW
+    assert {f.kind for f in audit(evidence).findings} == {"lost"}
+
+
+# --- every order, every passing of time
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_it_agrees_with_the_joiner_where_everything_arrives_in_time(data: st.DataObject) -> None:
+    events = data.draw(st.permutations(data.draw(event_sets())))
+    evidence = Watched().see(*events).collect()
+    assert audit(evidence).findings == []
+    joined = join(evidence)
+    assert all(a.certain for a in joined.replies if a.candidates)
+    mine: dict[str, list[Reply]] = {i.id: [] for i in joined.interactions}
+    for assigned in joined.replies:
+        if assigned.candidates:
+            mine[assigned.candidates[0].id].append(assigned.reply)
+    expected = {i: tuple(r.id for r in sorted(rs, key=lambda r: r.order)) for i, rs in mine.items()}
+    assert {k[1]: e.reply_ids for k, e in evidence.stored.items()} == expected
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_it_raises_no_false_alarm_however_late_events_come(data: st.DataObject) -> None:
+    events = data.draw(event_sets())
+    waits = [0.0, 1.0, WINDOW / 3, WINDOW, WINDOW + 61]
+    if data.draw(st.booleans()):
+        waits.append(LATE_S)
+    else:  # what is repeated after more than a day is no longer recognised
+        events += data.draw(st.lists(st.sampled_from(events), max_size=4))
+    watched, now = Watched(), 0.0
+    for event in data.draw(st.permutations(events)):
+        now += data.draw(st.sampled_from(waits))
+        watched.timer(now).see(event)
+    assert audit(watched.collect()).findings == []
+
+
+# --- planted faults
+
+Plant = Callable[[Evidence, str], None]
+
+
+def change(evidence: Evidence, interaction_id: str, **changes: Any) -> None:
+    """Says something else of an interaction, in replay and in the topic alike."""
+    key = ("default", interaction_id)
+    evidence.stored[key] = replace(evidence.stored[key], **changes)
+    evidence.published[key] = Published.of(evidence.stored[key])
+
+
+def lose_from_replay(evidence: Evidence, it: str) -> None:
+    del evidence.stored["default", it]
+
+
+def lose_from_topic(evidence: Evidence, it: str) -> None:
+    del evidence.published["default", it]
+
+
+def lose_a_reply(evidence: Evidence, it: str) -> None:
+    was = evidence.stored["default", it]
+    change(evidence, it, reply_ids=was.reply_ids[1:], rewards=was.rewards[1:])
+
+
+def double_a_reply(evidence: Evidence, it: str) -> None:
+    was = evidence.stored["default", it]
+    change(evidence, it, reply_ids=was.reply_ids[:1] + was.reply_ids, rewards=was.rewards[:1] + was.rewards)
+
+
+def take_another_s_reply(evidence: Evidence, it: str) -> None:
+    other = next(e for k, e in evidence.stored.items() if k[1] != it)
+    was = evidence.stored["default", it]
+    change(
+        evidence, it, reply_ids=was.reply_ids + other.reply_ids[:1], rewards=was.rewards + other.rewards[:1]
+    )
+
+
+def turn_the_order(evidence: Evidence, it: str) -> None:
+    was = evidence.stored["default", it]
+    change(evidence, it, reply_ids=was.reply_ids[::-1], rewards=was.rewards[::-1])
+
+
+def forge_the_reward(evidence: Evidence, it: str) -> None:
+    change(evidence, it, reward=0.123)
+
+
+def misread_a_rating(evidence: Evidence, it: str) -> None:
+    was = evidence.stored["default", it]
+    change(evidence, it, rewards=(0.123, *was.rewards[1:]))
+
+
+def forge_the_features(evidence: Evidence, it: str) -> None:
+    change(evidence, it, digest=b"other")
+
+
+def forge_the_outcome(evidence: Evidence, it: str) -> None:
+    change(evidence, it, outcome="no_reply")
+
+
+def disagree(evidence: Evidence, it: str) -> None:
+    was = evidence.stored["default", it]
+    evidence.stored["default", it] = replace(was, reward=0.123, aggregation="mean")
+
+
+def invent(evidence: Evidence, it: str) -> None:
+    was = evidence.stored["default", it]
+    evidence.stored["default", "invented"] = replace(was, interaction_id="invented")
+
+
+def forget_a_dead_letter(evidence: Evidence, it: str) -> None:
+    del it
+    evidence.unreadable.append("cortex.replies-0 @7")
+
+
+PLANTS: dict[Plant, set[str]] = {
+    lose_from_replay: {"lost"},
+    lose_from_topic: {"lost"},
+    lose_a_reply: {"lost"},
+    double_a_reply: {"doubled"},
+    take_another_s_reply: {"wrong"},
+    turn_the_order: {"wrong"},
+    forge_the_reward: {"wrong"},
+    misread_a_rating: {"wrong"},
+    forge_the_features: {"wrong"},
+    forge_the_outcome: {"wrong"},
+    disagree: {"wrong"},
+    invent: {"wrong"},
+    forget_a_dead_letter: {"lost"},
+}
+
+
+@pytest.mark.parametrize(("plant", "kinds"), PLANTS.items(), ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize("turns", [2, 7])
+def test_it_finds_every_planted_fault(plant: Plant, kinds: set[str], turns: int) -> None:
+    assert audit(evidence_of(turns)).clean
+    for n in range(turns):
+        evidence = evidence_of(turns)
+        plant(evidence, f"i{n}")
+        report = audit(evidence)
+        assert kinds <= {f.kind for f in report.findings}, report.findings
+        assert all(report.counts[kind] for kind in kinds)
+
+
+def evidence_of(turns: int) -> Evidence:
+    """Of turns with two rated replies each, one of which names nothing; a copy of its own."""
+    known = _evidence_of(turns)
+    return replace(known, stored=dict(known.stored), published=dict(known.published), unreadable=[])
+
+
+@functools.cache
+def _evidence_of(turns: int) -> Evidence:
+    events: list[Event] = []
+    for n in range(turns):
+        events.append(interaction(f"i{n}", at_s=10 * n))
+        for k, names in enumerate((f"i{n}", None)):
+            rating = 0.5 if (n + k) % 2 else -1.0
+            said_s = 10 * n + k + 1
+            events.append(reply(f"r{n}-{k}", names, at_s=said_s, kind="rating", rating=rating, text=""))
+    return Watched().see(*events).collect()
+
+
+def test_a_reply_that_stands_in_two_interactions_is_doubled() -> None:
+    evidence = Watched().see(*talk()).collect()
+    # It came too late to be sure of, so that either may hold it; both may not.
+    evidence.replies = [
+        r if r.id != "r2" else replace(r, arrived=r.arrived + 10 * LATE_S) for r in evidence.replies
+    ]
+    evidence.started += 20 * LATE_S
+    assert audit(evidence).clean
+    was, taken = evidence.stored["default", "i1"], evidence.stored["default", "i2"]
+    ids, rewards = (*was.reply_ids, "r2"), (*was.rewards, taken.rewards[0])
+    change(evidence, "i1", reply_ids=ids, rewards=rewards, reward=rewards[-1])
+    assert [(f.kind, f.subject) for f in audit(evidence).findings] == [("doubled", "r2")]
+
+
+def test_an_older_experience_repeated_by_a_worker_taken_for_dead_is_no_fault() -> None:
+    evidence = Watched().see(*talk()).collect()
+    known = evidence.published["default", "i1"]
+    known.add(replace(known.last, revision=1, reply_ids=("r0",), rewards=(0.5,), reward=0.5))
+    assert audit(evidence).clean
+
+
+def test_what_replay_has_let_go_is_judged_by_the_topic() -> None:
+    evidence = Watched().see(*talk()).collect()
+    evidence.capacity = 1
+    del evidence.stored["default", "i1"]
+    assert audit(evidence).clean
+    evidence.published["default", "i1"] = Published.of(
+        replace(evidence.published["default", "i1"].last, reply_ids=("r1",), rewards=(-0.5,))
+    )
+    assert [(f.kind, f.subject) for f in audit(evidence).findings] == [("lost", "r0")]
+    del evidence.published["default", "i1"]
+    assert [(f.kind, f.subject) for f in audit(evidence).findings] == [("lost", "i1")]
+
+
+def test_what_the_topics_have_let_go_or_was_not_asked_for_is_not_judged() -> None:
+    evidence = Watched().see(*talk()).collect()
+    evidence.stored.clear()
+    evidence.published.clear()
+    assert audit(evidence).counts["lost"] == 4
+    beyond = audit(evidence, since=START + 50)
+    assert (beyond.counts["lost"], beyond.counts["beyond"]) == (2, 1)
+    evidence.horizon = START + 1
+    assert (audit(evidence).clean, audit(evidence).counts["beyond"]) == (True, 2)
+
+
+# --- weights
+
+CHAIN = [Version("m", n, n - 1 or None, 10 * n, {"e-0": 10 * n}) for n in range(1, 8)]
+
+
+@pytest.mark.parametrize("kept", [CHAIN, CHAIN[3:], [*CHAIN[2:4], *CHAIN[5:]], []])
+def test_a_chain_with_holes_by_compaction_is_no_fork(kept: list[Version]) -> None:
+    report = audit(Evidence(WINDOW, CAPACITY, START, 60.0, versions=kept))
+    assert report.clean
+    assert report.models == ({"m": {"version": 7, "learned": 70}} if kept else {})
+
+
+@given(at=st.integers(0, 6), gap=st.integers(0, 3), data=st.data())
+def test_every_fork_is_found(at: int, gap: int, data: st.DataObject) -> None:
+    fork = data.draw(
+        st.sampled_from(
+            [
+                CHAIN[at],  # the same again
+                replace(CHAIN[at], learned=3),
+                replace(CHAIN[-1], version=8 + gap, parent=CHAIN[at].parent),
+                replace(
+                    CHAIN[-1],
+                    version=8 + gap,
+                    parent=7 + gap,
+                    consumed={"e-0": CHAIN[at].consumed["e-0"] - 1},
+                ),
+                replace(CHAIN[-1], version=8 + gap, parent=8 + gap),
+            ]
+        )
+    )
+    other = [replace(v, model_id="other") for v in CHAIN]
+    report = audit(Evidence(WINDOW, CAPACITY, START, 60.0, versions=[*CHAIN, *other, fork]))
+    assert [f.kind for f in report.findings] == ["fork"]
+    assert report.models["m"]["version"] >= 7

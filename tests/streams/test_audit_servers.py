@@ -1,0 +1,145 @@
+"""The auditor on real topics and a real replay: clean after a joiner, and not after somebody meddled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import redis
+from aiokafka import AIOKafkaProducer
+
+from streams.events import ExperienceEvent, parse, utc_now
+from streams.kafka.topics import Topics
+from streams.replay_store import ReplayKeys
+from streams.settings import Settings
+from streams.testing import interaction, reply, send, spawn_worker, wait_for
+from streams.weights.records import publish
+from tests.streams.kafka_helpers import read_all
+from tests.streams.test_joiner import conversation
+from tests.streams.weights_records import snapshot
+from tests.test_cli import Done, flags, here
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def settings(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """With a window of 2 s, for the workers and for the command alike."""
+    monkeypatch.setenv("CORTEX_JOIN_WINDOW_S", "2")
+    return settings.model_copy(update={"join_window_s": 2.0, "session_timeout_s": 1.0})
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(settings.redis_address) as it:
+        yield it
+
+
+def audit(settings: Settings, *more: str) -> Done:
+    return here("audit", *flags(settings), "--redis", settings.redis_address, *more)
+
+
+def report(settings: Settings) -> dict[str, Any]:
+    return json.loads(audit(settings, "--json").stdout)  # type: ignore[no-any-return]
+
+
+def findings(settings: Settings) -> set[tuple[str, str]]:
+    return {(f["kind"], f["subject"]) for f in report(settings)["findings"]}
+
+
+async def publish_versions(settings: Settings, *versions: int) -> None:
+    async with AIOKafkaProducer(
+        bootstrap_servers=settings.kafka_address, transactional_id=settings.topic_prefix
+    ) as producer:
+        for version in versions:
+            async with producer.transaction():
+                await publish(producer, settings, snapshot(version))
+
+
+def test_what_a_joiner_made_is_clean_until_somebody_meddles(settings: Settings, client: redis.Redis) -> None:
+    missing = audit(settings)
+    assert missing.returncode == 1
+    assert f"{settings.topic_prefix}.experiences" in missing.stderr
+
+    topics = Topics.of(settings)
+    events = [event for n in range(20) for event in conversation(n)]
+    random.Random(2).shuffle(events)
+    now = utc_now()
+    fresh = [
+        interaction("answered", "fresh", occurred_at=now),
+        reply(
+            "before",
+            "answered",
+            "fresh",
+            occurred_at=now + timedelta(seconds=1),
+            kind="rating",
+            rating=1.0,
+            text="",
+        ),
+        reply("nobody", "never", "fresh", occurred_at=now),
+        interaction("silent", "still", occurred_at=now),
+    ]
+    asyncio.run(send(settings, [*fresh[::-1], *events, *events[:5], (topics.replies, b"c", b"no json")]))
+    assert report(settings)["counts"]["uncommitted"] == len(events) + 5 + len(fresh) + 1
+
+    joiner = spawn_worker("joiner", settings).wait_ready()
+    wait_for(lambda: report(settings)["counts"]["expired"] >= 1, 30, "the windows to close", every_s=0.5)
+    wait_for(
+        lambda: (c := report(settings)["counts"])["uncommitted"] + c["open"] == 0, 30, "the rest", every_s=0.5
+    )
+    asyncio.run(publish_versions(settings, 1, 2, 3))
+    done = audit(settings)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.endswith("clean\n")
+    got = report(settings)
+    assert got["clean"]
+    assert got["findings"] == []
+    counts = got["counts"]
+    replies = sum(hasattr(event, "reply_id") for event in [*events, *fresh])
+    assert counts["acknowledged"] == len(events) + len(fresh)
+    assert (counts["repeated"], counts["refused"], counts["versions"]) == (5, 1, 3)
+    assert (counts["joined"], counts["orphaned"]) == (replies - 1, 1)
+    assert counts["experiences"] == len(events) + len(fresh) - replies
+    assert got["models"]["default"] == {"entries": counts["experiences"]}
+    assert joiner.stop() == 0
+
+    keys = ReplayKeys(settings.topic_prefix, "default")
+    whole: Any = client.hgetall(keys.entries)
+
+    def put_back() -> None:
+        client.hset(keys.entries, mapping=whole)
+        client.zadd(keys.order, {"silent": now.timestamp(), "answered": now.timestamp()})
+
+    client.hdel(keys.entries, "silent")
+    client.zrem(keys.order, "silent")
+    assert findings(settings) == {("lost", "silent")}
+    put_back()
+    client.zadd(keys.order, {"answered": 5.0})
+    assert findings(settings) == {("wrong", f"answered in {keys.entries}")}
+    put_back()
+    answered = parse(ExperienceEvent, whole[b"answered"].partition(b"\n")[2])
+    for changes, found in (
+        ({"reward": -1.0}, {("wrong", "answered")}),
+        ({"reply_ids": [], "readings": []}, {("wrong", "answered"), ("lost", "before")}),
+        (
+            {"interaction": answered.interaction.model_copy(update={"confidence": 0.1})},
+            {("wrong", "answered")},
+        ),
+    ):
+        client.hset(keys.entries, "answered", b"1\n" + answered.model_copy(update=changes).to_bytes())
+        assert findings(settings) == found
+    assert audit(settings).returncode == 1
+    put_back()
+    assert findings(settings) == set()
+
+    [last] = [r for r in asyncio.run(read_all(settings, topics.experiences)) if b'"silent"' in r.value]
+    forged = parse(ExperienceEvent, last.value).model_copy(update={"reward": 0.5})
+    asyncio.run(send(settings, [(topics.experiences, last.key, forged.to_bytes())]))
+    assert findings(settings) == {("wrong", "silent")}
+    asyncio.run(publish_versions(settings, 2))
+    assert ("fork", "version 2") in findings(settings)

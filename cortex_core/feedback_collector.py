@@ -1,9 +1,11 @@
 """From a user's reply to a reward: what the reply says about the answer before it.
 
-    collector = FeedbackCollector()
-    feedback = collector.extract("Thanks, that worked!")
-    feedback.reward, feedback.confidence      # 0.85, 0.97
-    [(s.type, s.evidence) for s in feedback.signals]
+    >>> collector = FeedbackCollector()
+    >>> feedback = collector.extract("Thanks, that worked!")
+    >>> round(feedback.reward, 2), round(feedback.confidence, 2)
+    (0.85, 0.98)
+    >>> [(signal.type.value, signal.evidence) for signal in feedback.signals]
+    [('positive', 'Thanks … that worked'), ('engagement', '[the conversation went on]')]
 
     readings = collector.read(texts, embeddings)      # many at once, each read by itself
     readings[0].feedback(turn_between(message, embeddings[0]))

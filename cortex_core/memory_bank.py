@@ -71,7 +71,7 @@ class MemoryBank:
         bank = MemoryBank("memories.db")
         bank.add("Deploys go through staging first", embedding)
         for recall in bank.retrieve(query_embedding, k=3):
-            ...
+            print(recall.score, recall.memory.text)
         bank.decay(); bank.consolidate(); bank.prune()
 
     Threads may share a bank: calls are serialised. Processes may share a file (SQLite write-ahead log); each

@@ -147,12 +147,13 @@ def _unpack(value: Any) -> Any:
 
 
 class ReplayStore(Protocol):
-    """Interface of a replay store. Entries are ordered by (`occurred_at`, `id`); recent means late in that
-    order.
+    """Interface of a replay store.
 
-    for entry in arriving:
-        store.add(entry)
-        batch = store.sample(16)
+        for entry in arriving:
+            store.add(entry)
+            batch = store.sample(16)
+
+    Entries are ordered by (`occurred_at`, `id`); recent means late in that order.
     """
 
     capacity: int

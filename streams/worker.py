@@ -2,10 +2,8 @@
 
     async def main(worker: Worker) -> None:
         async with worker.serving():            # /healthz, /readyz, /metrics answer from here on
-            ...connect...
-            worker.ready("kafka")
-            while not worker.stopping.is_set():
-                ...
+            worker.ready("kafka")               # once it is connected; likewise "redis"
+            await worker.stopping.wait()        # SIGTERM or SIGINT
 
     run_worker("trainer", settings, main)
 

@@ -1,7 +1,8 @@
 """Reading a reply by patterns: phrases, and the words around them that turn, soften or cancel what they say.
 
-    hits, cues = read("Thanks, but that isn't right")
-    # one hit: a complaint, "isn't right"; the thanks is politeness before "but"
+    >>> hits, cues = read("Thanks, but that isn't right")
+    >>> [(KINDS[hit.kind], hit.evidence) for hit in hits]  # the thanks before "but" is politeness
+    [('complaint or failure', "isn't right")]
 
 Standard library only. It reads words, not meaning: a complaint without any word of the lists is left to
 `semantic`.

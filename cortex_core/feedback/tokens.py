@@ -1,7 +1,9 @@
 """The words of a reply as the semantic head sees them, and the vocabulary that gives each a row of its table.
 
-    tokens("Didn't work!")         # ["did", "not", "work", "!"] and where each stands in the reply
-    Vocabulary(["did", "not"]).rows(["did", "nots"])   # [2, 3]: an unknown word by its stem
+    >>> tokens("Didn't work!")  # and where each stands in the reply
+    (['did', 'not', 'work', '!'], [(0, 6), (0, 6), (7, 11), (11, 12)])
+    >>> Vocabulary(["did", "not"]).rows(["did", "nots"])  # an unknown word by its stem
+    array([2, 3])
 
 Standard library alone.
 """

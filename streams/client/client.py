@@ -2,7 +2,7 @@
 
     async with CortexClient("http://127.0.0.1:8080") as cortex:
         decision = await cortex.decide(message, conversation_id=chat_id, history=history, memories=memories)
-        ...answer with decision.strategy, decision.memories, decision.action...
+        ...  # answer with decision.strategy, decision.memories and decision.action
         await cortex.reply(decision, next_message)
 
 Over HTTP to one inference service or several, or in-process (`CortexClient.local`). Every call is repeated

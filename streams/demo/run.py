@@ -1,7 +1,5 @@
 """`cortex demo`: the complete system on this machine, with simulated users, measured from outside.
 
-    summary = run_demo(settings, seconds=90, seed=0, json_path=Path("demo.json"))
-
 Starts the stack, runs simulated users against the inference service, waits until all replies have been
 learned, compares what is stored with what was acknowledged, and stops the stack. It uses the system only
 through HTTP, and reads its topics and replay.

@@ -167,8 +167,10 @@ def plain_line(frame: Frame) -> str:
 class View:
     """Shows frames on a console.
 
-    with View(console).showing() as view:
-        view.show(frame)
+        with View(console).showing() as view:
+            view.show(frame)
+
+    Without a console it writes to standard output.
     """
 
     def __init__(self, console: Console | None = None) -> None:

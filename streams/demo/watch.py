@@ -54,8 +54,10 @@ async def ids_logged(
 class ExperienceReader:
     """Reads all experiences of one model as they arrive.
 
-    async with ExperienceReader(settings, model_id) as reader:
-        reader.seen
+        async with ExperienceReader(settings, model_id) as reader:
+            print(len(reader.seen))
+
+    It begins at the end of the topic as it is on entering.
     """
 
     def __init__(self, settings: Settings, model_id: str) -> None:

@@ -1,6 +1,6 @@
 """Reads a one-partition topic from its beginning and goes on reading: how weights and control are followed.
 
-    follower = TopicFollower(settings, "cortex.control", handle)
+    follower = TopicFollower(settings, topic, handle)
     await follower.start()              # returns at once; reading goes on in a task
     await follower.catch_up()           # everything committed before this call has been handled
     ...

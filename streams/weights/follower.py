@@ -66,6 +66,8 @@ class WeightsFollower(StateFollower):
         follower = WeightsFollower(settings, swap)
         await follower.start()
         await follower.until_caught_up()
+        ...
+        await follower.stop()
 
     Payloads are not kept here: `on_version` gets each, and `fetch` reads a kept one again.
     """

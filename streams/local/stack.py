@@ -1,11 +1,11 @@
-"""Everything on this machine: servers where none are given, topics, workers; kept running, stopped in order.
+"""The supervisor of `cortex up`: starts servers (if none are configured), topics and workers on this machine.
 
     async with Stack(settings, joiners=1, trainers=1, inference=2, on_event=print) as stack:
         print(stack.kafka, stack.redis_url, stack.inference_urls)
 
-Inside the body all of it answers. What dies is started again, and said. On leaving, everything is stopped
+In the body everything is ready. A process that ends is restarted and reported. On exit everything is stopped
 within ten seconds: inference first, then joiners and trainers (they finish their batch and commit), then the
-servers. It learns nothing and reads no event.
+servers.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from streams.local.processes import Child
 from streams.settings import Settings
 
 WORKER_GRACE_S = 3.5
-"""For a worker to finish its batch and leave its group; twice this and the servers' make less than 10 s."""
+"""Time for a worker to finish its batch and leave its group; twice this plus SERVER_GRACE_S is below 10 s."""
 SERVER_GRACE_S = 2.5
 READY_TIMEOUT_S = 240.0
-"""A busy machine of two cores takes a minute to load the sentence encoder in each inference worker."""
-SAY_WAITING_S = 15.0
-STARTS_BEFORE_GIVING_UP = 3
-"""A worker that ends this often before the stack is up would end for ever."""
+"""A busy machine with two cores takes a minute to load the sentence encoder in each inference worker."""
+REPORT_WAITING_S = 15.0
+MAX_STARTS = 3
+"""A worker that has ended this often before the stack was ready is not restarted."""
 
 
 class Member(Protocol):
-    """A server or a worker, as the supervisor sees it."""
+    """A supervised server or worker."""
 
     name: str
 
@@ -63,8 +63,8 @@ class Member(Protocol):
     def rotate_log(self) -> None: ...
 
 
-class Worker:
-    """One worker process: `python -m streams.cli KIND` with its settings in the environment."""
+class ManagedWorker:
+    """A worker process: `python -m streams.cli KIND`, with its settings in the environment."""
 
     def __init__(self, kind: str, number: int, settings: Settings, port: int) -> None:
         self.kind = kind
@@ -107,17 +107,19 @@ class Worker:
 
 
 class Stack:
-    """The servers, the topics and the workers of one data folder.
+    """The servers, topics and workers of one data folder.
 
     Args:
-        settings: `kafka` and `redis_url` None: the embedded ones. `port`: of the first inference worker, the
-            others take the next ones; 0: free ones.
-        joiners: number of joiner processes; likewise `trainers` and `inference`.
-        on_event: told in one sentence what happens: what is up, what died, what was started again.
+        settings: if `kafka` or `redis_url` is None, the embedded server is used. `port` is that of the first
+            inference worker, the others use the following ports; 0 means free ports.
+        joiners: number of joiner processes.
+        trainers: number of trainer processes.
+        inference: number of inference workers.
+        on_event: called with one sentence for each event: a process is ready, has ended, or is restarted.
 
     Raises (on entering):
-        ConfigError: another stack runs on the data folder, or a setting is unusable.
-        UnavailableError: a server or a worker does not come up; the message holds the end of its log.
+        ConfigError: another stack uses the data folder, or a setting is invalid.
+        UnavailableError: a server or a worker does not start; the message contains the end of its log.
     """
 
     def __init__(
@@ -130,15 +132,15 @@ class Stack:
         on_event: Callable[[str], None] | None = None,
     ) -> None:
         self.settings = settings
-        """With both addresses filled in once the servers are up."""
-        self.workers: list[Worker] = []
+        """Includes the addresses of the embedded servers, once they have started."""
+        self.workers: list[ManagedWorker] = []
         self.servers: list[EmbeddedServer] = []
         self._counts = {"joiner": joiners, "trainer": trainers, "inference": inference}
-        self._say = on_event or (lambda _: None)
-        self._keepers: list[asyncio.Task[None]] = []
+        self._report = on_event or (lambda _: None)
+        self._supervisors: list[asyncio.Task[None]] = []
         self._lock = filelock.FileLock(settings.data / "lock")
 
-    # --- what it offers -------------------------------------------------------------------------------------
+    # --- addresses ------------------------------------------------------------------------------------------
 
     @property
     def kafka(self) -> str:
@@ -151,7 +153,7 @@ class Stack:
 
     @property
     def inference_urls(self) -> list[str]:
-        """http://host:port of each inference worker."""
+        """The URL http://host:port of each inference worker."""
         return [w.url for w in self.workers if w.kind == "inference"]
 
     # --- starting -------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ class Stack:
             await self._start_workers()
             self._write_stack_file()
             members: list[Member] = [*self.servers, *self.workers]
-            self._keepers = [asyncio.create_task(self._keep(m), name=m.name) for m in members]
+            self._supervisors = [asyncio.create_task(self._supervise(m), name=m.name) for m in members]
         except BaseException:
             await self.stop()
             raise
@@ -178,12 +180,12 @@ class Stack:
         except filelock.Timeout:
             owner = self.settings.running_stack().get("pid", "unknown")
             raise ConfigError(
-                f"{data} is in use by another stack (process {owner}): stop that one, or choose another "
-                "folder with --data"
+                f"{data} is in use by another stack (process {owner}): stop it, or choose another folder "
+                "with --data"
             ) from None
         except OSError as error:
             raise ConfigError(
-                f"{data} cannot be used as data folder ({error.strerror}): choose another with --data"
+                f"{data} cannot be used as data folder ({error.strerror}): choose another one with --data"
             ) from error
         write_atomically(self.settings.stack_file, json.dumps({"pid": os.getpid()}))
 
@@ -202,10 +204,10 @@ class Stack:
     async def _timed_start(self, server: EmbeddedServer) -> None:
         before = time.monotonic()
         await server.start()
-        self._say(f"{server.name} is up at {server.address} ({time.monotonic() - before:.1f} s)")
+        self._report(f"{server.name} is ready at {server.address} ({time.monotonic() - before:.1f} s)")
 
     def _adopt_addresses(self) -> None:
-        """Puts the embedded servers' addresses into the settings of all that use them."""
+        """Copies the addresses of the embedded servers to the settings of the stack and its workers."""
         update: dict[str, object] = {}
         for server in self.servers:
             if isinstance(server, EmbeddedRedis):
@@ -219,7 +221,7 @@ class Stack:
     async def _start_workers(self) -> None:
         for kind, count in self._counts.items():
             for number in range(1, count + 1):
-                self.workers.append(Worker(kind, number, self.settings, self._port(kind, number)))
+                self.workers.append(ManagedWorker(kind, number, self.settings, self._port(kind, number)))
         for worker in self.workers:
             await worker.start()
         async with httpx.AsyncClient(timeout=5) as http:
@@ -227,40 +229,41 @@ class Stack:
 
     def _port(self, kind: str, number: int) -> int:
         if kind == "inference" and self.settings.port:
-            wanted = self.settings.port + number - 1
-            if is_free(wanted):
-                return wanted
+            preferred = self.settings.port + number - 1
+            if is_free(preferred):
+                return preferred
             port = remembered_port(self.settings.data, f"{kind}-{number}")
-            self._say(f"port {wanted} is taken: {kind}-{number} listens on {port}")
+            self._report(f"port {preferred} is in use: {kind}-{number} listens on {port}")
             return port
         return remembered_port(self.settings.data, f"{kind}-{number}")
 
-    async def _until_ready(self, worker: Worker, http: httpx.AsyncClient) -> None:
+    async def _until_ready(self, worker: ManagedWorker, http: httpx.AsyncClient) -> None:
         before = time.monotonic()
-        starts, said = 1, before
-        missing = "it does not answer yet"
+        starts, reported = 1, before
+        missing = "no answer yet"
         while time.monotonic() - before < READY_TIMEOUT_S:
             if not worker.alive:
-                tail = f"the end of {worker.child.log_file}:\n{worker.child.log_tail()}"
-                if worker.child.returncode == 2:  # what every command exits with on unusable settings
-                    raise ConfigError(f"{worker.name} refuses its settings; {tail}")
-                if starts == STARTS_BEFORE_GIVING_UP:
+                tail = f"end of {worker.child.log_file}:\n{worker.child.log_tail()}"
+                if worker.child.returncode == 2:  # the exit code of every command for invalid settings
+                    raise ConfigError(f"{worker.name} rejects its settings; {tail}")
+                if starts == MAX_STARTS:
                     raise UnavailableError(f"{worker.name} {worker.ending}, {starts} times; {tail}")
-                self._say(f"{worker.name} {worker.ending} while starting; starting it again")
+                self._report(f"{worker.name} {worker.ending} while starting; restarting it")
                 await worker.start()
                 starts += 1
             with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
                 answer = await http.get(f"{worker.url}/readyz")
                 if answer.status_code == 200:
-                    self._say(f"{worker.name} is ready at {worker.url} ({time.monotonic() - before:.1f} s)")
+                    took = time.monotonic() - before
+                    self._report(f"{worker.name} is ready at {worker.url} ({took:.1f} s)")
                     return
                 missing = "; ".join(f"{k}: {v}" for k, v in answer.json()["missing"].items())
-            if time.monotonic() - said > SAY_WAITING_S:
-                said = time.monotonic()
-                self._say(f"waiting for {worker.name} ({missing})")
+            if time.monotonic() - reported > REPORT_WAITING_S:
+                reported = time.monotonic()
+                self._report(f"waiting for {worker.name} ({missing})")
             await asyncio.sleep(0.1)
         raise UnavailableError(
-            f"{worker.name} was not ready within {READY_TIMEOUT_S:.0f} s ({missing}); the end of "
+            f"{worker.name} was not ready within {READY_TIMEOUT_S:.0f} s ({missing}); end of "
             f"{worker.child.log_file}:\n{worker.child.log_tail()}"
         )
 
@@ -276,10 +279,10 @@ class Stack:
         file = self.settings.stack_file
         write_atomically(file, json.dumps(content, indent=1))
 
-    # --- keeping it running ---------------------------------------------------------------------------------
+    # --- supervising ----------------------------------------------------------------------------------------
 
-    async def _keep(self, member: Member) -> None:
-        """Starts the member again whenever it has died; waits longer each time it dies young."""
+    async def _supervise(self, member: Member) -> None:
+        """Restarts the member whenever it ends, with exponential backoff if it ends soon after its start."""
         delay, alive_since = 0.2, time.monotonic()
         while True:
             while member.alive:
@@ -287,21 +290,23 @@ class Stack:
                 member.rotate_log()
             if time.monotonic() - alive_since > 30:
                 delay = 0.2
-            self._say(f"{member.name} {member.ending}; starting it again")
+            self._report(f"{member.name} {member.ending}; restarting it")
             await asyncio.sleep(delay)
             delay = min(2 * delay, 10.0)
             before = (self.settings.kafka, self.settings.redis_url)
             try:
                 await member.start()
             except (UnavailableError, OSError) as error:
-                self._say(str(error))
+                self._report(str(error))
                 continue
             alive_since = time.monotonic()
             self._adopt_addresses()
             self._write_stack_file()
-            self._say(f"{member.name} runs again")
+            self._report(f"{member.name} has restarted")
             if before != (self.settings.kafka, self.settings.redis_url):
-                self._say(f"the port of {member.name} was taken meanwhile: starting all workers again")
+                self._report(
+                    f"{member.name} has a new port, because the old one is in use: restarting all workers"
+                )
                 await _all(worker.stop() for worker in self.workers)
 
     # --- stopping -------------------------------------------------------------------------------------------
@@ -315,11 +320,11 @@ class Stack:
         await self.stop()
 
     async def stop(self) -> None:
-        """Stops everything, whatever happens meanwhile; also safe after a failed start, and twice."""
-        self._say("stopping")
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        """Stops everything; can be called after a failed start, and repeatedly."""
+        self._report("stopping")
+        for task in self._supervisors:
+            task.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
         try:
             first = [w for w in self.workers if w.kind == "inference"]
             then = [w for w in self.workers if w.kind != "inference"]
@@ -331,16 +336,16 @@ class Stack:
             if self._lock.is_locked:
                 self.settings.stack_file.unlink(missing_ok=True)
                 self._lock.release()
-                self._say("stopped")
+                self._report("stopped")
 
     def kill(self) -> None:
-        """SIGKILL for everything that still runs."""
+        """Sends SIGKILL to every process that still runs."""
         for child in [*(w.child for w in self.workers), *(s.child for s in self.servers if s.child)]:
             child.kill()
 
 
 async def _all(steps: Iterable[Coroutine[Any, Any, object]]) -> None:
-    """Runs coroutines side by side; the first error cancels the others and is raised as it is."""
+    """Runs coroutines concurrently; the first error cancels the others and is raised."""
     tasks = [asyncio.create_task(step) for step in steps]
     try:
         await asyncio.gather(*tasks)
@@ -351,13 +356,13 @@ async def _all(steps: Iterable[Coroutine[Any, Any, object]]) -> None:
 
 
 def run_until_signal(stack: Stack, on_up: Callable[[], None]) -> None:
-    """Runs the stack until SIGINT or SIGTERM; a second one ends all at once.
+    """Runs the stack until SIGINT or SIGTERM; a second signal kills everything.
 
     Args:
-        on_up: called once everything answers.
+        on_up: called once everything is ready.
 
     Raises:
-        ConfigError, UnavailableError: as `Stack` does.
+        ConfigError, UnavailableError: see `Stack`.
     """
 
     async def body() -> None:

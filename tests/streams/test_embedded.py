@@ -55,7 +55,7 @@ async def test_kafka_keeps_its_records_and_its_address_through_kill_and_restart(
                 await producer.send_and_wait("letters", b"%d" % n)
 
         first.kill()
-        assert first.ending == "was ended by SIGKILL"
+        assert first.ending == "was killed by SIGKILL"
         await kafka.start()
         assert kafka.address == address
 
@@ -198,7 +198,7 @@ async def test_child_is_killed_when_it_ignores_sigterm(tmp_path: Path) -> None:
     started = psutil.Process(child.pid).children()
     assert os.getsid(child.pid) == child.pid  # Ctrl-C in our terminal does not reach it
     assert await child.stop(grace_s=0.2) is False
-    assert child.ending == "was ended by SIGKILL"
+    assert child.ending == "was killed by SIGKILL"
     wait_for(lambda: all(gone(p.pid) for p in started), 5, "the end of all that it started")
 
 
@@ -263,7 +263,7 @@ def test_no_network_at_the_first_start_is_one_clear_error(
         raise ConnectionError("network is unreachable")
 
     monkeypatch.setattr(kafka_jars, "_fetch", no_network)
-    with pytest.raises(UnavailableError, match=r"cannot be fetched.*network is unreachable.*--kafka"):
+    with pytest.raises(UnavailableError, match=r"cannot be downloaded.*network is unreachable.*--kafka"):
         kafka_jars.kafka_jars(tmp_path)
     assert len(tries) == 3
     assert not list(tmp_path.glob("fetch-*"))

@@ -93,7 +93,7 @@ def test_one_command_brings_up_everything_and_sigterm_ends_it_all(
     assert all(gone(pid) for pid in children)
     assert not it.file.exists()
     said = it.said()
-    assert "kafka is up" in said
+    assert "kafka is ready" in said
     assert "inference-1 is ready" in said
     assert said.rstrip().endswith("stopped")
     assert {f.stem for f in (tmp_path / "logs").glob("*.log")} == {
@@ -167,11 +167,11 @@ async def test_servers_that_are_killed_come_back_with_their_data(tmp_path: Path)
         for server in stack.servers:
             assert server.child is not None
             os.kill(server.child.pid, signal.SIGKILL)
-        both = {"kafka runs again", "redis runs again"}
+        both = {"kafka has restarted", "redis has restarted"}
         await async_wait_for(lambda: both <= set(said), 60, "both servers again")
 
         for server in stack.servers:
-            assert f"{server.name} was ended by SIGKILL; starting it again" in said
+            assert f"{server.name} was killed by SIGKILL; restarting it" in said
         assert (stack.kafka, stack.redis_url) == (kafka, redis_url)
         with Redis.from_url(redis_url) as client:
             assert client.get("kept") == b"1"
@@ -201,7 +201,7 @@ async def test_a_worker_that_is_killed_is_started_again_at_its_port(settings: Se
                 return False
 
         await async_wait_for(ready, 60, "the worker again", every_s=0.1)
-        assert "inference-1 was ended by SIGKILL; starting it again" in said
+        assert "inference-1 was killed by SIGKILL; restarting it" in said
         assert stack.inference_urls == [url]
         assert settings.running_stack()["workers"]["inference-1"]["pid"] == worker.child.pid
     assert not worker.alive
@@ -209,6 +209,6 @@ async def test_a_worker_that_is_killed_is_started_again_at_its_port(settings: Se
 
 async def test_a_worker_that_refuses_its_settings_is_an_error_at_once(settings: Settings) -> None:
     wrong = settings.model_copy(update={"text_dim": 7})
-    with pytest.raises(ConfigError, match=r"(?s)inference-1 refuses its settings.*CORTEX_TEXT_DIM is 7"):
+    with pytest.raises(ConfigError, match=r"(?s)inference-1 rejects its settings.*CORTEX_TEXT_DIM is 7"):
         await Stack(wrong, joiners=0, trainers=0, inference=1).__aenter__()
     assert settings.running_stack() == {}

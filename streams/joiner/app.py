@@ -177,7 +177,8 @@ class JoinerApp(faust.App):
             await self.crash(RuntimeError(self.worker.failed))
 
     async def on_stop(self) -> None:
-        self.worker.stop()
+        if self.runs_alone:
+            self.worker.stop()  # ends the process hard if all that follows takes too long
         await super().on_stop()
 
     def _create_directories(self) -> None:

@@ -1,0 +1,148 @@
+"""What joiners should have made of events, worked out by brute force, and what they made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import redis
+from aiokafka.errors import GroupCoordinatorNotAvailableError
+
+from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse, utc_now
+from streams.kafka.topics import Topics
+from streams.replay_store import RedisReplayBuffer
+from streams.settings import Settings
+from streams.testing import WorkerProcess, interaction, reply
+from tests.streams.kafka_helpers import lag
+
+Events = Sequence[InteractionEvent | ReplyEvent]
+Summary = dict[str, tuple[int, tuple[str, ...]]]
+"""Revision and reply ids, in order, of each answered interaction."""
+
+
+def conversation(n: int, turns: int = 3, *, named: bool = False) -> list[InteractionEvent | ReplyEvent]:
+    """Turns of one conversation that just took place: one reply, two, or silence; in words and by ratings.
+
+    Args:
+        named: every reply names its interaction; else half of them belong to the latest one before them, so
+            that where they go depends on what has arrived.
+    """
+    rng, start = random.Random(n), utc_now() - timedelta(seconds=60)
+    events: list[InteractionEvent | ReplyEvent] = []
+    for turn in range(turns):
+        at = start + timedelta(seconds=10 * turn)
+        events.append(interaction(f"i{n}-{turn}", f"c{n}", occurred_at=at))
+        for k in range(rng.choice([0, 1, 1, 2])):
+            names = f"i{n}-{turn}" if named else rng.choice([None, f"i{n}-{turn}"])
+            rating = {"kind": "rating", "rating": rng.choice([-1.0, 0.5]), "text": ""}
+            changes: dict[str, Any] = rng.choice(
+                [rating, {"text": rng.choice(["Perfect!", "No, I meant B"])}]
+            )
+            occurred_at = at + timedelta(seconds=1 + k)
+            events.append(reply(f"r{n}-{turn}-{k}", names, f"c{n}", occurred_at=occurred_at, **changes))
+    return events
+
+
+def expected(events: Events) -> Summary:
+    """Worked out from the rules by brute force."""
+    interactions = [e for e in events if isinstance(e, InteractionEvent)]
+    by_conversation: dict[str, list[InteractionEvent]] = {}
+    for i in interactions:
+        by_conversation.setdefault(i.conversation_id, []).append(i)
+    got: dict[str, set[tuple[Any, str]]] = {}
+    for r in (e for e in events if isinstance(e, ReplyEvent)):
+        before = [i for i in by_conversation.get(r.conversation_id, ()) if i.occurred_at < r.occurred_at]
+        if r.interaction_id is not None:
+            before = [i for i in before if i.interaction_id == r.interaction_id]
+        if before:  # else it waits
+            target = max(before, key=lambda i: i.occurred_at).interaction_id
+            got.setdefault(target, set()).add((r.occurred_at, r.reply_id))
+    return {i: (len(rs), tuple(reply_id for _, reply_id in sorted(rs))) for i, rs in got.items()}
+
+
+def movable(events: Events) -> set[str]:
+    """Interactions whose replies may have been another's for a while: of conversations with unnamed ones."""
+    unnamed = {e.conversation_id for e in events if isinstance(e, ReplyEvent) and e.interaction_id is None}
+    return {
+        e.interaction_id for e in events if isinstance(e, InteractionEvent) and e.conversation_id in unnamed
+    }
+
+
+def replay(settings: Settings, client: redis.Redis) -> dict[str, ExperienceEvent]:
+    store = RedisReplayBuffer.of(settings, "default", client)
+    return {
+        entry_id: parse(ExperienceEvent, value.partition(b"\n")[2])
+        for entry_id, value in store.raw_values(store.ids())
+        if value is not None
+    }
+
+
+def summary(experiences: Mapping[str, ExperienceEvent]) -> Summary:
+    return {i: (e.revision, tuple(e.reply_ids)) for i, e in experiences.items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How experiences differ from those of brute force."""
+
+    lost: int
+    """Replies that are not in the experience that they belong to."""
+    doubled: int
+    """Replies that are in an experience once too often."""
+
+    @classmethod
+    def of(cls, got: Summary, wanted: Summary) -> Difference:
+        have = Counter((i, r) for i, (_, replies) in got.items() for r in replies)
+        want = Counter((i, r) for i, (_, replies) in wanted.items() for r in replies)
+        return cls((want - have).total(), (have - want).total())
+
+
+def check_published(
+    records: Iterable[Any], wanted: Mapping[str, ExperienceEvent], may_move: Set[str] = frozenset()
+) -> None:
+    """What was published last about each interaction is what replay holds, to the byte.
+
+    Args:
+        may_move: interactions whose replies may have moved to or from another; for all others the same
+            (id, revision) is the same bytes wherever it stands.
+    """
+    values: dict[tuple[str, int], bytes] = {}
+    last: dict[str, bytes] = {}
+    for record in records:
+        event = parse(ExperienceEvent, record.value)
+        key = (event.interaction.interaction_id, event.revision)
+        assert key[0] in may_move or values.setdefault(key, record.value) == record.value
+        assert record.key == event.interaction.model_id.encode()
+        last[key[0]] = event.to_bytes()
+        if key[0] in may_move and not event.revision and key[0] not in wanted:
+            del last[key[0]]  # its one reply was another's: it is open again, and replay has it no more
+    assert last == {i: e.to_bytes() for i, e in wanted.items()}
+
+
+def partitions(joiner: WorkerProcess) -> set[tuple[str, str]]:
+    """The topics and partitions that a joiner owns, as it shows them in its lag."""
+    lag_shown = r'^cortex_joiner_lag{partition="(.*?)",topic="(.*?)"}'
+    found = re.findall(lag_shown, joiner.get("/metrics").text, re.M)
+    return {(topic, partition) for partition, topic in found}
+
+
+def quick(settings: Settings) -> Settings:
+    """A dead joiner's partitions go to another after a second."""
+    return settings.model_copy(update={"session_timeout_s": 1.0})
+
+
+async def all_committed(settings: Settings) -> bool:
+    """Whether the joiners have committed everything sent so far."""
+    topics = Topics.of(settings)
+    await asyncio.sleep(0.1)  # asking costs more than what is asked about
+    try:
+        lags = [await lag(settings, settings.joiner_group, t) for t in (topics.interactions, topics.replies)]
+    except GroupCoordinatorNotAvailableError:  # the first group on a new broker
+        return False
+    return lags == [0, 0]

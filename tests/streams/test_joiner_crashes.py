@@ -1,0 +1,129 @@
+"""What joiners make of events while they are killed, stopped, and while the group rebalances."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+
+import pytest
+import redis
+from aiokafka import AIOKafkaConsumer
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+
+from streams.joiner.app import create_app
+from streams.kafka.clients import started
+from streams.kafka.topics import Topics
+from streams.settings import Settings
+from streams.testing import async_wait_for, send, spawn_worker
+from streams.worker import Worker
+from tests.streams.joined import (
+    all_committed,
+    check_published,
+    conversation,
+    expected,
+    movable,
+    partitions,
+    quick,
+    replay,
+    summary,
+)
+from tests.streams.joiner_rounds import Rounds
+from tests.streams.kafka_helpers import read_all
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    return quick(settings)
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(settings.redis_address) as it:
+        yield it
+
+
+async def test_kill_9_in_the_middle_loses_nothing_and_doubles_nothing(
+    settings: Settings, client: redis.Redis
+) -> None:
+    events = [event for n in range(80) for event in conversation(n, named=n % 2 == 0)]
+    random.Random(1).shuffle(events)
+    joiner = spawn_worker("joiner", settings, join_batch=7).wait_ready()
+    for half in (events[::2], events[1::2]):
+        await send(settings, half)
+        seen = len(replay(settings, client))
+        await async_wait_for(
+            lambda seen=seen: len(replay(settings, client)) > seen + 5,  # type: ignore[misc]
+            30,
+            "progress",
+        )
+        joiner.kill()
+        joiner = spawn_worker("joiner", settings, join_batch=7)
+    await async_wait_for(lambda: all_committed(settings), 60, "all to be joined")
+    got = replay(settings, client)
+    assert summary(got) == expected(events)
+    check_published(await read_all(settings, Topics.of(settings).experiences), got, movable(events))
+    assert joiner.stop() == 0
+
+
+async def test_two_joiners_share_and_one_takes_over_when_the_other_is_killed(
+    settings: Settings, client: redis.Redis
+) -> None:
+    first, second = spawn_worker("joiner", settings), spawn_worker("joiner", settings)
+    first.wait_ready()
+    second.wait_ready()
+    await async_wait_for(
+        lambda: len(partitions(first)) == len(partitions(second)) == 2, 30, "the partitions to be shared"
+    )
+    topics = Topics.of(settings)
+    for mine in (partitions(first), partitions(second)):  # one partition, of both topics
+        assert mine in [{(topic, p) for topic in (topics.interactions, topics.replies)} for p in "01"]
+    assert not partitions(first) & partitions(second)
+    events = [event for n in range(60) for event in conversation(n, turns=2, named=n % 2 == 0)]
+    half = len(events) // 2
+    await send(settings, events[:half])
+    first.kill()
+    await send(settings, events[half:])
+    await async_wait_for(lambda: all_committed(settings), 60, "the other to take over")
+    assert second.alive
+    got = replay(settings, client)
+    assert summary(got) == expected(events)
+    check_published(await read_all(settings, topics.experiences), got, movable(events))
+
+
+async def test_rebalances_in_the_middle_lose_nothing(settings: Settings, client: redis.Redis) -> None:
+    topics = Topics.of(settings)
+    joiner = create_app(settings.model_copy(update={"join_batch": 5}), Worker("joiner", settings))
+    await joiner.start()
+    events = [event for n in range(60) for event in conversation(n, named=n % 2 == 0)]
+    for part in [events[n::5] for n in range(5)]:
+        # Another member takes half of the partitions for a moment, and commits nothing.
+        guest = AIOKafkaConsumer(
+            topics.interactions,
+            topics.replies,
+            bootstrap_servers=settings.kafka_address,
+            group_id=settings.joiner_group,
+            partition_assignment_strategy=[RangePartitionAssignor],
+            enable_auto_commit=False,
+            heartbeat_interval_ms=200,
+        )
+        sending = asyncio.create_task(send(settings, part))
+        async with started(guest):
+            await async_wait_for(guest.assignment, 20, "the guest's share")
+            await sending
+    await async_wait_for(lambda: all_committed(settings), 60, "all to be joined")
+    await joiner.stop()
+    got = replay(settings, client)
+    assert summary(got) == expected(events)
+    check_published(await read_all(settings, topics.experiences), got, movable(events))
+
+
+async def test_kill_9_sigstop_and_rebalances_under_load_lose_and_double_nothing(settings: Settings) -> None:
+    run = Rounds(settings, seed=1)
+    for number in range(len(run.faults)):
+        played = await run.play(number)
+        assert (played.lost, played.doubled) == (0, 0), played
+    assert not await run.unpublished()
+    assert [joiner.stop() for joiner in run.joiners] == [0, 0]

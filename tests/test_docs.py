@@ -10,14 +10,16 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+FOLDERS = ("", "docs/**/", "benchmarks/", ".github/**/")
+DOCUMENTS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
 
 
-def test_every_test_named_in_the_guarantees_exists() -> None:
-    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")))
+@pytest.mark.parametrize(("document", "least"), [("docs/guarantees.md", 10), ("SECURITY.md", 5)])
+def test_every_test_that_a_document_names_exists(document: str, least: int) -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / document).read_text(encoding="utf-8")))
     source = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/*.py"))
     defined = set(re.findall(r"def (test_\w+)\(", source))
-    assert len(named) > 10
+    assert len(named) > least
     assert named <= defined, f"claimed and not there: {sorted(named - defined)}"
 
 

@@ -226,9 +226,8 @@ class ReplyEvent(Event):
     rating: Rating | None = None
     """For rating and outcome: -1 (bad) to 1 (good)."""
     embedding: Embedding | None = None
-    """(D,) of `text`, where the service that took it had a text encoder."""
-    message: Embedding | None = None
-    """(D,) of the user's message before, where known; topic switches are read from the two."""
+    """(D,) of `text`, where the service that took it had a text encoder. With the interaction's `message` it
+    tells whether the reply switches the topic."""
 
     @model_validator(mode="after")
     def _kind_has_its_value(self) -> ReplyEvent:

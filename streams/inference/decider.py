@@ -53,8 +53,6 @@ class Decided:
     response: DecideResponse
     event: bytes
     """the InteractionEvent as it goes to Kafka"""
-    message: Float16Array
-    """(D,) of the user's message"""
 
 
 class Decider:
@@ -194,9 +192,7 @@ class Decider:
             confidence=decision.confidence,
             text=request.message if self.settings.store_text else None,
         )
-        return Decided(
-            self._response(request, interaction_id, served, decision), event.to_bytes(), event.message
-        )
+        return Decided(self._response(request, interaction_id, served, decision), event.to_bytes())
 
     def _passed_over(self, candidates: int, retrieved: list[int], rng: np.random.Generator) -> list[int]:
         left = sorted(set(range(candidates)) - set(retrieved))

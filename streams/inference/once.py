@@ -11,7 +11,6 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from streams.events import Float16Array
 from streams.inference.api import ConflictError
 from streams.kafka.publisher import Publisher
 
@@ -20,7 +19,7 @@ R = TypeVar("R", bound=BaseModel)
 IDS_REMEMBERED = 10_000
 """Interactions and replies, each, that a repetition is recognised among."""
 BYTES_REMEMBERED = 24_000_000
-"""Most that they take, interactions and replies each; 2 KB each as a rule."""
+"""Most that they take, interactions and replies each; 1 KB each as a rule."""
 OWN_BYTES = 1_000
 """What an id takes beside its answer and its event."""
 
@@ -33,8 +32,6 @@ class Record(Generic[R]):
     topic: str
     key: bytes
     value: bytes
-    message: Float16Array | None = None
-    """(D,) of the user's message; of interactions"""
 
 
 @dataclass(slots=True)
@@ -46,8 +43,6 @@ class Entry:
     made: asyncio.Future[Record[Any]] | None
     """None once it is acknowledged; the rest is then all that is kept"""
     delivery: asyncio.Task[None] | None = None
-    message: Float16Array | None = None
-    """(D,) of the user's message, once the interaction is made"""
     answer: bytes = b""
     """The response as JSON, once it is acknowledged"""
     counted: int = 0
@@ -118,9 +113,7 @@ class IdempotentPublisher(Generic[R]):
             if self._entries.get(id_) is entry:
                 del self._entries[id_]
             return
-        record = made.result()
-        entry.message = record.message
-        self._count(id_, entry, len(record.value))
+        self._count(id_, entry, len(made.result().value))
 
     def _acknowledged(self, id_: str, entry: Entry, record: Record[R]) -> None:
         if entry.made is None:  # another one waited, too
@@ -130,7 +123,7 @@ class IdempotentPublisher(Generic[R]):
         self._count(id_, entry, len(entry.answer))
 
     def _count(self, id_: str, entry: Entry, size: int) -> None:
-        size += OWN_BYTES + (0 if entry.message is None else entry.message.nbytes)
+        size += OWN_BYTES
         if self._entries.get(id_) is entry:
             self._bytes += size - entry.counted
             entry.counted = size

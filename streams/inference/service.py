@@ -19,7 +19,6 @@ from collections.abc import Callable
 
 import structlog
 from aiokafka.errors import KafkaError
-from cachetools import LRUCache
 
 from cortex_core.errors import UnavailableError, WeightsError
 from cortex_core.model import CortexModel
@@ -37,7 +36,7 @@ from streams.inference.api import (
 )
 from streams.inference.decider import Decider
 from streams.inference.models import Models
-from streams.inference.once import IDS_REMEMBERED, IdempotentPublisher, Record
+from streams.inference.once import IdempotentPublisher, Record
 from streams.kafka.publisher import Publisher
 from streams.kafka.topics import Topics
 from streams.settings import Settings
@@ -69,8 +68,6 @@ class Service:
         self._decider: Decider | None = None
         self._interactions = IdempotentPublisher(DecideResponse, "interaction_id", self._publisher)
         self._replies = IdempotentPublisher(ReplyResponse, "reply_id", self._publisher)
-        self._latest: LRUCache[str, str] = LRUCache(IDS_REMEMBERED)
-        """The latest interaction of each conversation."""
 
     async def start(self) -> None:
         """Returns when everything is there; waits for a Kafka that is away, with backoff.
@@ -115,13 +112,11 @@ class Service:
                     f"the model cannot be read ({type(error).__name__}: {error})"
                 ) from error
             key = request.conversation_id.encode()
-            return Record(decided.response, self._topics.interactions, key, decided.event, decided.message)
+            return Record(decided.response, self._topics.interactions, key, decided.event)
 
-        response = await self._interactions.answer(
+        return await self._interactions.answer(
             interaction_id, request.conversation_id, _fingerprint(request), make
         )
-        self._latest[request.conversation_id] = interaction_id
-        return response
 
     async def reply(self, request: ReplyRequest) -> ReplyResponse:
         """Takes a reply; it stands in Kafka when this returns.
@@ -134,9 +129,7 @@ class Service:
         if len(request.text) > self.settings.max_text_chars:
             what = f"{len(request.text)} characters, at most {self.settings.max_text_chars}"
             raise RequestError(f"text: {what}", {"text": what})
-        interaction = self._interactions.known(
-            request.interaction_id or self._latest.get(request.conversation_id, "")
-        )
+        interaction = self._interactions.known(request.interaction_id or "")
         if interaction is not None and interaction.conversation_id != request.conversation_id:
             raise RequestError(
                 f"interaction {request.interaction_id!r} is of conversation {interaction.conversation_id!r}, "
@@ -155,7 +148,6 @@ class Service:
                 text=request.text,
                 rating=request.rating,
                 embedding=await decider.embed(request.text) if request.text.strip() else None,
-                message=interaction.message if interaction else None,
             )
             return Record(
                 ReplyResponse(reply_id=reply_id, occurred_at=event.occurred_at),

@@ -105,7 +105,7 @@ def test_topics_are_created_once_and_shown(settings: Settings) -> None:
     assert here("topics", "create", *flags(settings)).stdout == "all topics exist\n"
     shown = json.loads(here("topics", "show", "--json", *flags(settings)).stdout)
     assert all(row["exists"] and not row["differs"] for row in shown)
-    assert "as they must be" in here("topics", "show", *flags(settings)).stdout
+    assert "as expected" in here("topics", "show", *flags(settings)).stdout
 
 
 def test_topics_that_are_missing_are_said(settings: Settings) -> None:
@@ -148,11 +148,11 @@ def test_a_dead_letter_is_listed_and_sent_in_again(settings: Settings) -> None:
     assert letter["reason"]
 
     done = here("dead-letters", "retry", letter_id, *flags(settings))
-    assert (done.returncode, done.stdout) == (0, "sent 1 again\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "resent 1\n"), done.stderr
     wait_for(lambda: len(letters()) == 2, 30, "the same as another letter")  # it can be read no better now
     unknown = here("dead-letters", "retry", "nobody", *flags(settings))
     assert unknown.returncode == 1
-    assert "nobody: there is no such dead letter" in unknown.stderr
+    assert "nobody: unknown dead letter" in unknown.stderr
     assert here("dead-letters", "retry", *flags(settings)).returncode == 2
     assert here("dead-letters", "retry", "x", "--all", *flags(settings)).returncode == 2
 
@@ -160,7 +160,7 @@ def test_a_dead_letter_is_listed_and_sent_in_again(settings: Settings) -> None:
 def test_control_is_sent_and_a_version_that_is_not_kept_refused(settings: Settings) -> None:
     done = here("control", "pause", "support", "--reason", "odd replies", *flags(settings))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "asked for pause of support\n"
+    assert done.stdout == "requested pause of support\n"
     refused = here("control", "pin", "support", "--version", "7", *flags(settings))
     assert refused.returncode == 1
     assert "version 7 is not kept" in refused.stderr
@@ -241,7 +241,7 @@ def test_logs_of_one_of_all_and_of_none(tmp_path: Path) -> None:
     assert len(here("logs", "--data", str(tmp_path)).stdout.splitlines()) == 3 * 20
     none = here("logs", "redis", "--data", str(tmp_path))
     assert none.returncode == 2
-    assert "there are: inference-1, inference-2, kafka" in none.stderr
+    assert "available: inference-1, inference-2, kafka" in none.stderr
 
 
 def test_logs_follow_what_comes_also_through_a_rotation(tmp_path: Path) -> None:

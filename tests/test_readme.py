@@ -67,7 +67,7 @@ class LongCommand:
 
         def address() -> str | None:
             found = re.search(
-                r"Agents talk to\s+(http://\S+)|address=(http://[\d.:]+)|\"address\": \"(http[^\"]+)",
+                r"Agents connect to\s+(http://\S+)|address=(http://[\d.:]+)|\"address\": \"(http[^\"]+)",
                 re.sub(r"\x1b\[[\d;]*m", "", self.text()),
             )
             return next(filter(None, found.groups())) if found else None

@@ -1,7 +1,7 @@
-"""The command line: `cortex up`, `cortex demo`, one command for each worker, and what operators need.
+"""The command line: `cortex up`, `cortex demo`, one command per worker, and commands for operators.
 
-Each command imports what it runs when it runs: `--help` loads neither torch nor a client. Unusable settings
-end a command with one line and exit code 2, a server that does not answer with exit code 1.
+Each command imports its implementation when it runs, so that `--help` loads neither torch nor a client.
+Invalid settings end a command with one line and exit code 2, a server that does not answer with exit code 1.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def up(
     log_level: LogLevel = None,
     log_format: LogFormat = None,
 ) -> None:
-    """Start everything on this machine: Kafka, Redis, joiner, trainer, inference. Ctrl-C stops all."""
+    """Start everything on this machine: Kafka, Redis, joiner, trainer, inference. Ctrl-C stops everything."""
     settings = load(
         kafka=kafka,
         redis=redis,
@@ -63,33 +63,33 @@ def up(
     )
     from streams.local.stack import Stack, run_until_signal
 
-    stack = Stack(settings, joiners=joiners, trainers=trainers, inference=inference, on_event=say)
+    stack = Stack(settings, joiners=joiners, trainers=trainers, inference=inference, on_event=report)
 
     def on_up() -> None:
-        say("")
-        say(
-            "Agents talk to     "
+        report("")
+        report(
+            "Agents connect to  "
             + "\n                   ".join(stack.inference_urls or ["(no inference worker)"])
         )
-        say(f"Kafka              {stack.kafka}")
-        say(f"Redis              {stack.settings.redis_shown}")
-        say(f"Data and logs      {settings.data}")
-        say(
-            "`cortex status` shows more, `cortex logs` what the workers say. Ctrl-C stops all; the data stay."
-        )
-        say("")
+        report(f"Kafka              {stack.kafka}")
+        report(f"Redis              {stack.settings.redis_shown}")
+        report(f"Data and logs      {settings.data}")
+        report("See also `cortex status` and `cortex logs`. Ctrl-C stops everything and keeps the data.")
+        report("")
 
     run_until_signal(stack, on_up)
 
 
 @app.command()
 def demo(
-    seconds: Annotated[float, typer.Option(help="How long the users talk.")] = 90.0,
-    rate: Annotated[float, typer.Option(help="Interactions a second.")] = 18.0,
+    seconds: Annotated[float, typer.Option(help="Duration of the traffic.")] = 90.0,
+    rate: Annotated[float, typer.Option(help="Interactions per second.")] = 18.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same users and requests.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Figures as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the summary as JSON.")
+    ] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="The learning curve as PNG.")
+        Path | None, typer.Option("--plot", metavar="FILE", help="Write the learning curve as PNG.")
     ] = None,
     kafka: OwnKafka = None,
     redis: OwnRedis = None,
@@ -97,14 +97,14 @@ def demo(
     topic_prefix: Prefix = None,
     log_level: LogLevel = None,
 ) -> None:
-    """Start everything, let simulated users talk, and show how it learns from their replies."""
+    """Start everything with simulated users, and show how it learns from their replies."""
     settings = load(kafka=kafka, redis=redis, data=data, topic_prefix=topic_prefix, log_level=log_level)
     from streams.demo.run import run_demo
 
     run_demo(settings, seconds=seconds, rate=rate, seed=seed, json_path=json_file, plot_path=plot_file)
 
 
-def say(text: str) -> None:
+def report(text: str) -> None:
     typer.echo(text, err=True)
 
 
@@ -112,7 +112,7 @@ def say(text: str) -> None:
 
 
 def worker_command(name: str, what: str) -> None:
-    """Adds the command of one worker; each has a port of its own, so that one machine can run them all."""
+    """Adds the command of one worker. Default ports differ, so that one machine can run all workers."""
 
     def command(
         kafka: Kafka = None,
@@ -134,11 +134,11 @@ def worker_command(name: str, what: str) -> None:
             log_level=log_level,
             log_format=log_format,
         )
-        if name != "inference":  # which needs no Redis, and finds Kafka by itself
+        if name != "inference":  # which needs no Redis and resolves Kafka itself
             settings = settings.resolved()
         settings = settings.of_worker(name)
-        # Read by BLAS when numpy is first imported, which is now. With a thread for each core, workers that
-        # share a machine wait for each other's: a decision then costs three times as much.
+        # BLAS reads these at the first import of numpy, which follows. With one thread per core, workers on
+        # the same machine compete for the cores, and a decision takes three times as long.
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ.setdefault(variable, str(settings.torch_threads))
         importlib.import_module(f"streams.{name}.app").main(settings)
@@ -146,9 +146,9 @@ def worker_command(name: str, what: str) -> None:
     app.command(name, help=f"{what} HTTP port {WORKER_PORTS[name]} unless set.")(command)
 
 
-worker_command("joiner", "Join interactions with replies; fill replay and the experiences topic.")
-worker_command("trainer", "Learn from experiences; publish weights.")
-worker_command("inference", "Serve decisions and take replies over HTTP; follow the weights.")
+worker_command("joiner", "Join interactions with replies; write replay and the experiences topic.")
+worker_command("trainer", "Train on experiences; publish weights.")
+worker_command("inference", "Serve decisions and accept replies over HTTP; follow the weights.")
 
 
 @app.command()

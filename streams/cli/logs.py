@@ -1,4 +1,4 @@
-"""Shows the log files of a stack, and goes on with what comes."""
+"""Shows the log files of a stack, and follows them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from cortex_core.errors import ConfigError
 
 
 def show_logs(folder: Path, name: str | None, *, lines: int, follow: bool, every_s: float = 0.2) -> None:
-    """Prints the last lines of each log, with its name in front when there are several.
+    """Prints the last lines of each log, prefixed with its name if there are several.
 
     Args:
-        name: a log's name or its beginning: `inference` shows all inference workers. None: all.
-        lines: of each log, to begin with.
-        follow: print what is added, until Ctrl-C.
+        name: name of a log, or a prefix: `inference` shows all inference workers. None: all.
+        lines: number of last lines of each log.
+        follow: print new lines until Ctrl-C.
 
     Raises:
-        ConfigError: there is no such log.
+        ConfigError: no log matches.
     """
     files = [f for f in sorted(folder.glob("*.log")) if f.stem.startswith(name or "")]
     if not files:
         there = ", ".join(f.stem for f in sorted(folder.glob("*.log"))) or "none"
-        raise ConfigError(f"no log {name or ''} in {folder}; there are: {there}")
+        raise ConfigError(f"no log {name or ''} in {folder}; available: {there}")
     width = max(len(f.stem) for f in files)
 
     def echo(file: Path, line: str) -> None:
@@ -43,7 +43,7 @@ def show_logs(folder: Path, name: str | None, *, lines: int, follow: bool, every
             for file, log in logs:
                 if file.stat().st_size < log.tell():  # it was rotated
                     log.seek(0)
-                while line := _whole_line(log):
+                while line := _complete_line(log):
                     echo(file, line.rstrip("\n"))
             time.sleep(every_s)
     except KeyboardInterrupt:
@@ -53,8 +53,8 @@ def show_logs(folder: Path, name: str | None, *, lines: int, follow: bool, every
             log.close()
 
 
-def _whole_line(log: TextIO) -> str:
-    """The next line; empty when it is not written to its end yet."""
+def _complete_line(log: TextIO) -> str:
+    """The next line; empty if it is not complete yet."""
     before = log.tell()
     line = log.readline()
     if line.endswith("\n"):

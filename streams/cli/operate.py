@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 app = group()
-topics_app = group(help="Create the topics, or show how they are.")
-letters_app = group(help="Show what could not be read, or send it in again.")
+topics_app = group(help="Create or show the topics.")
+letters_app = group(help="Show dead letters, or retry them.")
 app.add_typer(topics_app, name="topics")
 app.add_typer(letters_app, name="dead-letters")
 
 
 @topics_app.command("create")
 def topics_create(kafka: Kafka = None, data: Data = None, topic_prefix: Prefix = None) -> None:
-    """Create the topics that are missing; says which."""
+    """Create the missing topics."""
     settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
     from streams.kafka.topics import create_topics
 
@@ -35,7 +35,7 @@ def topics_create(kafka: Kafka = None, data: Data = None, topic_prefix: Prefix =
 def topics_show(
     kafka: Kafka = None, data: Data = None, topic_prefix: Prefix = None, as_json: AsJson = False
 ) -> None:
-    """Show each topic's partitions, and where its settings differ from what they must be."""
+    """Show the partitions of each topic, and settings that differ from the expected ones."""
     settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
     from streams.kafka.topics import describe_topics
 
@@ -52,7 +52,7 @@ def topics_show(
             [
                 str(row["topic"]),
                 str(row["partitions"]) if row["exists"] else "-",
-                ("as they must be" if not row["differs"] else f"differ: {row['differs']}")
+                ("as expected" if not row["differs"] else f"differ: {row['differs']}")
                 if row["exists"]
                 else "does not exist: `cortex topics create`",
             ]
@@ -68,19 +68,19 @@ def rebuild(
         typer.Option(
             "--from",
             metavar="TIME",
-            help="`beginning`, or a time such as 2026-01-31T00:00:00Z (UTC unless said).",
+            help="`beginning`, or a time such as 2026-01-31T00:00:00Z (default zone: UTC).",
         ),
     ],
-    model: Annotated[str | None, typer.Option("--model", metavar="ID", help="This model alone.")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="ID", help="Only this model.")] = None,
     extractor: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Read the replies anew with another extractor.")
+        str | None, typer.Option(metavar="NAME", help="Extract the feedback again with this extractor.")
     ] = None,
     kafka: Kafka = None,
     redis: Redis = None,
     data: Data = None,
     topic_prefix: Prefix = None,
 ) -> None:
-    """Replay the topics into fresh replay buffers, and swap them in; the live joiners go on meanwhile."""
+    """Replay the topics into new replay buffers, then swap them in; joiners keep running."""
     start = None if since == "beginning" else moment(since)
     settings = load(kafka=kafka, redis=redis, data=data, topic_prefix=topic_prefix).resolved()
     from streams.joiner import rebuild as rebuilding
@@ -92,43 +92,43 @@ def rebuild(
         report = run(work, settings)
     typer.echo(
         f"read {report.interactions} interactions and {report.replies} replies in {report.seconds:.1f} s; "
-        f"{report.unreadable} records could not be read"
+        f"{report.unreadable} invalid records"
     )
     for name, entries in report.models.items():
         typer.echo(f"{name}: {entries} entries")
     for name in report.untouched:
-        typer.echo(f"{name}: stays as it was, the topics hold nothing of it")
+        typer.echo(f"{name}: unchanged, the topics have no events of it")
     if report.conversations_restored:
-        typer.echo(f"{report.conversations_restored} open conversations put back")
+        typer.echo(f"{report.conversations_restored} open conversations restored")
     if report.rescored is not None:
         typer.echo(
             f"rewards: {report.rescored.changed} of {report.rescored.compared} differ, by "
-            f"{report.rescored.mean_change:+.3f} on average; {report.rescored.sign_flips} changed their sign"
+            f"{report.rescored.mean_change:+.3f} on average; {report.rescored.sign_flips} changed sign"
         )
 
 
 def moment(text: str) -> datetime:
-    """A time of day or a date in ISO 8601; UTC where it names no zone."""
+    """A date or time in ISO 8601; UTC if it has no zone."""
     from datetime import UTC, datetime
 
     try:
         parsed = datetime.fromisoformat(text)
     except ValueError:
         raise ConfigError(
-            f"--from is {text!r}, wanted `beginning` or a time such as 2026-01-31T00:00:00Z"
+            f"--from is {text!r}, expected `beginning` or a time such as 2026-01-31T00:00:00Z"
         ) from None
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
 @letters_app.command("list")
 def letters_list(
-    limit: Annotated[int, typer.Option("--lines", "-n", min=1, help="The newest so many.")] = 20,
+    limit: Annotated[int, typer.Option("--lines", "-n", min=1, help="Number of the newest ones.")] = 20,
     kafka: Kafka = None,
     data: Data = None,
     topic_prefix: Prefix = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what could not be read, and why."""
+    """Show the events that a worker rejected, and why."""
     settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
     from streams.cli.status import table
     from streams.kafka.dead_letters import list_dead_letters
@@ -154,24 +154,24 @@ def letters_list(
 
 @letters_app.command("retry")
 def letters_retry(
-    ids: Annotated[list[str] | None, typer.Argument(metavar="ID …", help="As `list` shows them.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID …", help="Ids as shown by `list`.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Retry all.")] = False,
     kafka: Kafka = None,
     data: Data = None,
     topic_prefix: Prefix = None,
 ) -> None:
-    """Send them to the topics that they came from again. What was joined meanwhile changes nothing."""
+    """Send dead letters to their original topics again. Safe to repeat: joined events are ignored."""
     if bool(ids) == everything:
-        raise ConfigError("name the dead letters to retry, or give --all")
+        raise ConfigError("pass either the ids of dead letters to retry or --all")
     settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
     from streams.kafka.dead_letters import retry_dead_letters
 
     done = run(retry_dead_letters(settings, ids or None), settings)
-    typer.echo(f"sent {len(done.sent)} again")
+    typer.echo(f"resent {len(done.sent)}")
     for letter_id in done.lost:
-        typer.echo(f"{letter_id}: its bytes are no longer kept", err=True)
+        typer.echo(f"{letter_id}: its bytes have expired", err=True)
     for letter_id in done.unknown:
-        typer.echo(f"{letter_id}: there is no such dead letter", err=True)
+        typer.echo(f"{letter_id}: unknown dead letter", err=True)
     if done.lost or done.unknown:
         raise typer.Exit(1)
 
@@ -199,7 +199,7 @@ def audit(
         typer.Option(
             "--from",
             metavar="TIME",
-            help="Judge interactions from here on: `beginning`, or a time such as 2026-01-31T00:00:00Z.",
+            help="Audit interactions from here on: `beginning`, or a time such as 2026-01-31T00:00:00Z.",
         ),
     ] = "beginning",
     kafka: Kafka = None,
@@ -208,10 +208,10 @@ def audit(
     topic_prefix: Prefix = None,
     as_json: AsJson = False,
 ) -> None:
-    """Join all that the topics hold by brute force, and say what is lost, doubled or wrong.
+    """Join all events of the topics by brute force, and report what is lost, duplicated or wrong.
 
-    The exit code is 1 where anything is. Set CORTEX_JOIN_WINDOW_S and CORTEX_REPLAY_CAPACITY as the workers
-    have them.
+    The exit code is 1 if anything is. Set CORTEX_JOIN_WINDOW_S and CORTEX_REPLAY_CAPACITY to the values of
+    the workers.
     """
     start = 0.0 if since == "beginning" else moment(since).timestamp()
     settings = load(kafka=kafka, redis=redis, data=data, topic_prefix=topic_prefix).resolved()
@@ -232,10 +232,10 @@ def audit(
 def logs(
     name: Annotated[
         str | None,
-        typer.Argument(help="kafka, redis, joiner-1, … or a beginning of it. Default: all."),
+        typer.Argument(help="kafka, redis, joiner-1, … or a prefix. Default: all."),
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines of each log to begin with.")] = 20,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines as they arrive.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines to show of each log.")] = 20,
     data: Data = None,
 ) -> None:
     """Show the logs of the stack's servers and workers."""
@@ -246,7 +246,7 @@ def logs(
 
 
 class Action(StrEnum):
-    """What can be asked of a model."""
+    """Operator commands for a model."""
 
     rollback = "rollback"
     pin = "pin"
@@ -260,24 +260,26 @@ def control(
     action: Annotated[
         Action,
         typer.Argument(
-            help="rollback: publish an older version as a new one. pin: serve one version and stop learning, "
-            "until unpin. pause: stop learning, until resume."
+            help="rollback: publish an older version as a new one. pin: serve one version and stop training "
+            "until unpin. pause: stop training until resume."
         ),
     ],
     model_id: Annotated[str, typer.Argument(metavar="MODEL")] = "default",
     to_version: Annotated[
         int | None,
-        typer.Option("--version", min=1, help="For rollback (default: the one before) and pin (the newest)."),
+        typer.Option(
+            "--version", min=1, help="For rollback (default: the previous one) and pin (the newest)."
+        ),
     ] = None,
-    reason: Annotated[str, typer.Option(help="Kept with the event.")] = "",
+    reason: Annotated[str, typer.Option(help="Stored with the event.")] = "",
     kafka: Kafka = None,
     data: Data = None,
     topic_prefix: Prefix = None,
 ) -> None:
-    """Roll a model back, hold it at a version, or stop its learning for a while."""
+    """Roll back a model, pin it to a version, or pause its training."""
     settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
     from streams.weights.control import send_control
 
     event = run(send_control(settings, action.value, model_id, to_version, reason), settings)
     which = f" to version {event.version}" if event.version else ""
-    typer.echo(f"asked for {event.action} of {event.model_id}{which}")
+    typer.echo(f"requested {event.action} of {event.model_id}{which}")

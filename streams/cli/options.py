@@ -1,4 +1,4 @@
-"""What all commands share: options, settings from flags, and errors as one line and an exit code."""
+"""Common code of the commands: options, settings from flags, and errors as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Group(TyperGroup):
-    """Turns the errors that this project raises on purpose into one line and an exit code."""
+    """Converts a CortexError into one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -31,14 +31,16 @@ def group(**kwargs: Any) -> typer.Typer:
     )
 
 
-# What most commands take. Everything else is set by `CORTEX_*` variables, see streams/settings.py.
+# Options of most commands. Other settings are `CORTEX_*` variables, see streams/settings.py.
 Kafka = Annotated[
     str | None,
-    typer.Option("--kafka", metavar="HOST:PORT", help="Bootstrap servers. Default: the running stack's."),
+    typer.Option(
+        "--kafka", metavar="HOST:PORT", help="Bootstrap servers. Default: those of the running stack."
+    ),
 ]
 Redis = Annotated[
     str | None,
-    typer.Option("--redis", metavar="URL", help="redis://host:port/db. Default: the running stack's."),
+    typer.Option("--redis", metavar="URL", help="redis://host:port/db. Default: that of the running stack."),
 ]
 OwnKafka = Annotated[
     str | None,
@@ -81,11 +83,11 @@ def load(**flags: Any) -> Settings:
 
 
 UNUSED = "redis://127.0.0.1/0"
-"""For commands that only speak to Kafka, so that they ask for no Redis."""
+"""Placeholder for commands that use only Kafka, so that Redis need not be configured."""
 
 
 def run(work: Any, settings: Settings) -> Any:
-    """Runs a coroutine; a server that does not answer becomes one clear line."""
+    """Runs a coroutine; converts errors of Kafka and Redis into `UnavailableError` with the address."""
     import asyncio
 
     from aiokafka.errors import KafkaError

@@ -1,6 +1,6 @@
-"""How a stack does: workers and readiness, lag of the consumer groups, replay sizes, weights versions.
+"""Status of a stack: workers and readiness, lag of the consumer groups, replay sizes, weights versions.
 
-Every part is asked for by itself: one that does not answer is reported as such, and hides no other.
+The parts are queried independently: one that does not answer is reported and does not hide the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TIMEOUT_S = 5.0
 
 
 async def collect(settings: Settings) -> dict[str, Any]:
-    """Everything `show` shows, as plain data: kafka, redis, workers, groups, replay, weights, errors.
+    """The data for `show`: kafka, redis, workers, groups, replay, weights, errors.
 
     Args:
         settings: resolved.
@@ -37,7 +37,7 @@ async def collect(settings: Settings) -> dict[str, Any]:
     async def part(name: str, work: Awaitable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         try:
             return await asyncio.wait_for(work, 2 * TIMEOUT_S)
-        except Exception as error:  # the report says so, and the other parts stand
+        except Exception as error:  # reported; the other parts are still shown
             errors[name] = f"{type(error).__name__}: {error}"
             return []
 
@@ -59,7 +59,7 @@ async def collect(settings: Settings) -> dict[str, Any]:
 
 
 async def _workers(settings: Settings) -> list[dict[str, Any]]:
-    """The stack's own workers; none when there is no stack on the data folder."""
+    """The workers of the stack; none if no stack runs on the data folder."""
 
     async def one(http: httpx.AsyncClient, name: str, worker: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {"name": name, "pid": worker["pid"], "port": worker["port"]}
@@ -77,7 +77,7 @@ async def _workers(settings: Settings) -> list[dict[str, Any]]:
 
 
 async def _groups(settings: Settings) -> list[dict[str, Any]]:
-    """For each consumer group and topic: members of the group, and events not handled yet."""
+    """For each consumer group and topic: members of the group, and its lag."""
     topics = Topics.of(settings)
     reads = {
         settings.joiner_group: (topics.interactions, topics.replies),
@@ -104,7 +104,7 @@ async def _groups(settings: Settings) -> list[dict[str, Any]]:
 
 
 async def _group(admin: AIOKafkaAdminClient, group: str) -> tuple[int, dict[TopicPartition, int]]:
-    """Members of a consumer group, and the next offset that it will read of each partition."""
+    """Number of members of a consumer group, and its next offset in each partition."""
     committed = await committed_offsets(admin, group)
     answers = await admin.describe_consumer_groups([group])
     # A group is described as (error, id, state, protocol type, protocol, members, …).
@@ -113,7 +113,7 @@ async def _group(admin: AIOKafkaAdminClient, group: str) -> tuple[int, dict[Topi
 
 
 async def _replay(settings: Settings) -> list[dict[str, Any]]:
-    """Entries in replay, by model."""
+    """Number of entries in replay, by model."""
 
     def sizes() -> list[dict[str, Any]]:
         with redis_client(settings) as client:
@@ -179,7 +179,7 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], console: Console | None = None) -> None:
-    """Prints one table; a line instead when it would be empty."""
+    """Prints a table, or one line if it is empty."""
     console = console or Console()
     if not rows:
         console.print(f"{title}: none", highlight=False)

@@ -1,4 +1,4 @@
-"""What an agent imports: `from streams.client import CortexClient`."""
+"""The client for agents: `from streams.client import CortexClient`."""
 
 from streams.client.client import CortexClient
 

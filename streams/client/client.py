@@ -1,13 +1,13 @@
-"""What an agent imports: decide before answering, reply when the user reacts.
+"""The client for agents: `decide` before answering, `reply` when the user reacts.
 
     async with CortexClient("http://127.0.0.1:8080") as cortex:
         decision = await cortex.decide(message, conversation_id=chat_id, history=history, memories=memories)
         ...  # answer with decision.strategy, decision.memories and decision.action
         await cortex.reply(decision, next_message)
 
-Over HTTP to one inference service or several, or in-process (`CortexClient.local`). Every call is repeated
-with the same ids until it is acknowledged or its time is up: nothing is lost and nothing counts twice.
-Importing this loads no torch; only an in-process client does, when it starts.
+Works over HTTP with one or several inference services, or in-process (`CortexClient.local`). A call is
+retried with the same ids until it is acknowledged or times out, so that nothing is lost or counted twice.
+Importing this module does not load torch; starting an in-process client does.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ __all__ = ["CortexClient", "Decision", "Memory", "Retrieved"]
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """A memory that belongs in the context."""
+    """A memory to put into the context."""
 
     id: str
     score: float
-    """relevance; cosine similarity until something was learned"""
+    """relevance; cosine similarity for untrained weights"""
     text: str | None
-    """as handed in; None where only an embedding was"""
+    """as passed to `decide`; None if only an embedding was passed"""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How to answer one message."""
+    """The decision for one message."""
 
     interaction_id: str
     conversation_id: str
     model_id: str
     weights_version: int
-    """0: nothing learned yet"""
+    """0 for untrained weights"""
     strategy: StrategyProfile
     probabilities: dict[str, float]
-    """strategy id → probability with which it could have been chosen"""
+    """strategy id → probability of choosing it"""
     memories: list[Retrieved]
     confidence: float
-    """predicted probability in [0, 1] that the user will be content"""
+    """predicted probability of a satisfied user, in [0, 1]"""
     action: Action
     """proceed, hedge or escalate"""
 
 
 class CortexClient:
-    """Decisions for an agent. One client may serve many conversations and tasks at once."""
+    """Client of an agent. One client can serve many conversations and tasks concurrently."""
 
     def __init__(
         self,
@@ -78,20 +78,22 @@ class CortexClient:
     ) -> None:
         """
         Args:
-            urls: of inference services, "http://host:port[,http://…]". With several, a conversation stays
-                with one of them, and goes to another while that does not answer. None, with no `kafka`:
-                those of the stack that runs on this machine (`cortex up`).
-            kafka: "host:port[,…]": no service; decide in this process, following weights from this Kafka.
-            settings: for `kafka`, and for finding the running stack; by default from the environment.
-            timeout_s: seconds in which a call is repeated before `UnavailableError`.
-            start_timeout_s: seconds that an in-process client waits for Kafka at its start.
-            agent_id, model_id: for calls that name none.
+            urls: inference services, "http://host:port[,http://…]". With several, each conversation uses one
+                of them, and another one while that does not answer. None, without `kafka`: the services of
+                the stack that runs on this machine (`cortex up`).
+            kafka: "host:port[,…]": decide in this process, without a service, with weights from this Kafka.
+            settings: used with `kafka`, and to find the running stack; default: from the environment.
+            timeout_s: seconds until a call that is retried raises `UnavailableError`.
+            start_timeout_s: seconds that an in-process client waits for Kafka when it starts.
+            agent_id, model_id: defaults for calls.
 
         Raises:
-            ConfigError: unusable urls, or nothing to connect to.
+            ConfigError: invalid urls, or no service found.
         """
         if urls is not None and kafka is not None:
-            raise ConfigError("both urls and kafka were given: ask a service, or decide in this process")
+            raise ConfigError(
+                "both urls and kafka were given, expected one: a service, or decisions in-process"
+            )
         self.agent_id = agent_id
         self.model_id = model_id
         self._transport: Transport
@@ -105,11 +107,11 @@ class CortexClient:
 
     @classmethod
     def local(cls, settings: Settings | None = None, **options: Any) -> CortexClient:
-        """A client that decides in this process; needs only Kafka. `options` as for the constructor."""
+        """A client that decides in this process; needs only Kafka. `options`: see the constructor."""
         settings = settings or Settings.load()
         kafka = settings.kafka or settings.running_stack().get("kafka")
         if not kafka:
-            raise ConfigError("CORTEX_KAFKA is not set, and no stack runs here: set it, or start `cortex up`")
+            raise ConfigError("CORTEX_KAFKA is not set and no stack is running: set it, or start `cortex up`")
         return cls(kafka=kafka, settings=settings, **options)
 
     async def __aenter__(self) -> CortexClient:
@@ -122,7 +124,7 @@ class CortexClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Closes connections; what was answered is safe in Kafka already."""
+        """Closes the connections; acknowledged events are already in Kafka."""
         await self._transport.close()
 
     async def decide(
@@ -139,20 +141,20 @@ class CortexClient:
         top_k: int | None = None,
         explore: bool = True,
     ) -> Decision:
-        """Which memories, which strategy and how confident, for a user's message.
+        """Selects memories and a strategy for a user's message, and predicts the confidence.
 
         Args:
             history: earlier messages of the conversation, oldest first.
-            memories: candidates: id → text; or `Memory` or {"id", "text", "embedding"} each, where the
-                embedding is a list or array of numbers from the service's encoder.
-            metadata: hour_of_day, day_of_week, conversation_length, idle_s are read where present.
-            interaction_id: your own; a repetition with the same one is the same interaction.
-            top_k: memories to retrieve; None takes the service's default.
-            explore: False always takes what looks best; nothing new is then learned about the rest.
+            memories: candidates, as id → text, or as `Memory` or {"id", "text", "embedding"}, where the
+                embedding is a list or array of numbers from the encoder of the service.
+            metadata: the optional keys are hour_of_day, day_of_week, conversation_length and idle_s.
+            interaction_id: idempotency key; calls with the same id are the same interaction.
+            top_k: number of memories to retrieve; None means the default of the service.
+            explore: False always selects the highest estimates, so that the others are never tried.
 
         Raises:
-            InputError: something handed in is unusable; `fields` says what.
-            UnavailableError: nobody could record it in time; repeat with the same interaction_id.
+            InputError: an invalid argument; `fields` gives the reasons.
+            UnavailableError: not acknowledged in time; retry with the same interaction_id.
         """
         candidates = _memories(memories)
         request = _valid(
@@ -196,19 +198,19 @@ class CortexClient:
         interaction_id: str | None = None,
         reply_id: str | None = None,
     ) -> str:
-        """What the user said or did about a decision; teaches the model. Returns the reply's id.
+        """Sends the user's reaction to a decision, for training. Returns the reply id.
 
         Args:
-            decision: what it is about. None: `interaction_id`, or else the latest interaction of
-                `conversation_id` before now.
+            decision: the decision that it is about. None: that of `interaction_id`, else the latest
+                interaction of `conversation_id`.
             text: the user's next message.
             rating: -1 (bad) to 1 (good).
-            kind: `outcome` for what turned out later; None: `rating` where one is given, else `text`.
-            reply_id: your own; a repetition with the same one is the same reply.
+            kind: `outcome` for a later result; None means `rating` if one is given, else `text`.
+            reply_id: idempotency key; calls with the same id are the same reply.
 
         Raises:
             InputError: neither text nor rating, or no conversation.
-            UnavailableError: nobody could record it in time; repeat with the same reply_id.
+            UnavailableError: not acknowledged in time; retry with the same reply_id.
         """
         request = _valid(
             ReplyRequest,
@@ -227,8 +229,8 @@ class CortexClient:
 async def _sent(call: Awaitable[T]) -> T:
     try:
         return await call
-    except PydanticSerializationError as error:  # an object in metadata, half a surrogate pair in a text
-        raise RequestError(f"something handed in cannot be written as JSON: {error}") from error
+    except PydanticSerializationError as error:  # e.g. an object in metadata, a lone surrogate in a text
+        raise RequestError(f"the request cannot be encoded as JSON: {error}") from error
 
 
 def _valid(model: type[Any], values: dict[str, Any]) -> Any:
@@ -254,13 +256,13 @@ def _checked_urls(urls: str | Iterable[str] | None, settings: Settings | None) -
         urls = settings.running_stack().get("inference", [])
         if not urls:
             raise ConfigError(
-                f"no urls were given, and no stack runs on {settings.data}: give a url, or start `cortex up`"
+                f"no urls were given and no stack runs on {settings.data}: pass a url, or start `cortex up`"
             )
     parts = urls.split(",") if isinstance(urls, str) else list(urls)
     checked = [part.strip().rstrip("/") for part in parts if part.strip()]
     for url in checked:
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"{url!r} is no url of an inference service, wanted http://host:port")
+            raise ConfigError(f"{url!r} is not the url of an inference service, expected http://host:port")
     if not checked:
-        raise ConfigError(f"{urls!r} holds no url, wanted http://host:port[,http://…]")
+        raise ConfigError(f"urls is {urls!r}, expected http://host:port[,http://…]")
     return checked

@@ -1,7 +1,6 @@
-"""How a client reaches a service: over HTTP with fail-over, or in this process.
+"""Transports of the client: HTTP with failover, or in-process.
 
-Both repeat until acknowledged. A repetition carries the same ids, so that it can only complete what an
-earlier attempt began.
+Both retry until the call is acknowledged. Retries are idempotent, because they carry the same ids.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ if TYPE_CHECKING:
     from streams.inference.service import Service
 
 T = TypeVar("T")
-AGAIN = frozenset({429, 502, 503, 504})
-"""Answers after which the same request may be sent again, elsewhere or later."""
+RETRYABLE = frozenset({429, 502, 503, 504})
+"""Status codes after which the request is retried, with another service or later."""
 DOWN_S = 2.0
-"""How long a service that failed is asked last."""
+"""Seconds for which a failed service has the lowest priority."""
 
 
 class Transport(Protocol):
-    """Role: takes requests to a service and answers with what was acknowledged."""
+    """Sends requests to a service and returns its answers."""
 
     async def start(self) -> None: ...
     async def decide(self, request: DecideRequest) -> DecideResponse: ...
@@ -48,11 +47,11 @@ class Transport(Protocol):
     async def close(self) -> None: ...
 
 
-async def _repeated(timeout_s: float, attempt: Callable[[float], Awaitable[T]]) -> T:
-    """Calls `attempt(seconds left)` until it succeeds, waiting longer each time (full jitter).
+async def _retried(timeout_s: float, attempt: Callable[[float], Awaitable[T]]) -> T:
+    """Calls `attempt(remaining seconds)` until it succeeds, with exponential backoff and jitter.
 
     Raises:
-        UnavailableError: the last one, once the time is up.
+        UnavailableError: the last error, after `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     for n in itertools.count():
@@ -67,7 +66,7 @@ async def _repeated(timeout_s: float, attempt: Callable[[float], Awaitable[T]]) 
 
 
 class Http:
-    """Asks inference services; fails over between them within one call."""
+    """Sends requests to inference services, with failover within a call."""
 
     def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
         self._urls = list(urls)
@@ -76,13 +75,13 @@ class Http:
         self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None, keepalive_expiry=30.0))
 
     async def start(self) -> None:
-        """Nothing to do: services are found out about when asked."""
+        """Does nothing: connections are opened on demand."""
 
     async def close(self) -> None:
         await self._http.aclose()
 
     async def decide(self, request: DecideRequest) -> DecideResponse:
-        # Where both are given the service reads the embedding alone.
+        # With an embedding, the service does not read the text.
         slim = [
             m.model_copy(update={"text": None}) if m.embedding is not None else m for m in request.memories
         ]
@@ -98,10 +97,10 @@ class Http:
         )
 
     async def _post(self, path: str, body: str, conversation_id: str) -> bytes:
-        async def round_of_all(left_s: float) -> bytes:
+        async def try_all(remaining_s: float) -> bytes:
             failures = []
-            # While others are left to ask, one that hangs gets a share of the time.
-            share_s = left_s if len(self._urls) == 1 else left_s / 2
+            # With several services, one that hangs may not use all of the time.
+            share_s = remaining_s if len(self._urls) == 1 else remaining_s / 2
             for url in self._in_order(conversation_id):
                 try:
                     answer = await self._http.post(
@@ -117,16 +116,16 @@ class Http:
                         self._down.pop(url, None)
                         return answer.content
                     why = _reason(answer)
-                    if answer.status_code not in AGAIN:
+                    if answer.status_code not in RETRYABLE:
                         raise why
                     failures.append(f"{url}: {why}")
                 self._down[url] = time.monotonic() + DOWN_S
             raise UnavailableError("; ".join(failures))
 
-        return await _repeated(self._timeout_s, round_of_all)
+        return await _retried(self._timeout_s, try_all)
 
     def _in_order(self, conversation_id: str) -> list[str]:
-        """Those that answered first; among them, a conversation prefers the same one (rendezvous hashing)."""
+        """The services, failed ones last; each conversation prefers the same one (rendezvous hashing)."""
         now = time.monotonic()
 
         def rank(url: str) -> tuple[bool, bytes]:
@@ -140,11 +139,11 @@ def _reason(answer: httpx.Response) -> Exception:
     try:
         detail = ErrorResponse.model_validate_json(answer.content).error
         message, fields = detail.message, detail.fields
-    except ValidationError:  # a proxy's answer
+    except ValidationError:  # e.g. the answer of a proxy
         message, fields = f"HTTP {answer.status_code} {answer.text[:200]}", {}
     if answer.status_code == ConflictError.status:
         return ConflictError(message, fields)
-    if answer.status_code in AGAIN:
+    if answer.status_code in RETRYABLE:
         return UnavailableError(message)
     if answer.status_code >= 500:
         return CortexError(f"{answer.url} failed: {message}")
@@ -152,7 +151,7 @@ def _reason(answer: httpx.Response) -> Exception:
 
 
 class InProcess:
-    """Decides in this process; events and weights go over Kafka."""
+    """Decides in this process; uses Kafka for events and weights."""
 
     def __init__(self, settings: Settings, timeout_s: float, start_timeout_s: float) -> None:
         self._settings = settings
@@ -161,7 +160,7 @@ class InProcess:
         self._service: Service | None = None
 
     async def start(self) -> None:
-        """Raises `UnavailableError` where Kafka does not answer in time."""
+        """Raises `UnavailableError` if Kafka does not answer in time."""
         from streams.inference.service import Service  # noqa: PLC0415 - loads torch
 
         service = self._service = Service(self._settings)
@@ -200,4 +199,4 @@ class InProcess:
             except TimeoutError as error:
                 raise UnavailableError(f"no answer within {self._timeout_s:g} s") from error
 
-        return await _repeated(self._timeout_s, attempt)
+        return await _retried(self._timeout_s, attempt)

@@ -116,7 +116,7 @@ async def test_errors_say_what_is_wrong(settings: Settings) -> None:
 
 @pytest.mark.parametrize("urls", ["", " , ", "localhost:8080", ["ftp://x"], []])
 def test_unusable_urls(urls: str | list[str]) -> None:
-    with pytest.raises(ConfigError, match="wanted http://"):
+    with pytest.raises(ConfigError, match="expected http://"):
         CortexClient(urls)
 
 

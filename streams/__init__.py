@@ -1,7 +1,7 @@
-"""The workers around the learner: joiner, trainer, inference, and what agents import.
+"""The workers around the learner (joiner, trainer, inference), and the client for agents.
 
-`from streams import CortexClient` is an agent's whole import. Names are loaded on first use, so that
-importing this package is instant and loads no torch.
+Agents need only `from streams import CortexClient`. Names load on first use, so that importing this package
+is fast and does not load torch.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {"CortexClient": "client", "Settings": "settings"}
+_MODULES = {"CortexClient": "client", "Settings": "settings"}
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 - a table, so that a name and its home stand together
+__all__ = sorted(_MODULES)  # noqa: PLE0605 - one table of names and their modules
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'streams' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"streams.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"streams.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_MODULES])

@@ -1,8 +1,8 @@
-"""What every worker process has in common: logs, health over HTTP, signals, and a hard end.
+"""Common parts of all worker processes: logs, health over HTTP, signals, and a deadline for stopping.
 
     async def main(worker: Worker) -> None:
         async with worker.serving():            # /healthz, /readyz, /metrics answer from here on
-            worker.ready("kafka")               # once it is connected; likewise "redis"
+            worker.ready("kafka")               # once it is connected; the same for "redis"
             await worker.stopping.wait()        # SIGTERM or SIGINT
 
     run_worker("trainer", settings, main)
@@ -37,26 +37,26 @@ from streams.settings import Settings
 log = structlog.get_logger(__name__)
 
 
-class _Rarely(logging.Filter):
-    """Lets a library say one thing once in ten seconds; of a broker that is away they speak without end."""
+class _RateLimit(logging.Filter):
+    """Rate-limits repeated log messages of libraries to one per `every_s`."""
 
     def __init__(self, every_s: float = 10.0) -> None:
         super().__init__()
         self._every_s = every_s
-        self._said: dict[tuple[str, str], float] = {}
+        self._logged_at: dict[tuple[str, str], float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         key = (record.name, str(record.msg)[:200])
-        if len(self._said) > 1_000:  # texts that were put together before logging
-            self._said.clear()
-        if record.created - self._said.get(key, 0.0) < self._every_s:
+        if len(self._logged_at) > 1_000:  # messages formatted before logging are all different
+            self._logged_at.clear()
+        if record.created - self._logged_at.get(key, 0.0) < self._every_s:
             return False
-        self._said[key] = record.created
+        self._logged_at[key] = record.created
         return True
 
 
 def configure_logs(settings: Settings) -> None:
-    """Structured logs to stderr: coloured lines for a terminal, JSON where `log_format` is json."""
+    """Configures structured logs to stderr: coloured lines for a terminal, or JSON."""
     level = getattr(logging, settings.log_level.upper())
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -69,7 +69,7 @@ def configure_logs(settings: Settings) -> None:
         if settings.log_format == "json"
         else structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(),
-            # Not the default one, which prints local variables: a password may be among them.
+            # The default formatter prints local variables, which may include passwords.
             exception_formatter=structlog.dev.plain_traceback,
         )
     )
@@ -79,9 +79,9 @@ def configure_logs(settings: Settings) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    # Libraries log through the standard library; theirs go the same way.
+    # Libraries log through the standard library: same format, same stream.
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_Rarely())
+    handler.addFilter(_RateLimit())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -94,30 +94,32 @@ def configure_logs(settings: Settings) -> None:
 
 
 class Worker:
-    """One process's health, readiness and wish to stop."""
+    """Health, readiness and shutdown of a worker process."""
 
-    def __init__(self, name: str, settings: Settings, needs: tuple[str, ...] = ("kafka", "redis")) -> None:
+    def __init__(
+        self, name: str, settings: Settings, dependencies: tuple[str, ...] = ("kafka", "redis")
+    ) -> None:
         self.name = name
         self.settings = settings
         self.stopping = asyncio.Event()
         self.failed: str | None = None
-        self._missing: dict[str, str] = dict.fromkeys(needs, "not connected yet")
+        self._missing: dict[str, str] = dict.fromkeys(dependencies, "not connected yet")
 
-    def ready(self, need: str) -> None:
-        """`need` answers."""
-        self._missing.pop(need, None)
+    def ready(self, dependency: str) -> None:
+        """Marks a dependency as ready."""
+        self._missing.pop(dependency, None)
 
-    def not_ready(self, need: str, why: str) -> None:
-        """`need` does not answer; `/readyz` says no and why."""
-        self._missing[need] = why
+    def not_ready(self, dependency: str, reason: str) -> None:
+        """Marks a dependency as not ready; `/readyz` shows the reason."""
+        self._missing[dependency] = reason
 
     @property
     def missing(self) -> dict[str, str]:
-        """What is not ready, and why; empty when `/readyz` says yes."""
+        """Dependency → reason, for each that is not ready; empty if the worker is ready."""
         return dict(self._missing)
 
     def routes(self) -> list[Route]:
-        """`/healthz`, `/readyz`, `/metrics`, for a worker's own HTTP application."""
+        """The routes `/healthz`, `/readyz` and `/metrics`."""
 
         async def healthz(_: Request) -> Response:
             return JSONResponse({"status": "ok", "worker": self.name, "pid": os.getpid()})
@@ -127,7 +129,7 @@ class Worker:
             body = {"ready": ok, "worker": self.name, "missing": self.missing}
             return JSONResponse(body, status_code=200 if ok else 503)
 
-        # A function would be taken for a handler of requests; its `__call__` is taken for the ASGI app it is.
+        # Starlette treats a function as a request handler, and any other callable as an ASGI app.
         metrics = make_asgi_app().__call__  # type: ignore[operator]
         return [
             Route("/healthz", healthz),
@@ -137,9 +139,10 @@ class Worker:
 
     @contextlib.asynccontextmanager
     async def serving(self, app: Any = None) -> AsyncIterator[int]:
-        """Serves `app` (or health and metrics alone) while the body runs; yields the port.
+        """Serves `app`, by default health and metrics only, while the body runs; yields the port.
 
-        A port that is taken is an error at once (`OSError`), before anything else starts.
+        Raises:
+            OSError: the port is in use; nothing was started.
         """
         sock = socket.socket(socket.AF_INET6 if ":" in self.settings.host else socket.AF_INET)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -149,7 +152,7 @@ class Worker:
             sock.close()
             raise OSError(
                 f"{self.name} cannot listen on {self.settings.host}:{self.settings.port}: {error.strerror}. "
-                "Set CORTEX_PORT to a free port, or to 0 for any"
+                "Set CORTEX_PORT to a free port, or to 0 for any free port"
             ) from error
         port = int(sock.getsockname()[1])
         config = uvicorn.Config(
@@ -161,7 +164,7 @@ class Worker:
         )
         server = uvicorn.Server(config)
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined,unused-ignore]
-        task = asyncio.create_task(server._serve([sock]))  # `serve` would take over the signals
+        task = asyncio.create_task(server._serve([sock]))  # `serve` would install its own signal handlers
         try:
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it
                 await asyncio.sleep(0.005)
@@ -175,7 +178,7 @@ class Worker:
             sock.close()
 
     def stop(self) -> None:
-        """Asks the worker to finish its batch and leave; ends the process hard if it does not in time."""
+        """Requests shutdown; ends the process with code 1 if it still runs after `shutdown_timeout_s`."""
         if self.stopping.is_set():
             return
         self.stopping.set()
@@ -189,14 +192,14 @@ class Worker:
         timer.start()
 
     def fail(self, why: str) -> None:
-        """Something that this process cannot mend: it stops and exits 1; its offsets are read again."""
+        """Requests shutdown because of an error that a restart may fix; the exit code is 1."""
         self.failed = self.failed or why
-        log.error("failing", worker=self.name, why=why)
+        log.error("stopping after an error", worker=self.name, why=why)
         self.stop()
 
 
 def config_error(error: BaseException) -> ConfigError | None:
-    """The `ConfigError` that this is, or that a task group has wrapped; None for any other error."""
+    """The error itself or the one inside a task group's exception, if it is a `ConfigError`; else None."""
     if isinstance(error, BaseExceptionGroup):
         return next(filter(None, map(config_error, error.exceptions)), None)
     return error if isinstance(error, ConfigError) else None
@@ -206,16 +209,16 @@ def run_worker(
     name: str,
     settings: Settings,
     main: Callable[[Worker], Awaitable[None]],
-    needs: tuple[str, ...] = ("kafka", "redis"),
+    dependencies: tuple[str, ...] = ("kafka", "redis"),
 ) -> None:
-    """Runs `main` until it returns or SIGINT/SIGTERM comes; exits the process.
+    """Runs `main` until it returns, or until SIGINT or SIGTERM; then exits the process.
 
-    Exit codes: 0; 1 on failure; 2 where `ConfigError` says that starting it again would change nothing.
+    Exit codes: 0 for success, 1 for an error, 2 for a `ConfigError`, which a restart cannot fix.
     """
     configure_logs(settings)
 
     async def body() -> int:
-        worker = Worker(name, settings, needs)
+        worker = Worker(name, settings, dependencies)
         structlog.contextvars.bind_contextvars(worker=name)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -226,20 +229,20 @@ def run_worker(
             raise
         except Exception as error:
             if refused := config_error(error):
-                log.error("cannot run with these settings", error=str(refused))
+                log.error("invalid configuration", error=str(refused))
                 return 2
             log.exception("crashed", error=str(error))
             return 1
         return 1 if worker.failed else 0
 
-    import uvloop  # noqa: PLC0415 - faster start of everything that only reads settings
+    import uvloop  # noqa: PLC0415 - not needed by commands that only read settings
 
-    async def to_the_end() -> None:
+    async def run_and_exit() -> None:
         code = await body()
         log.info("stopped", worker=name, code=code)
         sys.stderr.flush()
-        # Here and not after the loop: neither threads of torch or of a client nor a task that ignores its
-        # cancellation may keep a finished worker alive.
+        # Exit here, so that neither threads of libraries nor tasks that ignore cancellation keep the process
+        # alive.
         os._exit(code)
 
-    uvloop.run(to_the_end())
+    uvloop.run(run_and_exit())

@@ -282,4 +282,4 @@ async def _serve(worker: Worker) -> None:
 
 def main(settings: Settings) -> None:
     """Runs an inference worker until SIGTERM; never returns."""
-    run_worker("inference", settings if settings.kafka else settings.resolved(), _serve, needs=NEEDS)
+    run_worker("inference", settings if settings.kafka else settings.resolved(), _serve, dependencies=NEEDS)

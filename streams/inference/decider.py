@@ -196,7 +196,7 @@ class Decider:
 
     def _passed_over(self, candidates: int, retrieved: list[int], rng: np.random.Generator) -> list[int]:
         left = sorted(set(range(candidates)) - set(retrieved))
-        count = min(self.settings.passed_over, len(left))
+        count = min(self.settings.logged_negatives, len(left))
         return [left[i] for i in rng.choice(len(left), count, replace=False)] if count else []
 
     @staticmethod

@@ -37,4 +37,4 @@ async def run(worker: Worker) -> None:
 
 def main(settings: Settings) -> None:
     """The trainer process; returns never, exits with 0 after SIGTERM."""
-    run_worker("trainer", settings.resolved(), run, needs=NEEDS)
+    run_worker("trainer", settings.resolved(), run, dependencies=NEEDS)

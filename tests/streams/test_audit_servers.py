@@ -19,8 +19,8 @@ from streams.replay_store import ReplayKeys
 from streams.settings import Settings
 from streams.testing import interaction, reply, send, spawn_worker, wait_for
 from streams.weights.records import publish
+from tests.streams.joined import conversation
 from tests.streams.kafka_helpers import read_all
-from tests.streams.test_joiner import conversation
 from tests.streams.weights_records import snapshot
 from tests.test_cli import Done, flags, here
 

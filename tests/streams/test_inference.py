@@ -73,7 +73,7 @@ async def test_what_is_logged_is_what_the_model_saw(settings: Settings) -> None:
     )
     retrieved = [memories[i]["id"] for i in again.memory_indices]
     assert event.memory_ids[: settings.top_k] == retrieved == [m["id"] for m in answer["memories"]]
-    assert len(event.memory_ids) == len(set(event.memory_ids)) == settings.top_k + settings.passed_over
+    assert len(event.memory_ids) == len(set(event.memory_ids)) == settings.top_k + settings.logged_negatives
     by_id = dict(zip([m["id"] for m in memories], rows, strict=True))
     for memory_id, row in zip(event.memory_ids, event.memories, strict=True):
         assert row.tolist() == by_id[memory_id].astype(np.float16).tolist()
@@ -222,7 +222,7 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     "matrix": (raw(memories=[{"id": "m", "embedding": [[1.0] * 384]}]), 422, "shape (1, 384)"),
     "base64": (raw(memories=[{"id": "m", "embedding": {"shape": [384], "f16": "AAA"}}]), 422, "base64"),
     "hour": (raw(metadata={"hour_of_day": "noon"}), 422, "metadata['hour_of_day'] is 'noon'"),
-    "nan hour": (raw(metadata={"idle_s": float("nan")}), 422, "metadata['idle_s'] holds NaN"),
+    "nan hour": (raw(metadata={"idle_s": float("nan")}), 422, "metadata['idle_s'] contains NaN"),
     "top_k": (raw(top_k=101), 422, "top_k"),
 }
 

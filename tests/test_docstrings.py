@@ -147,7 +147,7 @@ class Solitary:
     def attempt_begins(self, limit: asyncio.Timeout) -> None:
         """Nothing to note."""
 
-    def attempt_ended(self, error: Exception | None) -> None:
+    def attempt_ended(self, batch: Batch, error: Exception | None) -> None:
         assert error is None
 
     def unavailable(self, server: str, why: str) -> None:

@@ -50,8 +50,8 @@ class Owner(Protocol):
     def attempt_begins(self, limit: asyncio.Timeout) -> None:
         """An attempt begins; rescheduling `limit` ends it."""
 
-    def attempt_ended(self, error: Exception | None) -> None:
-        """The attempt has ended, with this error."""
+    def attempt_ended(self, batch: Batch, error: Exception | None) -> None:
+        """An attempt at the batch has ended, with this error."""
 
     def unavailable(self, server: str, why: str) -> None:
         """The batch waits for "kafka" or "redis"."""
@@ -146,7 +146,7 @@ class Batch:
         except Exception as error:
             part.error = error
         finally:
-            self.owner.attempt_ended(part.error)
+            self.owner.attempt_ended(self, part.error)
 
     async def _waits(self, error: Exception) -> bool:
         """Whether to try the same again: a server is unavailable, or the batch is no longer this one's."""

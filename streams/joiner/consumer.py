@@ -33,11 +33,12 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from mode import Service
 
-from streams.connections import kafka_client_options, retry
+from streams.connections import PROBE_TIMEOUT_S, kafka_client_options, retry
 from streams.joiner.batch import REVOKED, Batch
 from streams.joiner.metrics import LAG
 from streams.joiner.records import EventTime
 from streams.kafka.clients import start, stop
+from streams.kafka.reader import STALL_S, Watchdog
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
 from streams.worker import Worker
@@ -50,8 +51,6 @@ REVOKE_S = 5.0
 """How long a rebalance waits for the batch in hand."""
 PROBE_S = 2.0
 """Seconds between two questions where the topics end: for `/readyz`, the lag, and the watchdog."""
-STALL_S = 30.0
-"""Seconds without handling anything, with events to read, after which the process ends to start afresh."""
 
 
 class BatchThread(driver.AIOKafkaConsumerThread):
@@ -69,6 +68,8 @@ class BatchThread(driver.AIOKafkaConsumerThread):
         self._topics = Topics.of(self.settings)
         self._event_time = EventTime((self._topics.interactions, self._topics.replies))
         self._unreachable = False
+        # Over all partitions: with a backlog, one may wait long for its turn.
+        self.watchdog: Watchdog[bool] = Watchdog(STALL_S)
 
     async def on_start(self) -> None:
         """Joins the group, waiting for a broker that is unavailable as long as it takes."""
@@ -154,34 +155,33 @@ class BatchThread(driver.AIOKafkaConsumerThread):
                 continue
             assigned = list(self._consumer.assignment())
             try:
-                async with asyncio.timeout(5.0):
+                async with asyncio.timeout(PROBE_TIMEOUT_S):
                     ends = await self._consumer.end_offsets(assigned) if assigned else {}
                     done = {tp: await self._consumer.committed(tp) or 0 for tp in assigned}
             except (KafkaError, OSError) as error:
                 why = f"Kafka at {self.settings.kafka_address} does not answer ({type(error).__name__})"
                 self._unavailable("kafka", why)
-                self.consumer.handled_at = time.monotonic()
+                self.watchdog.reset()
                 continue
-            if self._unreachable and self.consumer.is_reading:
+            for tp, end in ends.items():
+                LAG.labels(tp.topic, str(tp.partition)).set(max(0, end - done[tp]))
+            is_reading, position = self.consumer.is_reading, sum(done.values())
+            if self._unreachable and is_reading:
                 self._unreachable = False
                 self.worker.ready("kafka")
-            lag = {tp: max(0, end - done[tp]) for tp, end in ends.items()}
-            for tp, waiting in lag.items():
-                LAG.labels(tp.topic, str(tp.partition)).set(waiting)
-            self._end_if_stalled(sum(lag.values()))
+            # Where the group goes on rebalancing, there may be anything to read.
+            end = sum(ends.values()) if is_reading else position + 1
+            if self.watchdog.stalled({is_reading: position}, {is_reading: end}):
+                what = f"{end - position} events wait" if is_reading else "the group goes on rebalancing"
+                self._end_process(f"{what}, and nothing was handled for {STALL_S:g} s")
+                return
 
-    def _end_if_stalled(self, lag: int) -> None:
-        consumer = self.consumer
-        if (consumer.is_reading and not lag) or consumer.waits:
-            consumer.handled_at = time.monotonic()
-        elif time.monotonic() - consumer.handled_at > STALL_S and not self.worker.failed:
-            what = f"{lag} events wait" if consumer.is_reading else "the group goes on rebalancing"
-            why = f"{what}, and nothing was handled for {STALL_S:g} s"
-            self.parent_loop.call_soon_threadsafe(self.worker.fail, why)
-            # The main thread may be what hangs.
-            end = threading.Timer(self.settings.shutdown_timeout_s, os._exit, [1])
-            end.daemon = True
-            end.start()
+    def _end_process(self, why: str) -> None:
+        self.parent_loop.call_soon_threadsafe(self.worker.fail, why)
+        # The main thread may be what hangs.
+        end = threading.Timer(self.settings.shutdown_timeout_s, os._exit, [1])
+        end.daemon = True
+        end.start()
 
 
 class BatchConsumer(driver.Consumer):
@@ -196,9 +196,6 @@ class BatchConsumer(driver.Consumer):
         self.worker = self.transport.worker
         self.event_time: Mapping[int, float] = {}
         """For each partition: all that was sent before this (Unix seconds) is done."""
-        self.handled_at = time.monotonic()
-        self.waits = False
-        """Whether the batch in hand waits for a server."""
         self._lost = -1
         """The last generation of which a commit was refused: a rebalance follows."""
         self._limit: asyncio.Timeout | None = None
@@ -254,25 +251,23 @@ class BatchConsumer(driver.Consumer):
         return is_current and not (self.should_stop or self.app.should_stop)
 
     def attempt_begins(self, limit: asyncio.Timeout) -> None:
-        self.waits = False
         self._limit = limit
         self._idle.clear()
 
-    def attempt_ended(self, error: Exception | None) -> None:
+    def attempt_ended(self, batch: Batch, error: Exception | None) -> None:
         self._limit = None
         self._idle.set()
         if error is None:
             self.worker.ready("redis")
         elif isinstance(error, REVOKED):
-            self._lost = self._thread.generation
+            self._lost = batch.generation
 
     def unavailable(self, server: str, why: str) -> None:
-        self.waits = True
         self.worker.not_ready(server, why)
+        self._thread.thread_loop.call_soon_threadsafe(self._thread.watchdog.reset)
 
     async def commit_done(self, offsets: Mapping[TopicPartition, int]) -> None:
         await self._commit(cast(Mapping[TP, int], offsets))
-        self.handled_at = time.monotonic()
 
     async def wait_empty(self) -> None:
         """Waits for the batch in hand, within limits."""
@@ -290,7 +285,6 @@ class BatchConsumer(driver.Consumer):
 
     def resume_flow(self) -> None:
         super().resume_flow()
-        self.handled_at = time.monotonic()
         self.worker.ready("kafka")
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:

@@ -42,7 +42,7 @@ class Group:
     def attempt_begins(self, limit: asyncio.Timeout) -> None:
         self.limit = limit
 
-    def attempt_ended(self, error: Exception | None) -> None:
+    def attempt_ended(self, batch: Batch, error: Exception | None) -> None:
         self.limit = None
         self.owned = self.owned and not isinstance(error, CommitFailedError)
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import redis
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import CommitFailedError
 from pydantic import SecretStr
 
 from cortex_core.errors import ConfigError
@@ -58,6 +60,13 @@ def run_python(*arguments: str, settings: Settings, unset: str | None = None) ->
     return done.returncode, done.stdout + done.stderr
 
 
+async def committed_offsets(settings: Settings) -> dict[tuple[str, int], int]:
+    """By topic and partition."""
+    async with started(AIOKafkaAdminClient(bootstrap_servers=settings.kafka_address)) as admin:
+        offsets = await admin.list_consumer_group_offsets(settings.joiner_group)
+    return {(tp.topic, tp.partition): offset.offset for tp, offset in offsets.items()}
+
+
 async def test_sigterm_finishes_the_batch_commits_it_and_leaves_the_group(
     settings: Settings, client: redis.Redis
 ) -> None:
@@ -71,16 +80,11 @@ async def test_sigterm_finishes_the_batch_commits_it_and_leaves_the_group(
     async with started(AIOKafkaAdminClient(bootstrap_servers=settings.kafka_address)) as admin:
         [described] = await admin.describe_consumer_groups([settings.joiner_group])
         assert not described.groups[0][5], "members"
-        offsets = await admin.list_consumer_group_offsets(settings.joiner_group)
+    committed = await committed_offsets(settings)
     done: list[InteractionEvent | ReplyEvent] = []
     for record in await read_all(settings, topics.interactions) + await read_all(settings, topics.replies):
         is_interaction = record.topic == topics.interactions
-        committed = next(
-            o.offset
-            for tp, o in offsets.items()
-            if (tp.topic, tp.partition) == (record.topic, record.partition)
-        )
-        if record.offset < committed:
+        if record.offset < committed[record.topic, record.partition]:
             done.append(parse(InteractionEvent if is_interaction else ReplyEvent, record.value))  # type: ignore[arg-type]
     assert 20 < len(done) < len(events)
     assert summary(replay(settings, client)) == expected(done), "committed and done are the same"
@@ -164,6 +168,57 @@ async def test_faust_s_signals_tell_of_rebalances(settings: Settings) -> None:
         async with started(guest):
             await async_wait_for(lambda: len(told) == 4, 20, "the rebalance")
             assert told[2:] == [("revoked", every), ("assigned", every - guest.assignment())]
+    finally:
+        await app.stop()
+
+
+async def test_a_commit_that_fails_in_a_rebalance_stops_nobody(
+    settings: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(settings, Worker("joiner", settings))
+    await app.start()
+    commit_done, committing, revoking = app.batches.commit_done, asyncio.Event(), asyncio.Event()
+
+    async def refused(offsets: Any) -> None:
+        monkeypatch.setattr(app.batches, "commit_done", commit_done)
+        committing.set()
+        await revoking.wait()
+        raise CommitFailedError("the group has rebalanced")
+
+    monkeypatch.setattr(app.batches, "commit_done", refused)
+    wait_empty = app.batches.wait_empty
+
+    async def wait_empty_and_say_so() -> None:
+        revoking.set()
+        await wait_empty()
+
+    monkeypatch.setattr(app.batches, "wait_empty", wait_empty_and_say_so)
+    topics = Topics.of(settings)
+    guest = AIOKafkaConsumer(
+        topics.interactions,
+        topics.replies,
+        bootstrap_servers=settings.kafka_address,
+        group_id=settings.joiner_group,
+        partition_assignment_strategy=[RangePartitionAssignor],
+        enable_auto_commit=False,
+    )
+
+    async def its_share_is_committed() -> bool:
+        mine = {(topic, p) for topic, p in ends if (topic, p) not in guest.assignment()}
+        committed = await committed_offsets(settings)
+        return all(committed.get(tp) == ends[tp] for tp in mine)
+
+    events = [event for n in range(8) for event in conversation(n)]
+    try:
+        await send(settings, events)
+        await committing.wait()
+        records = await read_all(settings, topics.interactions) + await read_all(settings, topics.replies)
+        ends = Counter((record.topic, record.partition) for record in records)
+        async with started(guest):
+            await async_wait_for(guest.assignment, 20, "the rebalance")
+            await async_wait_for(its_share_is_committed, 20, "it to go on with what is left to it")
+        await async_wait_for(lambda: all_committed(settings), 20, "all to be joined")
+        assert summary(replay(settings, client)) == expected(events)
     finally:
         await app.stop()
 

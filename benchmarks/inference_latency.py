@@ -93,7 +93,7 @@ def cases(
     known = texts.new()
     conversations = itertools.count()
 
-    async def ask(message: str, candidates: Any) -> None:
+    async def ask(message: str, candidates: dict[str, str] | list[dict[str, Any]]) -> None:
         await client.decide(message, conversation_id=f"c-{next(conversations)}", memories=candidates)
 
     async def with_numbers() -> None:

@@ -112,7 +112,7 @@ class StrategySelector(nn.Module):
         self._sigma: FloatArray = np.zeros((0,), np.float32)
         self._changed: set[int] = set()
         self._frozen = False
-        self.register_state_dict_pre_hook(_commit)  # type: ignore[no-untyped-call]
+        self.register_state_dict_pre_hook(_commit)  # type: ignore[no-untyped-call]  # unannotated in torch
         self.reset_parameters()
 
     def freeze(self) -> None:

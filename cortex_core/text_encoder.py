@@ -97,7 +97,7 @@ class SentenceTransformerEncoder:
         source = name_or_path or _bundled_minilm() or HUB_NAME
         shows_progress = progress.is_progress_bar_enabled()
         if Path(source).is_dir():  # takes milliseconds: no progress bar in the log
-            progress.disable_progress_bar()  # type: ignore[no-untyped-call,unused-ignore]
+            progress.disable_progress_bar()
         try:
             self._model: Any = SentenceTransformer(source, device="cpu")
         except (OSError, ValueError) as error:
@@ -107,7 +107,7 @@ class SentenceTransformerEncoder:
             ) from error
         finally:
             if shows_progress:
-                progress.enable_progress_bar()  # type: ignore[no-untyped-call,unused-ignore]
+                progress.enable_progress_bar()
         self.dim = int(self._model.encode(["dimension"], show_progress_bar=False).shape[1])
         self.name = "all-MiniLM-L6-v2" if name_or_path is None else Path(name_or_path).name
         # The tokenizer is not thread-safe: concurrent calls raise "Already borrowed".

@@ -163,7 +163,6 @@ class Worker:
             timeout_graceful_shutdown=3,
         )
         server = uvicorn.Server(config)
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined,unused-ignore]
         task = asyncio.create_task(server._serve([sock]))  # `serve` would install its own signal handlers
         try:
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute, APIRouter
 from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
@@ -243,7 +244,7 @@ def create_app(service: Service, worker: Worker) -> FastAPI:
     return app
 
 
-class _RefusedCollector:
+class _RefusedCollector(Collector):
     """Weights versions refused, as the follower counts them."""
 
     def __init__(self, service: Service) -> None:
@@ -265,7 +266,7 @@ async def _serve(worker: Worker) -> None:
 
     torch.set_num_threads(worker.settings.torch_threads)
     service = Service(worker.settings, on_state)
-    REGISTRY.register(_RefusedCollector(service))  # type: ignore[arg-type,unused-ignore]
+    REGISTRY.register(_RefusedCollector(service))
     stopping = asyncio.create_task(worker.stopping.wait())
     try:
         async with worker.serving(create_app(service, worker)):

@@ -68,7 +68,7 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
                     await app.publish_dead_letters(part.dead_letters)
                     await part.commit()
 
-    @app.timer(interval=0.5)  # type: ignore[untyped-decorator]
+    @app.timer(interval=0.5)  # type: ignore[untyped-decorator]  # faust publishes no types
     async def close_silent_interactions() -> None:
         for partition, now in app.batches.event_time.items():
             try:

@@ -55,7 +55,7 @@ TRIES = 3
 AWAY: tuple[type[Exception], ...] = (redis.RedisError, *REACHABILITY_ERRORS)
 
 
-class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]
+class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publishes no types
     """One trainer process."""
 
     def __init__(self, worker: Worker, registry: CollectorRegistry = REGISTRY) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
+from cortex_core.arrays import DoubleArray
 from cortex_core.metadata import METADATA_KEYS
 from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.weights import WeightsManifest
@@ -36,9 +37,10 @@ def experience(
     """An experience with every feature; the same name gives the same features."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
 
-    def unit(*shape: int) -> Any:
+    def unit(*shape: int) -> DoubleArray:
         vectors = rng.normal(size=(*shape, DIM))
-        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+        vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+        return vectors
 
     strategies = list(StrategyRegistry().ids)
     occurred_at = START + timedelta(milliseconds=int(rng.integers(1_000_000)))

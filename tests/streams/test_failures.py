@@ -53,7 +53,7 @@ def at(server: str, settings: Settings) -> Iterator[Settings]:
         client.flushall()
 
 
-def raised(work: Callable[[], Any]) -> Exception:
+def raised(work: Callable[[], object]) -> Exception:
     """What it raises."""
     try:
         work()
@@ -346,7 +346,7 @@ async def test_a_demoted_primary_costs_its_connections(at: Settings, kind: str) 
     client = async_redis_client(observed) if kind == "event loop" else None
     blocking = redis_client(observed)
 
-    async def write(way: str) -> Any:
+    async def write(way: str) -> object:
         if client is not None:
             return await (client.set("k", "v") if way == "command" else client.eval(SCRIPT, 1, "k"))
         return blocking.set("k", "v") if way == "command" else blocking.eval(SCRIPT, 1, "k")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -248,7 +249,7 @@ async def test_bad_requests_are_refused_with_what_was_wrong(settings: Settings) 
         large = await http.post("/v1/decide", content=b" " * 200_001, headers=JSON)
         assert (large.status_code, large.headers["connection"]) == (413, "close")
 
-        async def in_parts() -> Any:
+        async def in_parts() -> AsyncIterator[bytes]:
             for _ in range(100):
                 yield b" " * 10_000
 

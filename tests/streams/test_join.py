@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cortex_core.feedback_collector import FeedbackCollector
+from cortex_core.feedback_collector import Aggregation, FeedbackCollector
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
 from streams.joiner.conversation import LATE_S, Conversation
 from streams.joiner.join import Changes, Join, Orphan, Put, Retract
@@ -139,7 +139,7 @@ def test_a_later_reply_amends_the_same_experience() -> None:
     ],
 )
 def test_rewards_are_aggregated_as_asked_in_the_order_of_time(
-    how: Any, reward: float, confidence: float
+    how: Aggregation, reward: float, confidence: float
 ) -> None:
     world = World(make_join(aggregation=how)).see(interaction("i1"))
     for second, rating in ((3, 0.2), (2, -0.6), (1, 0.4)):

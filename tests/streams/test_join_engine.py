@@ -4,7 +4,7 @@ import asyncio
 import random
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -48,7 +48,7 @@ class Bench:
 
     def task(self, event: InteractionEvent | ReplyEvent) -> Task:
         if isinstance(event, InteractionEvent):
-            step: Any = partial(_interaction, self.join, event)
+            step: Callable[[Conversation, Changes], None] = partial(_interaction, self.join, event)
         else:
             step = partial(_reply, self.join, event)
         return Task(event.conversation_id, 0, step)

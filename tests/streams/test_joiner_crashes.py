@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import redis
@@ -39,6 +40,11 @@ def settings(settings: Settings) -> Settings:
     return quick(settings)
 
 
+def holds_more_than(settings: Settings, client: redis.Redis, count: int) -> bool:
+    """Whether replay holds more entries than that."""
+    return len(replay(settings, client)) > count
+
+
 @pytest.fixture
 def client(settings: Settings) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(settings.redis_address) as it:
@@ -54,11 +60,8 @@ async def test_kill_9_in_the_middle_loses_nothing_and_doubles_nothing(
     for half in (events[::2], events[1::2]):
         await send(settings, half)
         seen = len(replay(settings, client))
-        await async_wait_for(
-            lambda seen=seen: len(replay(settings, client)) > seen + 5,  # type: ignore[misc]
-            30,
-            "progress",
-        )
+        more = partial(holds_more_than, settings, client, seen + 5)
+        await async_wait_for(more, 30, "progress")
         joiner.kill()
         joiner = spawn_worker("joiner", settings, join_batch=7)
     await async_wait_for(lambda: all_committed(settings), 60, "all to be joined")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import UnknownTopicOrPartitionError
@@ -52,7 +50,9 @@ async def test_a_topic_that_does_not_exist_is_an_error(settings: Settings) -> No
             pass
 
 
-async def test_silence_before_the_end_is_an_error(settings: Settings, monkeypatch: Any) -> None:
+async def test_silence_before_the_end_is_an_error(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reader, "STALL_S", 0.2)
     monkeypatch.setattr(Watchdog.__init__, "__defaults__", (0.2,))
     await create_topics(settings)
@@ -67,7 +67,7 @@ async def test_silence_before_the_end_is_an_error(settings: Settings, monkeypatc
             [record async for record in records_to_end(consumer, settings)]
 
 
-def test_the_watchdog_names_what_stands_still_and_nothing_else(monkeypatch: Any) -> None:
+def test_the_watchdog_names_what_stands_still_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("streams.kafka.reader.time.monotonic", lambda: now)
     watchdog: Watchdog[str] = Watchdog(30.0)

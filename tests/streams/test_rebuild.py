@@ -153,11 +153,11 @@ async def test_what_is_written_meanwhile_is_carried_over(settings: Settings, cli
 
 
 async def test_from_a_point_in_time_and_one_model_alone(settings: Settings, client: redis.Redis) -> None:
-    pairs = []
+    pairs: list[Event] = []
     for n in range(20):
         at = NOW - timedelta(seconds=1000 - 10 * n)
         pairs.append(interaction(f"i{n:02d}", f"c{n}", occurred_at=at, model_id=f"m{n % 2}"))
-        pairs.append(reply(f"r{n}", None, f"c{n}", occurred_at=at + timedelta(seconds=1)))  # type: ignore[arg-type]
+        pairs.append(reply(f"r{n}", None, f"c{n}", occurred_at=at + timedelta(seconds=1)))
     await send(settings, pairs)
     await rebuild(settings, model_id="m0")
     got = buffers(settings, client)

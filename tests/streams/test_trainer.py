@@ -100,7 +100,7 @@ async def test_killed_in_mid_stream_another_does_all_and_each_experience_is_lear
     assert await dead_letters(settings) == []
 
 
-def _home(settings: Settings, model_id: str) -> set[Any]:
+def _home(settings: Settings, model_id: str) -> set[TopicPartition]:
     [partition] = ends(settings, [experience("x", model_id=model_id)])
     return {TopicPartition(Topics.of(settings).experiences, partition)}
 

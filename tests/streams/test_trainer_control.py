@@ -20,7 +20,7 @@ from streams.events import ControlEvent, new_id, utc_now
 from streams.kafka.topics import Topics
 from streams.settings import Settings
 from streams.testing import async_wait_for
-from streams.weights.control import send_control
+from streams.weights.control import Action, send_control
 from streams.weights.follower import WeightsFollower
 from tests.streams.experiences import (
     WeightsWatch,
@@ -114,7 +114,7 @@ async def send_event(settings: Settings, **changes: Any) -> None:
 
 @pytest.mark.parametrize(("hold", "release"), [("pause", "resume"), ("pin", "unpin")])
 async def test_a_model_on_hold_learns_nothing_and_then_all_of_it(
-    settings: Settings, watch: WeightsWatch, hold: Any, release: Any
+    settings: Settings, watch: WeightsWatch, hold: Action, release: Action
 ) -> None:
     other = _neighbour(settings)
     async with running(settings) as trainer:
@@ -175,7 +175,7 @@ async def test_an_experience_that_makes_learning_fail_is_found_and_set_aside(
 ) -> None:
     real = OnlineTrainer.observe
 
-    def observe(self: OnlineTrainer, entry: ReplayEntry) -> Any:
+    def observe(self: OnlineTrainer, entry: ReplayEntry) -> OnlineUpdate | None:
         if entry.id == "e7":
             raise RuntimeError("shapes cannot be multiplied")
         return real(self, entry)

@@ -230,7 +230,9 @@ async def test_tombstones_shorten_the_history_and_not_what_is_served(settings: S
         assert not follower.refused
 
 
-async def test_a_client_that_stands_still_is_replaced(settings: Settings, monkeypatch: Any) -> None:
+async def test_a_client_that_stands_still_is_replaced(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A broker restart can leave aiokafka's fetcher silent for good; reading must go on all the same."""
     from aiokafka import AIOKafkaConsumer
 

@@ -1,1 +1,1 @@
-"""The inference worker: decides over HTTP, follows the weights. Its process is `streams.inference.app`."""
+"""The inference worker: serves decisions over HTTP and follows the weights; see `streams.inference.app`."""

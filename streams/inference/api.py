@@ -1,7 +1,7 @@
-"""The HTTP contract of the inference service, as pydantic models; the client imports it without torch.
+"""The HTTP API of the inference service as pydantic models; does not import torch, for the client.
 
-Requests name their fields exactly: an unknown field is refused, because a misspelt `histroy` that is silently
-dropped costs quality for months. Limits that depend on settings are checked by the service.
+Requests with unknown fields are rejected: a misspelt field that is silently ignored would reduce the quality
+unnoticed. The service checks limits that depend on settings.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from streams.events import Embedding, Id, Rating, Unit, require_value
 
 MAX_TOP_K = 100
 MAX_ITEMS = 10_000
-"""Memories or earlier messages in a request, whatever the settings allow."""
+"""Maximum number of memories or earlier messages in a request, for all settings."""
 MAX_FIELDS = 50
-"""Fields of one JSON object; each unknown one is an error of its own."""
+"""Maximum number of fields in a JSON object; each unknown field gives an error."""
 MAX_DIM = 65_536
-"""Numbers in an embedding."""
+"""Maximum dimension of an embedding."""
 Action = Literal["proceed", "hedge", "escalate"]
 
 
 class RequestError(InputError):
-    """A request that cannot be served as it is. `fields` says what is wrong where."""
+    """An invalid request. `fields` maps each invalid field to the reason."""
 
     status = 422
     type = "invalid_request"
@@ -51,7 +51,7 @@ class RequestError(InputError):
 
 
 class ConflictError(RequestError):
-    """An id that already stands for another request."""
+    """An id that was already used for another request."""
 
     status = 409
     type = "conflict"
@@ -61,34 +61,34 @@ _wire: TypeAdapter[Any] = TypeAdapter(Embedding, config=ConfigDict(arbitrary_typ
 
 
 def _read_vector(value: Any) -> FloatArray:
-    """A list of numbers, an array, or the events' {"shape": [D], "f16": base64}; (D,) float32."""
+    """(D,) float32 from a list of numbers, an array, or {"shape": [D], "f16": base64} as in events."""
     if isinstance(value, dict):
         array: np.ndarray[Any, Any] = _wire.validate_python(value)
     else:
         if not isinstance(value, list | tuple | np.ndarray):
             raise ValueError(
-                f'wanted a list of numbers or {{"shape": [D], "f16": base64}}, got {shown(value)}'
+                f'expected a list of numbers or {{"shape": [D], "f16": base64}}, got {shown(value)}'
             )
         if len(value) > MAX_DIM:
-            raise ValueError(f"wanted at most {MAX_DIM:,} numbers, got {len(value):,}")
+            raise ValueError(f"expected at most {MAX_DIM:,} numbers, got {len(value):,}")
         array = _as_numbers(value)
     if array.ndim != 1 or not len(array):
-        raise ValueError(f"wanted a flat list of numbers, got shape {array.shape}")
+        raise ValueError(f"expected a flat list of numbers, got shape {array.shape}")
     if not np.isfinite(array).all():
         at = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise ValueError(f"holds NaN or infinity (at position {at}); every number must be finite")
-    return unit(array)
+        raise ValueError(f"contains NaN or infinity (at position {at}); every number must be finite")
+    return unit_vector(array)
 
 
 def _as_numbers(value: Sequence[Any] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     try:
-        # As float64: of a list of strings numpy would make a table as wide as its longest one.
+        # With dtype float64: numpy would convert a list of strings to an array as wide as its longest string.
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         array = np.empty(0)
     kinds = {value.dtype.type} if isinstance(value, np.ndarray) else set(map(type, value))
     if array.ndim == 1 and not (array.size and all(map(_is_number, kinds))):
-        raise ValueError(f"wanted a flat list of numbers, got {shown(value)}")
+        raise ValueError(f"expected a flat list of numbers, got {shown(value)}")
     return array
 
 
@@ -96,13 +96,14 @@ def _is_number(kind: type) -> bool:
     return issubclass(kind, int | float | np.integer | np.floating) and kind is not bool
 
 
-def unit(array: np.ndarray[Any, Any]) -> FloatArray:
-    """(D,) float32 with L2 norm 1, or all zeros.
+def unit_vector(array: np.ndarray[Any, Any]) -> FloatArray:
+    """(D,) float32 with L2 norm 1, or zeros; for numbers of any magnitude.
 
-    Relevance is a cosine, so the norm says nothing; at norm 1 nothing over- or underflows float16.
+    Relevance is a cosine and does not depend on the norm; with norm 1 nothing overflows or underflows
+    float16.
     """
     wide = array.astype(np.float64)
-    # Divided by the largest first: squares of numbers near the ends of the range would leave it.
+    # Divided by the maximum first: squares of very large or small numbers would overflow or underflow.
     wide /= float(np.abs(wide).max(initial=0.0)) or 1.0
     return (wide / (math.sqrt(float(wide @ wide)) or 1.0)).astype(np.float32)
 
@@ -133,7 +134,7 @@ Vector = Annotated[
     ),
 ]
 ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
-"""A model's name: letters, digits, dot, dash and underscore; it becomes part of keys, paths and labels."""
+"""Name of a model: letters, digits, dot, dash and underscore, since it is part of keys, paths and labels."""
 
 
 class _Request(BaseModel):
@@ -145,21 +146,23 @@ class _Request(BaseModel):
     @classmethod
     def _few_fields(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and len(data) > MAX_FIELDS:
-            raise ValueError(f"{len(data)} fields, wanted no others than {', '.join(cls.model_fields)}")
+            raise ValueError(f"{len(data)} fields, expected only {', '.join(cls.model_fields)}")
         return data
 
 
 class Memory(_Request):
     """A candidate memory: its text, its embedding, or both."""
 
-    id: Id = Field(description="Your id of it; what is learned about a memory comes from its embedding.")
+    id: Id = Field(
+        description="Your id; what is learned about a memory depends on its embedding, not on its id."
+    )
     text: str | None = Field(
-        None, min_length=1, description="Encoded and cached by the service where no embedding is given."
+        None, min_length=1, description="Encoded and cached by the service if no embedding is given."
     )
     embedding: Vector | None = Field(
         None,
-        description="(D,) from the same encoder as the service's (see GET /v1/models): a list of numbers, or "
-        'compact as {"shape": [D], "f16": base64 of little-endian float16}. Goes before `text`.',
+        description="(D,) from the encoder of the service (see GET /v1/models): a list of numbers, or "
+        '{"shape": [D], "f16": base64 of little-endian float16}. Takes precedence over `text`.',
     )
 
     @model_validator(mode="after")
@@ -170,45 +173,47 @@ class Memory(_Request):
 
 
 class DecideRequest(_Request):
-    """A user's message and what the agent could use to answer it."""
+    """A user's message, and the candidates for its answer."""
 
-    conversation_id: Id = Field(description="Interactions and replies are joined within it.")
-    message: str = Field(description="What the user just wrote.", examples=["How do I deploy billing?"])
+    conversation_id: Id = Field(description="Interactions and replies are joined within a conversation.")
+    message: str = Field(description="The user's message.", examples=["How do I deploy billing?"])
     history: Annotated[list[str], FailFast()] = Field(
         [], max_length=MAX_ITEMS, description="Earlier messages of the conversation, oldest first."
     )
     metadata: dict[str, Any] = Field(
         {},
         max_length=1_000,
-        description="Read where present: hour_of_day [0, 24), day_of_week [0, 7) with 0 = Monday, "
+        description="Optional keys: hour_of_day [0, 24), day_of_week [0, 7) with 0 = Monday, "
         "conversation_length (turns), idle_s (seconds since the user's last message). Others are ignored.",
     )
     memories: Annotated[list[Memory], FailFast()] = Field(
         [], max_length=MAX_ITEMS, description="Candidates, in any order."
     )
-    model_id: ModelId = Field("default", description="Whose weights; agents that share one learn together.")
-    agent_id: Id = Field("agent", description="Which agent asks; logged, not learned from.")
+    model_id: ModelId = Field(
+        "default", description="The model whose weights decide; agents may share a model."
+    )
+    agent_id: Id = Field("agent", description="The agent; logged, not used for training.")
     interaction_id: Id | None = Field(
         None,
-        description="Your own id, for safe repetition: the same request with the same id is one interaction.",
+        description="Idempotency key: repeated requests with the same id are one interaction.",
     )
     top_k: int | None = Field(
         None,
         ge=0,
         le=MAX_TOP_K,
         strict=True,
-        description="Memories to retrieve; null takes the service's default.",
+        description="Number of memories to retrieve; null means the default of the service.",
     )
     explore: bool = Field(
         True,
         strict=True,
-        description="False always takes what looks best; nothing new is then learned about the rest.",
+        description="False always selects the highest estimates, so that the others are never tried.",
     )
 
     @model_validator(mode="after")
     def _usable(self) -> DecideRequest:
         if not self.message.strip():
-            raise ValueError("message is blank; wanted what the user wrote")
+            raise ValueError("message is blank, expected the user's message")
         seen: dict[str, int] = {}
         for i, memory in enumerate(self.memories):
             if memory.id in seen:
@@ -223,51 +228,54 @@ class StrategyChoice(BaseModel):
     id: str
     name: str
     description: str
-    prompt_framing: str = Field(description="Put in front of the task in the system prompt.")
+    prompt_framing: str = Field(description="Text placed before the task in the system prompt.")
     reasoning_style: str
     response_format: str
-    tool_permissions: list[str] = Field(description="Tools to allow; empty: whatever the agent usually may.")
+    tool_permissions: list[str] = Field(
+        description="Tools to allow; empty means the agent's default permissions."
+    )
     extra: dict[str, Any] = {}
 
 
 class RetrievedMemory(BaseModel):
-    """A memory that belongs in the context."""
+    """A memory to put into the context."""
 
     id: str
-    score: float = Field(description="Relevance; cosine similarity until something was learned.")
+    score: float = Field(description="Relevance; cosine similarity for untrained weights.")
 
 
 class DecideResponse(BaseModel):
-    """One decision. It stands as an interaction in Kafka when this is answered."""
+    """A decision. Its interaction is in Kafka when this is returned."""
 
-    interaction_id: str = Field(description="Name it in the reply about this answer.")
+    interaction_id: str = Field(description="Pass it with the reply about this answer.")
     conversation_id: str
     model_id: str
-    weights_version: int = Field(description="The weights that decided; 0: nothing learned yet.")
+    weights_version: int = Field(description="Version of the weights that decided; 0 for untrained weights.")
     strategy: StrategyChoice
-    probabilities: dict[str, float] = Field(description="With which each strategy could have been chosen.")
-    memories: list[RetrievedMemory] = Field(description="Slot by slot; best first unless exploring.")
-    confidence: Unit = Field(description="Predicted probability that the user will be content.")
+    probabilities: dict[str, float] = Field(description="Probability of choosing each strategy.")
+    memories: list[RetrievedMemory] = Field(description="In slot order; best first unless exploring.")
+    confidence: Unit = Field(description="Predicted probability of a satisfied user.")
     action: Action = Field(description="proceed from 0.8, hedge from 0.4, else escalate.")
 
 
 class ReplyRequest(_Request):
-    """What the user said or did about an interaction."""
+    """A user's reaction to an interaction."""
 
     conversation_id: Id
     interaction_id: Id | None = Field(
-        None, description="Null: the conversation's latest interaction before this reply."
+        None, description="Null: the latest interaction of the conversation before this reply."
     )
     kind: Literal["text", "rating", "outcome"] = Field(
-        "text", description="text: the next message; rating: the user rated; outcome: what turned out later."
+        "text",
+        description="text: the user's next message; rating: an explicit rating; outcome: a later result.",
     )
-    text: str = Field("", description="The user's words; wanted for kind text.")
+    text: str = Field("", description="The user's message; required for kind text.")
     rating: Rating | None = Field(
         None,
-        description="-1 (bad) to 1 (good), wanted for rating and outcome. 0 is neutral: thumbs are 1 and -1, "
-        "and true and false are refused.",
+        description="-1 (bad) to 1 (good), required for rating and outcome. 0 is neutral: thumbs are 1 and "
+        "-1; true and false are rejected.",
     )
-    reply_id: Id | None = Field(None, description="Your own id, for safe repetition.")
+    reply_id: Id | None = Field(None, description="Idempotency key.")
 
     @model_validator(mode="after")
     def _kind_has_its_value(self) -> ReplyRequest:
@@ -276,61 +284,61 @@ class ReplyRequest(_Request):
 
 
 class ReplyResponse(BaseModel):
-    """The reply stands in Kafka."""
+    """The reply is in Kafka."""
 
     reply_id: str
-    occurred_at: datetime = Field(description="As logged; latencies count from here.")
+    occurred_at: datetime = Field(description="As logged; latency metrics start here.")
 
 
 class AppliedVersion(BaseModel):
-    """A weights version that this worker served, and from when."""
+    """A weights version that this worker has served, and since when."""
 
     version: int
     applied_at: datetime
     consumed: dict[str, int] = Field(
-        description='"topic-partition" → next offset: the version has learned from every experience below it.'
+        description='"topic-partition" → next offset: the version has learned from all experiences below.'
     )
 
 
 class ModelSummary(BaseModel):
-    """What this worker serves for one model."""
+    """The state of one model in this worker."""
 
     model_id: str
-    version: int = Field(description="0: nothing learned yet.")
-    in_memory: bool = Field(description="Whether it is ready; others are read from Kafka when asked for.")
-    updates: int = Field(0, description="Gradient steps since birth.")
-    interactions: int = Field(0, description="Experiences learned from since birth.")
+    version: int = Field(description="0 for untrained weights.")
+    in_memory: bool = Field(description="Whether it is loaded; other models are loaded from Kafka on demand.")
+    updates: int = Field(0, description="Gradient steps since initialisation.")
+    interactions: int = Field(0, description="Experiences learned from since initialisation.")
     ema_loss: float | None = None
 
 
 class ModelDetail(ModelSummary):
-    """The same, with the versions applied while it was in memory."""
+    """A model with the versions applied while it was in memory."""
 
     versions: list[AppliedVersion] = Field(description="The last 1,000, oldest first.")
 
 
 class ModelList(BaseModel):
-    """All models that have weights or are in memory, and the encoder that embeddings must come from."""
+    """All models that have weights or are in memory, and the encoder required for embeddings."""
 
     encoder: str
-    dim: int = Field(description="D, the numbers in an embedding.")
+    dim: int = Field(description="D, dimension of the embeddings.")
     models: list[ModelSummary]
 
 
 class ErrorDetail(BaseModel):
     type: str
-    message: str = Field(description="What came, what was wanted, what to do.")
-    fields: dict[str, str] = Field({}, description="Field → what is wrong with it.")
+    message: str = Field(description="The value received, the value expected, and the remedy.")
+    fields: dict[str, str] = Field({}, description="Field → reason why it is invalid.")
 
 
 class ErrorResponse(BaseModel):
-    """Every answer from 400 on."""
+    """The body of all responses with status 400 and above."""
 
     error: ErrorDetail
 
 
 def describe_fields(errors: Sequence[Any], body: Any = None) -> dict[str, str]:
-    """Pydantic's errors as field → message; a memory is named by its id too."""
+    """Pydantic errors as field → message; the name of a memory includes its id."""
     fields: dict[str, str] = {}
     for error in errors[:20]:
         loc = [str(part)[:80] for part in error["loc"] if part != "body"]

@@ -1,7 +1,7 @@
-"""The inference worker: the service over HTTP.
+"""The inference worker: HTTP endpoints of the service, with limits, error responses and metrics.
 
-POST /v1/decide and /v1/replies answer after Kafka's acknowledgement; GET /v1/models shows what is served.
-/docs describes all of it. It adds to the service what HTTP needs and nothing else: limits, errors, metrics.
+POST /v1/decide and /v1/replies answer after Kafka has acknowledged the event; GET /v1/models lists the
+models. /docs describes the API.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from streams.inference.api import (
     RequestError,
     describe_fields,
 )
-from streams.inference.service import NEEDS, Service
+from streams.inference.service import DEPENDENCIES, Service
 from streams.settings import Settings
 from streams.worker import Worker, run_worker
 
@@ -54,13 +54,13 @@ DECIDE_S = Histogram(
 )
 RETRY_AFTER_S = "1"
 SMALL_BODY = 50_000
-"""Bytes up to which a body is parsed on the event loop: in under 2 ms."""
+"""Maximum size in bytes of a body that is parsed on the event loop, in less than 2 ms."""
 _parser = ThreadPoolExecutor(1, thread_name_prefix="parse")
-"""One at a time: what is parsed takes up to forty times the memory of its bytes."""
+"""A single thread, because a parsed body takes up to forty times the memory of its bytes."""
 
 
 class HttpError(HTTPException):
-    """An answer from 400 on that this layer gives by itself."""
+    """An error response of the HTTP layer."""
 
     def __init__(
         self, status: int, type_: str, message: str, fields: Mapping[str, str] | None = None
@@ -71,7 +71,7 @@ class HttpError(HTTPException):
 
 
 def error_response(error: Exception, request: Request) -> Response:
-    """The answer to an error; what nobody foresaw becomes a 500 with an id that stands in the log."""
+    """The response for an error; an unexpected error gives a 500 with the id of its log entry."""
     headers: dict[str, str] = {}
     match error:
         case RequestValidationError():
@@ -93,7 +93,7 @@ def error_response(error: Exception, request: Request) -> Response:
             error_id = new_id()
             log.error("unexpected error", error_id=error_id, path=request.url.path, exc_info=error)
             status, type_, fields = 500, "internal", {}
-            message = f"an error that nobody foresaw; it stands in the log as {error_id}"
+            message = f"internal error; see log entry {error_id}"
     if status == 413:
         headers["Connection"] = "close"  # the rest of the body is not read
     body = {"error": {"type": type_, "message": message, "fields": fields}}
@@ -105,7 +105,7 @@ def _joined(fields: Mapping[str, str]) -> str:
 
 
 class _Route(APIRoute):
-    """Counts and times every request, limits bodies before they are read, and answers every error."""
+    """Counts and times requests, limits the size of bodies, and converts errors into responses."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -136,11 +136,11 @@ class _JsonRequest(Request):
         return self._body
 
     async def json(self) -> Any:
-        """The body as the endpoint's model, which FastAPI then takes as it is."""
-        body, wanted = await self.body(), self._body_type
+        """The body as an instance of the endpoint's model, which FastAPI does not validate again."""
+        body, body_type = await self.body(), self._body_type
         if len(body) <= SMALL_BODY:
-            return _parsed(body, wanted)
-        return await asyncio.get_running_loop().run_in_executor(_parser, _parsed, body, wanted)
+            return _parsed(body, body_type)
+        return await asyncio.get_running_loop().run_in_executor(_parser, _parsed, body, body_type)
 
     async def _limited(self) -> bytes:
         content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -148,7 +148,7 @@ class _JsonRequest(Request):
             raise HttpError(
                 415,
                 "unsupported_media_type",
-                f"Content-Type is {content_type or 'not given'}, wanted application/json",
+                f"Content-Type is {content_type or 'missing'}, expected application/json",
             )
         limit = self.app.state.service.settings.max_body_bytes
         declared = self.headers.get("content-length", "")
@@ -167,19 +167,19 @@ class _JsonRequest(Request):
         return HttpError(
             413,
             "too_large",
-            f"the body has {size} bytes or more, at most {limit}: send embeddings as base64 float16, or "
-            "fewer memories",
+            f"the body has {size} bytes or more, expected at most {limit}: send embeddings as base64 "
+            "float16, or fewer memories",
         )
 
 
-def _parsed(body: bytes, wanted: type[BaseModel]) -> BaseModel:
+def _parsed(body: bytes, body_type: type[BaseModel]) -> BaseModel:
     try:
-        # NaN and Infinity pass here, so that the answer can say in which memory they stand.
+        # NaN and Infinity are accepted here, so that the error response can name the memory that has them.
         value = from_json(body, allow_inf_nan=True)
     except ValueError as error:
-        raise HttpError(400, "malformed_json", f"the body is no JSON: {error}") from error
+        raise HttpError(400, "malformed_json", f"the body is not valid JSON: {error}") from error
     try:
-        return wanted.model_validate(value)
+        return body_type.model_validate(value)
     except ValidationError as error:
         fields = describe_fields(error.errors(include_url=False), value)
     raise HttpError(422, RequestError.type, _joined(fields), fields)
@@ -198,40 +198,40 @@ def _service(request: Request) -> Service:
 
 
 def _answer(body: BaseModel, status: int = 200) -> Response:
-    # Validated when it was made; FastAPI would do so again.
+    # Already validated; FastAPI would validate it again.
     return Response(body.model_dump_json(), status, media_type="application/json")
 
 
 @router.post("/decide", response_model=DecideResponse)
 async def decide(body: DecideRequest, request: Request) -> Response:
-    """Decides which memories, which strategy and how confident; answers once the interaction is in Kafka."""
+    """Selects memories and a strategy, predicts the confidence; answers once the interaction is in Kafka."""
     return _answer(await _service(request).decide(body))
 
 
 @router.post("/replies", response_model=ReplyResponse, status_code=202)
 async def replies(body: ReplyRequest, request: Request) -> Response:
-    """Takes what the user said or did about an interaction; answers once it is in Kafka."""
+    """Accepts a user's reaction to an interaction; answers once it is in Kafka."""
     return _answer(await _service(request).reply(body), 202)
 
 
 @router.get("/models", response_model=ModelList)
 async def models(request: Request) -> Response:
-    """All models that have weights or are in memory, and the encoder that embeddings must come from."""
+    """All models that have weights or are in memory, and the encoder required for embeddings."""
     return _answer(_service(request).models())
 
 
 @router.get("/models/{model_id}", response_model=ModelDetail)
 async def model(model_id: Annotated[ModelId, Path()], request: Request) -> Response:
-    """One model and the versions that were applied here; version 0 where nothing was learned yet."""
+    """One model and the versions applied by this worker; version 0 for untrained weights."""
     return _answer(_service(request).model(model_id))
 
 
 def create_app(service: Service, worker: Worker) -> FastAPI:
-    """The HTTP application around a service; the caller starts and stops both."""
+    """The HTTP application of a service; the caller starts and stops both."""
     app = FastAPI(
         title="cortex-streams inference",
         version="1",
-        description="Which memories, which strategy, how confident: decided by weights that replies change.",
+        description="Selects memories and a strategy, and predicts confidence; trained on users' replies.",
     )
     app.state.service = service
     app.include_router(router)
@@ -245,24 +245,24 @@ def create_app(service: Service, worker: Worker) -> FastAPI:
 
 
 class _RefusedCollector(Collector):
-    """Weights versions refused, as the follower counts them."""
+    """Metric of the weights versions that the follower has rejected."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     def collect(self) -> list[CounterMetricFamily]:
-        family = CounterMetricFamily("cortex_weights_refused", "Weights versions refused", labels=["reason"])
+        family = CounterMetricFamily("cortex_weights_refused", "Weights versions rejected", labels=["reason"])
         for reason, count in self._service.refused.items():
             family.add_metric([reason], count)
         return [family]
 
 
 async def _serve(worker: Worker) -> None:
-    def on_state(need: str, why: str | None) -> None:
-        if why is None:
-            worker.ready(need)
+    def on_state(dependency: str, reason: str | None) -> None:
+        if reason is None:
+            worker.ready(dependency)
         else:
-            worker.not_ready(need, why)
+            worker.not_ready(dependency, reason)
 
     torch.set_num_threads(worker.settings.torch_threads)
     service = Service(worker.settings, on_state)
@@ -276,11 +276,13 @@ async def _serve(worker: Worker) -> None:
                 starting.result()
             await stopping
             starting.cancel()
-        # Requests in flight are answered by now; nothing new comes in.
+        # All requests have been answered, and no new ones are accepted.
     finally:
         await service.stop()
 
 
 def main(settings: Settings) -> None:
     """Runs an inference worker until SIGTERM; never returns."""
-    run_worker("inference", settings if settings.kafka else settings.resolved(), _serve, dependencies=NEEDS)
+    run_worker(
+        "inference", settings if settings.kafka else settings.resolved(), _serve, dependencies=DEPENDENCIES
+    )

@@ -1,7 +1,7 @@
-"""From a request to a logged decision: texts to embeddings, a model, its choice, the event that records it.
+"""From a request to a decision and its event: encodes texts, runs the model, builds the InteractionEvent.
 
-Inference workers and in-process clients both decide here. It knows neither HTTP nor Kafka. Encoding, building
-models and deciding run in small thread pools, never on the event loop.
+Used by inference workers and in-process clients; independent of HTTP and Kafka. Encoding, loading models and
+deciding run in small thread pools, not on the event loop.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from streams.inference.api import (
     RequestError,
     RetrievedMemory,
     StrategyChoice,
-    unit,
+    unit_vector,
 )
 from streams.inference.embedder import Embedder, rounded
 from streams.inference.models import Models, Served
@@ -41,22 +41,22 @@ log = structlog.get_logger(__name__)
 
 MODEL_S = Histogram(
     "cortex_model_seconds",
-    "The model's decision alone, without encoding and Kafka",
+    "Duration of the model's decision, without encoding and Kafka",
     buckets=(0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 1.0),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """A decision: what the agent is told, and the event that must be in Kafka before."""
+    """A decision: the response, and the event that must be in Kafka first."""
 
     response: DecideResponse
     event: bytes
-    """the InteractionEvent as it goes to Kafka"""
+    """the encoded InteractionEvent"""
 
 
 class Decider:
-    """Embeds, decides and records. `close` ends its threads."""
+    """Makes decisions. `close` ends its threads."""
 
     def __init__(self, settings: Settings, encoder: TextEncoder, models: Models) -> None:
         """
@@ -66,7 +66,7 @@ class Decider:
         if encoder.dim != settings.text_dim:
             raise ConfigError(
                 f"encoder {encoder.name} has {encoder.dim} dimensions, CORTEX_TEXT_DIM is "
-                f"{settings.text_dim}: set it to the encoder's, for trainers too"
+                f"{settings.text_dim}: set it to {encoder.dim}, also for trainers"
             )
         self.settings = settings
         self.models = models
@@ -77,8 +77,8 @@ class Decider:
         """Decides with the newest weights. The same id, request and weights give the same decision.
 
         Raises:
-            RequestError: a text, number or dimension outside the limits.
-            WeightsError, KafkaError, OSError, TimeoutError: the model had to be fetched, and could not.
+            RequestError: a text, number or dimension exceeds a limit.
+            WeightsError, KafkaError, OSError, TimeoutError: the model could not be loaded from Kafka.
         """
         self.check(request)
         metadata = metadata_features(request.metadata, request.message, request.history)
@@ -94,26 +94,30 @@ class Decider:
         )
 
     def warm_up(self) -> None:
-        """One encoding and one trial decision: torch loads modules for half a second at the first of each."""
+        """Makes a trial encoding and a trial decision: torch takes half a second for the first of each."""
         self.embedder.encoder.inner.encode("How do I deploy?")
         CortexModel.create(self.models.config).freeze()
 
     async def embed(self, text: str) -> Float16Array:
-        """(D,) of one text, as it is logged."""
+        """(D,) embedding of a text, as it is logged."""
         [row] = await self.embedder.encode([text])
         return row.astype(np.float16)
 
     def check(self, request: DecideRequest) -> None:
-        """The limits that depend on settings.
+        """Checks the limits that depend on settings.
 
         Raises:
-            RequestError: naming every field that is outside.
+            RequestError: names every field that exceeds a limit.
         """
         most, dim, fields = self.settings.max_text_chars, self.embedder.dim, dict[str, str]()
         if len(request.memories) > self.settings.max_memories:
-            fields["memories"] = f"{len(request.memories)} memories, at most {self.settings.max_memories}"
+            fields["memories"] = (
+                f"{len(request.memories)} memories, expected at most {self.settings.max_memories}"
+            )
         if len(request.history) > self.settings.max_memories:
-            fields["history"] = f"{len(request.history)} messages, at most {self.settings.max_memories}"
+            fields["history"] = (
+                f"{len(request.history)} messages, expected at most {self.settings.max_memories}"
+            )
         texts = [("message", request.message)]
         texts += [(f"history.{i}", text) for i, text in enumerate(request.history)]
         for i, memory in enumerate(request.memories):
@@ -121,15 +125,17 @@ class Decider:
                 texts.append((f"memories.{i}.text (id {memory.id!r})", memory.text))
             if memory.embedding is not None and memory.embedding.shape != (dim,):
                 fields[f"memories.{i}.embedding (id {memory.id!r})"] = (
-                    f"{len(memory.embedding)} numbers, wanted {dim} as encoder {self.embedder.name} gives"
+                    f"{len(memory.embedding)} numbers, expected {dim} as from encoder {self.embedder.name}"
                 )
             if len(fields) > 20:
                 break
         fields |= {
-            name: f"{len(text)} characters, at most {most}" for name, text in texts if len(text) > most
+            name: f"{len(text)} characters, expected at most {most}"
+            for name, text in texts
+            if len(text) > most
         }
         if fields:
-            raise RequestError("; ".join(f"{name}: {what}" for name, what in fields.items()), fields)
+            raise RequestError("; ".join(f"{name}: {problem}" for name, problem in fields.items()), fields)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -145,13 +151,16 @@ class Decider:
         metadata: FloatArray,
         memories: list[FloatArray],
     ) -> Decided:
-        # Rounded before deciding: what is logged is exactly what the model saw. Encoded texts are already.
-        message = np.array(turns[0])  # torch wants memory that it could write to
-        history = rounded(unit(np.mean(turns[1:], axis=0))) if len(turns) > 1 else np.zeros_like(message)
+        # Rounded before deciding, so that the logged values are those that the model used. Encoded texts are
+        # already rounded.
+        message = np.array(turns[0])  # torch requires writable memory
+        history = (
+            rounded(unit_vector(np.mean(turns[1:], axis=0))) if len(turns) > 1 else np.zeros_like(message)
+        )
         candidates = np.stack(memories) if memories else np.zeros((0, len(message)), np.float32)
         own = [i for i, memory in enumerate(request.memories) if memory.embedding is not None]
         candidates[own] = rounded(candidates[own])
-        # The id is the seed: a request that is repeated to another worker meets the same chance.
+        # The id is the seed, so that a retry at another worker gives the same decision.
         rng = np.random.default_rng(
             int.from_bytes(hashlib.blake2b(interaction_id.encode(), digest_size=16).digest(), "little")
         )
@@ -166,10 +175,10 @@ class Decider:
             rng=rng,
         )
         MODEL_S.observe(time.perf_counter() - started)
-        logged = decision.memory_indices + self._passed_over(len(memories), decision.memory_indices, rng)
-        chances = decision.probabilities.tolist()
-        if not request.explore:  # what was chosen was certain to be; the learner must not correct for chance
-            chances = [float(i == decision.strategy_index) for i in range(len(chances))]
+        logged = decision.memory_indices + self._negatives(len(memories), decision.memory_indices, rng)
+        probabilities = decision.probabilities.tolist()
+        if not request.explore:  # the choice was deterministic: its propensity is 1
+            probabilities = [float(i == decision.strategy_index) for i in range(len(probabilities))]
         event = InteractionEvent(
             occurred_at=utc_now(),
             interaction_id=interaction_id,
@@ -187,17 +196,17 @@ class Decider:
             memory_propensities=decision.memory_propensities,
             strategy_id=decision.strategy_id,
             strategy_ids=list(served.model.registry.ids),
-            probabilities=chances,
+            probabilities=probabilities,
             context=decision.context,
             confidence=decision.confidence,
             text=request.message if self.settings.store_text else None,
         )
         return Decided(self._response(request, interaction_id, served, decision), event.to_bytes())
 
-    def _passed_over(self, candidates: int, retrieved: list[int], rng: np.random.Generator) -> list[int]:
-        left = sorted(set(range(candidates)) - set(retrieved))
-        count = min(self.settings.logged_negatives, len(left))
-        return [left[i] for i in rng.choice(len(left), count, replace=False)] if count else []
+    def _negatives(self, candidates: int, retrieved: list[int], rng: np.random.Generator) -> list[int]:
+        others = sorted(set(range(candidates)) - set(retrieved))
+        count = min(self.settings.logged_negatives, len(others))
+        return [others[i] for i in rng.choice(len(others), count, replace=False)] if count else []
 
     @staticmethod
     def _response(

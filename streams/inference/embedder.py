@@ -1,4 +1,4 @@
-"""Texts to embeddings for many requests at once, off the event loop."""
+"""Encodes the texts of concurrent requests in batches, off the event loop."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from cortex_core.arrays import FloatArray
 from cortex_core.text_encoder import CachedEncoder, TextEncoder
 
 BATCH = 32
-"""Texts in one call of the encoder: long enough to be efficient, short enough that nobody waits for long."""
+"""Texts per call of the encoder: a compromise between throughput and latency."""
 
-ENCODE_S = Histogram("cortex_encode_seconds", "One call of the text encoder, for up to 32 texts")
-TEXT_CACHE = Counter("cortex_text_cache_total", "Texts asked for, by whether kept or encoded", ["result"])
+ENCODE_S = Histogram("cortex_encode_seconds", "Duration of one call of the text encoder, for up to 32 texts")
+TEXT_CACHE = Counter("cortex_text_cache_total", "Texts, by cache hit or miss", ["result"])
 
 
 def rounded(rows: FloatArray) -> FloatArray:
-    """float32 numbers that float16 holds exactly: what is logged is then what was decided on."""
+    """Rounds to float32 numbers that float16 represents exactly, so that what is logged was decided on."""
     return rows.astype(np.float16).astype(np.float32)
 
 
 class _Rounding:
-    """An encoder whose vectors float16 holds exactly."""
+    """An encoder with rounded results."""
 
     def __init__(self, inner: TextEncoder) -> None:
         self._inner = inner
@@ -41,12 +41,12 @@ class _Rounding:
 
 
 class Embedder:
-    """Texts to vectors: cached, each text once however many requests wait for it, in fair batches.
+    """Encodes texts with a cache, each text once for all requests that wait for it, in fair batches.
 
-    Vectors are rounded to what float16 holds, once, when they are encoded.
+    Embeddings are rounded to float16 when they are encoded.
 
-    While one batch is with the encoder, texts of other requests gather; the next batch takes a text of each
-    in turn, so that a request with a thousand uncached memories does not hold the others up.
+    While a batch is being encoded, the texts of other requests are queued; the next batch takes one text of
+    each request in turn, so that a request with a thousand uncached memories does not delay the others.
     """
 
     def __init__(self, encoder: TextEncoder, capacity: int) -> None:
@@ -54,33 +54,33 @@ class Embedder:
         self.dim = encoder.dim
         self.name = encoder.name
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._lines: deque[deque[str]] = deque()
+        self._queues: deque[deque[str]] = deque()
         self._waiting: dict[str, asyncio.Future[FloatArray]] = {}
         self._drain_task: asyncio.Task[None] | None = None
 
     async def encode(self, texts: Sequence[str]) -> list[FloatArray]:
-        """One (D,) vector for each text."""
-        wanted = list(dict.fromkeys(texts))
-        found = {text: row for text in wanted if (row := self.encoder.cached(text)) is not None}
+        """One (D,) embedding per text."""
+        distinct = list(dict.fromkeys(texts))
+        found = {text: row for text in distinct if (row := self.encoder.cached(text)) is not None}
         TEXT_CACHE.labels("hit").inc(len(found))
-        missing = [text for text in wanted if text not in found]
+        missing = [text for text in distinct if text not in found]
         if missing:
             TEXT_CACHE.labels("miss").inc(len(missing))
             new = [text for text in missing if text not in self._waiting]
             for text in new:
                 self._waiting[text] = asyncio.get_running_loop().create_future()
             if new:
-                self._lines.append(deque(new))
+                self._queues.append(deque(new))
             futures = [self._waiting[text] for text in missing]
             if self._drain_task is None or self._drain_task.done():
                 self._drain_task = asyncio.create_task(self._drain())
-            # A request that is given up must not cancel what another waits for.
+            # The cancellation of one request must not cancel a text that another one waits for.
             rows = await asyncio.gather(*(asyncio.shield(future) for future in futures))
             found |= zip(missing, rows, strict=True)
         return [found[text] for text in texts]
 
     def close(self) -> None:
-        """Ends the thread; what still waits is cancelled."""
+        """Ends the thread and cancels waiting requests."""
         if self._drain_task is not None:
             self._drain_task.cancel()
         for future in self._waiting.values():
@@ -92,26 +92,26 @@ class Embedder:
             try:
                 rows: Sequence[FloatArray | Exception] = list(await self._run(batch))
             except Exception:
-                rows = [await self._alone(text) for text in batch]
+                rows = [await self._encode_one(text) for text in batch]
             for text, row in zip(batch, rows, strict=True):
                 future = self._waiting.pop(text)
                 if isinstance(row, Exception):
                     future.set_exception(row)
-                    future.exception()  # whoever waited may be gone
+                    future.exception()  # marks it as retrieved: the request may have been cancelled
                 else:
                     future.set_result(row)
 
     def _next_batch(self) -> list[str]:
         batch: list[str] = []
-        while self._lines and len(batch) < BATCH:
-            line = self._lines.popleft()
-            batch.append(line.popleft())
-            if line:
-                self._lines.append(line)
+        while self._queues and len(batch) < BATCH:
+            queue = self._queues.popleft()
+            batch.append(queue.popleft())
+            if queue:
+                self._queues.append(queue)
         return batch
 
-    async def _alone(self, text: str) -> FloatArray | Exception:
-        """One text of a batch that failed: only the one at fault shall fail."""
+    async def _encode_one(self, text: str) -> FloatArray | Exception:
+        """Encodes one text of a failed batch, so that only the texts at fault fail."""
         try:
             rows = await self._run([text])
             return np.asarray(rows[0], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The models that are served, and the swap to a newer version between two requests."""
+"""The served models, and the swap to a newer version between two requests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from streams.inference.api import (
 )
 
 VERSIONS_KEPT = 1_000
-"""Applied versions remembered for each model."""
+"""Number of applied versions kept per model, for `GET /v1/models/{id}`."""
 
 
 MODEL_VERSION = Gauge("cortex_model_version", "Weights version served, of models in memory", ["model_id"])
@@ -31,30 +31,31 @@ SWAPS = Counter("cortex_model_swaps_total", "Weights versions swapped in")
 
 REPLY_TO_WEIGHTS = Histogram(
     "cortex_reply_to_weights_seconds",
-    "From the oldest reply that a version has learned from, and its parent had not, to its being served here",
+    "Time from the oldest reply that a version, but not its parent, has learned from, until it serves here",
     buckets=(0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 120.0, 600.0),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One version of one model, as a request uses it from beginning to end."""
+    """One version of a model; a request uses the same one throughout."""
 
     model_id: str
     version: int
     model: CortexModel
     manifest: WeightsManifest | None = None
-    """None at birth, version 0"""
+    """None for untrained weights (version 0)"""
 
 
 Fetch = Callable[[str], Awaitable[tuple[WeightsSnapshot, CortexModel] | None]]
-"""Reads the newest version of a model again; None where it has none."""
+"""Loads the newest version of a model; None if it has none."""
 
 
 class Models:
-    """The models that are ready, at most `capacity`; the least recently used leaves, to be fetched on demand.
+    """LRU cache of at most `capacity` loaded models; others are loaded on demand.
 
-    All methods run on one event loop, and a swap is one assignment: atomic between two requests.
+    All methods run on one event loop, and a swap is one assignment, so that it is atomic between two
+    requests.
     """
 
     def __init__(self, config: ModelConfig, capacity: int, fetch: Fetch) -> None:
@@ -66,10 +67,10 @@ class Models:
         self._loading: dict[str, asyncio.Task[Served]] = {}
 
     async def get(self, model_id: str) -> Served:
-        """The model to decide with: its newest version, or the model at birth where it has none.
+        """The newest version of a model, or an untrained model if it has none.
 
         Raises:
-            WeightsError, KafkaError, OSError, TimeoutError: it had to be fetched, and could not.
+            WeightsError, KafkaError, OSError, TimeoutError: it could not be loaded from Kafka.
         """
         served = self._ready.get(model_id)
         if served is not None:
@@ -82,13 +83,13 @@ class Models:
         return await asyncio.shield(loading)
 
     def put(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
-        """Swaps in a version. A model that nobody has asked for is taken in only while there is room."""
+        """Swaps in a version. A model that was not requested yet is added only if there is room."""
         model_id = snapshot.manifest.model_id
         if model_id in self._ready or model_id in self._loading or len(self._ready) < self.capacity:
             self._swap(Served(model_id, snapshot.manifest.version, model, snapshot.manifest))
 
     def summary(self, model_id: str, newest: WeightsManifest | None) -> ModelSummary:
-        """What is served for a model; `newest` is what Kafka holds of it."""
+        """The summary of a model; `newest` is its newest version in Kafka."""
         served = self._ready.get(model_id)
         manifest = served.manifest if served else newest
         return ModelSummary(
@@ -101,12 +102,12 @@ class Models:
         )
 
     def detail(self, model_id: str, newest: WeightsManifest | None) -> ModelDetail:
-        """The summary and the versions applied."""
+        """The summary of a model and its applied versions."""
         summary = self.summary(model_id, newest)
         return ModelDetail(**summary.model_dump(), versions=list(self._versions.get(model_id, ())))
 
     def ids(self) -> list[str]:
-        """Of the models in memory."""
+        """Ids of the loaded models."""
         return list(self._ready)
 
     async def _load(self, model_id: str) -> Served:
@@ -133,13 +134,13 @@ class Models:
                 AppliedVersion(version=served.version, applied_at=now, consumed=manifest.consumed)
             )
         while len(self._ready) > self.capacity:
-            gone, _ = self._ready.popitem(last=False)
-            self._versions.pop(gone, None)
-            MODEL_VERSION.remove(gone)
+            evicted, _ = self._ready.popitem(last=False)
+            self._versions.pop(evicted, None)
+            MODEL_VERSION.remove(evicted)
         return served
 
     @staticmethod
     def _observe_latency(manifest: WeightsManifest, now: datetime, *, fresh: bool) -> None:
-        # A version read at start or after eviction was learned long ago and says nothing of the loop's speed.
+        # A version loaded at start or after eviction was trained earlier: not a measurement of the latency.
         if fresh and manifest.oldest_reply_at is not None:
             REPLY_TO_WEIGHTS.observe(max(0.0, (now - manifest.oldest_reply_at).total_seconds()))

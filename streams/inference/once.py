@@ -1,4 +1,4 @@
-"""Idempotency: each id's event is made and published once, however often it is asked for."""
+"""Idempotency: the event of each id is created and published once, however often the request is repeated."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from streams.kafka.publisher import Publisher
 R = TypeVar("R", bound=BaseModel)
 
 IDS_REMEMBERED = 10_000
-"""Interactions and replies, each, that a repetition is recognised among."""
+"""Maximum number of ids kept, for interactions and for replies each."""
 BYTES_REMEMBERED = 24_000_000
-"""Most that they take, interactions and replies each; 1 KB each as a rule."""
+"""Maximum size of the entries, for interactions and for replies each; about 1 KB per entry."""
 OWN_BYTES = 1_000
-"""What an id takes beside its answer and its event."""
+"""Size of an entry without its answer and its event."""
 
 
 @dataclass(slots=True)
 class Record(Generic[R]):
-    """An answer, and the event that must be acknowledged before it is given."""
+    """An answer, and the event that must be acknowledged first."""
 
     response: R
     topic: str
@@ -36,24 +36,24 @@ class Record(Generic[R]):
 
 @dataclass(slots=True)
 class Entry:
-    """One id: what was asked under it, and how far it got."""
+    """The request of an id, and its progress."""
 
     fingerprint: bytes
     conversation_id: str
     made: asyncio.Future[Record[Any]] | None
-    """None once it is acknowledged; the rest is then all that is kept"""
+    """None once the event is acknowledged, to free its memory"""
     delivery: asyncio.Task[None] | None = None
     answer: bytes = b""
-    """The response as JSON, once it is acknowledged"""
+    """the response as JSON, once the event is acknowledged"""
     counted: int = 0
-    """Bytes that it counts for"""
+    """size in bytes"""
 
 
 class IdempotentPublisher(Generic[R]):
-    """Makes and delivers each id's event once, however often and however concurrently it is asked for.
+    """Creates and publishes the event of each id once, also for repeated and concurrent requests.
 
-    A repetition waits for what is under way, sends the very same event again where that failed, and is
-    answered from memory once it was acknowledged. Bounded in number and bytes: the oldest id is forgotten.
+    A repeated request waits for the first one, sends the same event again if that failed, and is answered
+    from memory once the event is acknowledged. Limited in number and bytes: the oldest ids are dropped.
     """
 
     def __init__(
@@ -73,20 +73,20 @@ class IdempotentPublisher(Generic[R]):
         self._entries: OrderedDict[str, Entry] = OrderedDict()
 
     def known(self, id_: str) -> Entry | None:
-        """The entry of an id that is remembered."""
+        """The entry of an id, if it is still kept."""
         return self._entries.get(id_)
 
     async def answer(
         self, id_: str, conversation_id: str, fingerprint: bytes, make: Callable[[], Awaitable[Record[R]]]
     ) -> R:
-        """What `make` answers, once its event is acknowledged.
+        """The answer of `make`, once its event is acknowledged.
 
         Args:
-            fingerprint: tells requests apart under one id; short, as it is kept.
+            fingerprint: short digest that distinguishes requests with the same id.
 
         Raises:
-            ConflictError: the id stands for another request.
-            UnavailableError: Kafka did not acknowledge in time; repeat with the same id.
+            ConflictError: the id was used for a different request.
+            UnavailableError: Kafka did not acknowledge in time; retry with the same id.
         """
         entry = self._entries.get(id_)
         if entry is None:
@@ -96,7 +96,7 @@ class IdempotentPublisher(Generic[R]):
             self._forget_oldest()
         elif entry.fingerprint != fingerprint:
             raise ConflictError(
-                f"{self._what} {id_!r} was used for another request; take a new id, or send the same request"
+                f"{self._what} {id_!r} was used for another request: use a new id, or send the same request"
             )
         if entry.made is None:
             return self._response.model_validate_json(entry.answer)
@@ -116,7 +116,7 @@ class IdempotentPublisher(Generic[R]):
         self._count(id_, entry, len(made.result().value))
 
     def _acknowledged(self, id_: str, entry: Entry, record: Record[R]) -> None:
-        if entry.made is None:  # another one waited, too
+        if entry.made is None:  # a concurrent request was first
             return
         entry.made = entry.delivery = None
         entry.answer = record.response.model_dump_json().encode()

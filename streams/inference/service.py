@@ -1,13 +1,13 @@
-"""The service behind an agent: decides, records, takes replies, follows weights. No HTTP.
+"""The inference service, without HTTP: makes decisions, accepts replies, follows weights.
 
     service = Service(settings)
-    await service.start()                        # returns when encoder, Kafka and weights are there
-    answer = await service.decide(request)       # its interaction stands in Kafka
+    await service.start()                        # returns when encoder, Kafka and weights are ready
+    answer = await service.decide(request)       # its interaction is in Kafka
     await service.reply(reply)
     await service.stop()                         # what was not acknowledged was not answered
 
-The inference worker serves one over HTTP; an in-process client owns one. Order of effects, always: decide,
-publish and wait for Kafka's acknowledgement, answer.
+The inference worker serves it over HTTP; an in-process client owns one. The order of effects is: decide,
+publish, wait for Kafka's acknowledgement, answer.
 """
 
 from __future__ import annotations
@@ -45,22 +45,23 @@ from streams.weights.follower import WeightsFollower
 
 log = structlog.get_logger(__name__)
 
-NEEDS = ("encoder", "kafka", "weights")
-"""What must be there before requests are answered."""
+DEPENDENCIES = ("encoder", "kafka", "weights")
+"""Dependencies that must be ready before requests are answered."""
 
 
 class Service:
-    """Decisions and replies for agents, with weights followed from Kafka and events produced to it."""
+    """Makes decisions and accepts replies; reads weights from Kafka and publishes events to it."""
 
     def __init__(self, settings: Settings, on_state: Callable[[str, str | None], None] | None = None) -> None:
         """
         Args:
-            on_state: told (need, why it is not there or None) for the needs `encoder`, `kafka`, `weights`.
+            on_state: called with (dependency, reason why it is not ready, or None) for `encoder`, `kafka` and
+                `weights`.
         """
         self.settings = settings
-        self.missing: dict[str, str] = dict.fromkeys(NEEDS, "not there yet")
-        """Needs that are not there, and why; requests are answered while it is empty."""
-        self._on_state = on_state or (lambda _need, _why: None)
+        self.missing: dict[str, str] = dict.fromkeys(DEPENDENCIES, "not ready yet")
+        """Dependency → reason, for those that are not ready; requests are answered while it is empty."""
+        self._on_state = on_state or (lambda _dependency, _reason: None)
         self._topics = Topics.of(settings)
         self._publisher = Publisher(settings, lambda why: self._state("kafka", why))
         self._follower = WeightsFollower(settings, self._swap, on_state=self._follower_state)
@@ -70,10 +71,10 @@ class Service:
         self._replies = IdempotentPublisher(ReplyResponse, "reply_id", self._publisher)
 
     async def start(self) -> None:
-        """Returns when everything is there; waits for a Kafka that is away, with backoff.
+        """Returns when everything is ready; waits for an unavailable Kafka, with backoff.
 
         Raises:
-            ConfigError: encoder or topics do not fit the settings.
+            ConfigError: encoder or topics do not match the settings.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -83,7 +84,7 @@ class Service:
             raise group_error.exceptions[0] from None
 
     async def stop(self) -> None:
-        """Waits shortly for what is under way, then closes everything; safe to call twice."""
+        """Waits briefly for events in flight, then closes everything; can be called repeatedly."""
         await self._publisher.stop()
         await self._follower.stop()
         if self._decider is not None:
@@ -91,15 +92,15 @@ class Service:
 
     @property
     def refused(self) -> Counter[str]:
-        """Weights versions refused, by reason."""
+        """Number of rejected weights versions, by reason."""
         return self._follower.refused
 
     async def decide(self, request: DecideRequest) -> DecideResponse:
-        """Decides; the interaction stands in Kafka when this returns.
+        """Makes a decision; the interaction is in Kafka when this returns.
 
         Raises:
-            RequestError: the request is unusable, or its interaction_id stands for another one.
-            UnavailableError: repeat later with the same interaction_id.
+            RequestError: the request is invalid, or its interaction_id was used for a different request.
+            UnavailableError: retry later with the same interaction_id.
         """
         decider = self._ready()
         interaction_id = request.interaction_id or new_id()
@@ -109,7 +110,7 @@ class Service:
                 decided = await decider.decide(request, interaction_id)
             except (KafkaError, OSError, TimeoutError, WeightsError) as error:
                 raise UnavailableError(
-                    f"the model cannot be read ({type(error).__name__}: {error})"
+                    f"the model cannot be loaded ({type(error).__name__}: {error})"
                 ) from error
             key = request.conversation_id.encode()
             return Record(decided.response, self._topics.interactions, key, decided.event)
@@ -119,22 +120,23 @@ class Service:
         )
 
     async def reply(self, request: ReplyRequest) -> ReplyResponse:
-        """Takes a reply; it stands in Kafka when this returns.
+        """Accepts a reply; it is in Kafka when this returns.
 
         Raises:
-            RequestError: the reply is unusable, or its reply_id stands for another one.
-            UnavailableError: repeat later with the same reply_id.
+            RequestError: the reply is invalid, or its reply_id was used for a different reply.
+            UnavailableError: retry later with the same reply_id.
         """
         decider = self._ready()
         if len(request.text) > self.settings.max_text_chars:
-            what = f"{len(request.text)} characters, at most {self.settings.max_text_chars}"
-            raise RequestError(f"text: {what}", {"text": what})
+            problem = f"{len(request.text)} characters, expected at most {self.settings.max_text_chars}"
+            raise RequestError(f"text: {problem}", {"text": problem})
         interaction = self._interactions.known(request.interaction_id or "")
         if interaction is not None and interaction.conversation_id != request.conversation_id:
             raise RequestError(
-                f"interaction {request.interaction_id!r} is of conversation {interaction.conversation_id!r}, "
-                f"the reply names {request.conversation_id!r}: replies are joined within one conversation",
-                {"conversation_id": f"wanted {interaction.conversation_id!r}"},
+                f"interaction {request.interaction_id!r} belongs to conversation "
+                f"{interaction.conversation_id!r}, the reply to {request.conversation_id!r}; expected the "
+                "same, because replies are joined within a conversation",
+                {"conversation_id": f"expected {interaction.conversation_id!r}"},
             )
         reply_id = request.reply_id or new_id()
 
@@ -174,28 +176,28 @@ class Service:
         )
 
     def model(self, model_id: str) -> ModelDetail:
-        """One model; version 0 where nothing was learned yet."""
+        """One model; version 0 for untrained weights."""
         return self._models.detail(model_id, self._follower.newest(model_id))
 
     def _ready(self) -> Decider:
         if self._decider is None or self.missing:
-            raise UnavailableError("; ".join(f"{need}: {why}" for need, why in self.missing.items()))
+            raise UnavailableError("; ".join(f"{name}: {reason}" for name, reason in self.missing.items()))
         return self._decider
 
-    def _state(self, need: str, why: str | None) -> None:
-        if why is None:
-            self.missing.pop(need, None)
+    def _state(self, dependency: str, reason: str | None) -> None:
+        if reason is None:
+            self.missing.pop(dependency, None)
         else:
-            self.missing[need] = why
-        self._on_state(need, why)
+            self.missing[dependency] = reason
+        self._on_state(dependency, reason)
 
-    def _follower_state(self, why: str | None) -> None:
-        # Once caught up, old weights go on deciding while the log cannot be read: better than no answer.
+    def _follower_state(self, reason: str | None) -> None:
+        # Once caught up, decisions continue with the current weights while the topic cannot be read.
         if not self._follower.caught_up.is_set():
-            self._state("weights", why or "being read")
+            self._state("weights", reason or "loading")
 
     async def _load_encoder(self) -> None:
-        self._state("encoder", f"{self.settings.encoder} is being loaded")
+        self._state("encoder", f"loading {self.settings.encoder}")
         encoder = await asyncio.to_thread(load_encoder, self.settings.encoder)
         decider = self._decider = Decider(self.settings, encoder, self._models)
         await asyncio.to_thread(decider.warm_up)
@@ -203,7 +205,7 @@ class Service:
 
     async def _connect(self) -> None:
         await self._publisher.start()
-        self._state("weights", "being read")
+        self._state("weights", "loading")
         await self._follower.start()
         await self._follower.until_caught_up()
         self._state("weights", None)
@@ -213,7 +215,7 @@ class Service:
         log.debug("weights swapped", model_id=snapshot.manifest.model_id, version=snapshot.manifest.version)
 
     async def _fetch(self, model_id: str) -> tuple[WeightsSnapshot, CortexModel] | None:
-        """Reads a model's newest version that is no longer in memory."""
+        """Loads the newest version of a model that is not in memory."""
         manifest = self._follower.newest(model_id)
         if manifest is None:
             return None
@@ -222,7 +224,7 @@ class Service:
 
 
 def _fingerprint(request: DecideRequest) -> bytes:
-    """Tells requests apart under one interaction_id; empty where the id is the service's own."""
+    """Digest to distinguish requests with the same interaction_id; empty if the service creates the id."""
     if request.interaction_id is None:
         return b""
     digest = hashlib.blake2b(request.model_dump_json(exclude={"memories"}).encode(), digest_size=16)

@@ -14,7 +14,7 @@ from streams.worker import Worker, run_worker
 if TYPE_CHECKING:
     from streams.trainer.consumer import Trainer
 
-NEEDS = ("kafka", "redis", "weights", "partitions")
+DEPENDENCIES = ("kafka", "redis", "weights", "partitions")
 """What `/readyz` waits for."""
 
 
@@ -37,4 +37,4 @@ async def run(worker: Worker) -> None:
 
 def main(settings: Settings) -> None:
     """The trainer process; returns never, exits with 0 after SIGTERM."""
-    run_worker("trainer", settings.resolved(), run, dependencies=NEEDS)
+    run_worker("trainer", settings.resolved(), run, dependencies=DEPENDENCIES)

@@ -19,7 +19,7 @@ from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
 from streams.events import InteractionEvent, ReplyEvent, parse
 from streams.inference.app import create_app
-from streams.inference.service import NEEDS, Service
+from streams.inference.service import DEPENDENCIES, Service
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 from streams.settings import Settings
 from streams.weights.architecture import model_config
@@ -92,7 +92,7 @@ async def publish_versions(settings: Settings, *snapshots: WeightsSnapshot) -> N
 async def served(settings: Settings) -> AsyncIterator[tuple[Service, httpx.AsyncClient]]:
     """A service that is ready, and an HTTP client of its application in this process."""
     service = Service(settings)
-    app = create_app(service, Worker("inference", settings, NEEDS))
+    app = create_app(service, Worker("inference", settings, DEPENDENCIES))
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
         try:
@@ -106,7 +106,7 @@ async def served(settings: Settings) -> AsyncIterator[tuple[Service, httpx.Async
 @asynccontextmanager
 async def listening(settings: Settings) -> AsyncIterator[str]:
     """The url of a service that is ready, on a real socket of this process."""
-    service, worker = Service(settings), Worker("inference", settings, NEEDS)
+    service, worker = Service(settings), Worker("inference", settings, DEPENDENCIES)
     try:
         async with worker.serving(create_app(service, worker)) as port, asyncio.timeout(150):
             await service.start()

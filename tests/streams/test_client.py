@@ -92,7 +92,7 @@ async def test_errors_say_what_is_wrong(settings: Settings) -> None:
         with pytest.raises(RequestError, match="NaN or infinity") as nan:
             await decide(memories=[{"id": "m", "embedding": [float("nan")] * 384}])
         assert list(nan.value.fields) == ["embedding"]
-        with pytest.raises(RequestError, match=r"3 numbers, wanted 384") as short:
+        with pytest.raises(RequestError, match=r"3 numbers, expected 384") as short:
             await decide(memories=[{"id": "m", "embedding": [1.0, 2.0, 3.0]}])
         assert list(short.value.fields) == ["memories.0.embedding (id 'm')"]
         with pytest.raises(InputError, match=r"idle_s.* contains NaN"):
@@ -294,7 +294,7 @@ async def test_in_process(settings: Settings) -> None:
         assert first.weights_version == 1
         assert {m.text for m in first.memories} == set(MEMORIES.values())
         told = await cortex.reply(first, "thanks, that worked")
-        with pytest.raises(RequestError, match="3 numbers, wanted 384"):
+        with pytest.raises(RequestError, match="3 numbers, expected 384"):
             await cortex.decide("x", conversation_id="c", memories=[{"id": "m", "embedding": [1, 2, 3]}])
 
         await publish_versions(settings, version(settings, 2))

@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from cortex_core.errors import ConfigError, UnavailableError
 from cortex_core.model import CortexModel
 from cortex_core.text_encoder import HashingEncoder
-from streams.inference.api import DecideRequest, Memory, unit
+from streams.inference.api import DecideRequest, Memory, unit_vector
 from streams.inference.service import Service
 from streams.settings import Settings
 from streams.testing import async_wait_for
@@ -54,7 +54,9 @@ async def test_what_is_logged_is_what_the_model_saw(settings: Settings) -> None:
 
     # Deciding again, on nothing but what the event holds and its id's chance, gives the same decision.
     texts = HashingEncoder()
-    rows = [unit(given_embedding) if m["id"] == "given" else texts.encode(str(m["text"])) for m in memories]
+    rows = [
+        unit_vector(given_embedding) if m["id"] == "given" else texts.encode(str(m["text"])) for m in memories
+    ]
     model = CortexModel.create(model_config(settings), "default")
     again = model.decide(
         event.message.astype(np.float32),
@@ -78,7 +80,7 @@ async def test_what_is_logged_is_what_the_model_saw(settings: Settings) -> None:
     by_id = dict(zip([m["id"] for m in memories], rows, strict=True))
     for memory_id, row in zip(event.memory_ids, event.memories, strict=True):
         assert row.tolist() == by_id[memory_id].astype(np.float16).tolist()
-    past = unit(np.mean([texts.encode("hello"), texts.encode("what about it?")], axis=0))
+    past = unit_vector(np.mean([texts.encode("hello"), texts.encode("what about it?")], axis=0))
     np.testing.assert_allclose(event.history, past, atol=1e-3)
     assert answer["strategy"]["id"] == event.strategy_id
     assert answer["probabilities"] == dict(zip(event.strategy_ids, event.probabilities, strict=True))
@@ -182,12 +184,12 @@ async def test_replies_carry_embeddings(settings: Settings) -> None:
 NAN_ROW = [0.1] * 383 + [float("nan")]
 
 BAD: dict[str, tuple[bytes, int, str]] = {
-    "no json": (b'{"conversation_id": ', 400, "no JSON"),
-    "not utf-8": (b'{"conversation_id": "\xff"}', 400, "no JSON"),
-    "half a character": (b'{"conversation_id": "c", "message": "\\ud800"}', 400, "no JSON"),
+    "no json": (b'{"conversation_id": ', 400, "not valid JSON"),
+    "not utf-8": (b'{"conversation_id": "\xff"}', 400, "not valid JSON"),
+    "half a character": (b'{"conversation_id": "c", "message": "\\ud800"}', 400, "not valid JSON"),
     "an array": (b"[]", 422, "body"),
     "nothing": (b"", 422, "body"),
-    "nested deep": (b"[" * 100_000, 400, "no JSON"),
+    "nested deep": (b"[" * 100_000, 400, "not valid JSON"),
     "no message": (b'{"conversation_id": "c"}', 422, "message: Field required"),
     "blank": (raw(message=" \n"), 422, "message is blank"),
     "number": (raw(message=5), 422, "message: Input should be a valid string (got 5)"),
@@ -196,7 +198,7 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     "empty id": (raw(interaction_id=""), 422, "interaction_id"),
     "model id": (raw(model_id="a{b}"), 422, "model_id"),
     "long model id": (raw(model_id="m" * 201), 422, "model_id"),
-    "long text": (raw(message="x" * 101), 422, "message: 101 characters, at most 100"),
+    "long text": (raw(message="x" * 101), 422, "message: 101 characters, expected at most 100"),
     "long history": (raw(history=["a", "x" * 101]), 422, "history.1: 101 characters"),
     "many memories": (raw(memories=[{"id": str(i), "text": "t"} for i in range(31)]), 422, "31 memories"),
     "empty memory": (raw(memories=[{"id": "m7"}]), 422, "memory 'm7' needs a text or an embedding"),
@@ -204,12 +206,12 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     "dimension": (
         raw(memories=[{"id": "a", "text": "x"}, {"id": "m7", "embedding": [1.0, 2.0]}]),
         422,
-        "memories.1.embedding (id 'm7'): 2 numbers, wanted 384",
+        "memories.1.embedding (id 'm7'): 2 numbers, expected 384",
     ),
     "nan": (
         raw(memories=[{"id": "a", "text": "x"}, {"id": "m7", "embedding": NAN_ROW}]),
         422,
-        "memories.1.embedding (id 'm7'): holds NaN or infinity (at position 383)",
+        "memories.1.embedding (id 'm7'): contains NaN or infinity (at position 383)",
     ),
     "infinity": (raw(memories=[{"id": "m", "embedding": [float("-inf")] * 384}]), 422, "position 0"),
     "huge": (
@@ -334,7 +336,7 @@ async def test_what_nobody_foresaw_is_a_500_with_an_id_in_the_log(
 
 async def test_not_ready_says_what_is_missing(settings: Settings) -> None:
     service = Service(settings)
-    with pytest.raises(UnavailableError, match="kafka: not there yet"):
+    with pytest.raises(UnavailableError, match="kafka: not ready yet"):
         await service.decide(DecideRequest.model_validate(body()))
     await service.stop()
 

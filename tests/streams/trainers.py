@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from streams.kafka.topics import create_topics
 from streams.settings import Settings
 from streams.testing import async_wait_for
-from streams.trainer.app import NEEDS
+from streams.trainer.app import DEPENDENCIES
 from streams.trainer.consumer import Trainer
 from streams.worker import Worker
 from tests.streams.experiences import WeightsWatch, committed
@@ -37,7 +37,7 @@ class Running:
 
     def __init__(self, settings: Settings) -> None:
         self.registry = CollectorRegistry()
-        self.worker = Worker("trainer", settings, NEEDS)
+        self.worker = Worker("trainer", settings, DEPENDENCIES)
         self.trainer = Trainer(self.worker, self.registry)
 
     def count(self, name: str, **labels: str) -> float:

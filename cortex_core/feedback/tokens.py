@@ -3,7 +3,7 @@
     >>> tokens("Didn't work!")  # and where each stands in the reply
     (['did', 'not', 'work', '!'], [(0, 6), (0, 6), (7, 11), (11, 12)])
     >>> Vocabulary(["did", "not"]).rows(["did", "nots"])  # an unknown word by its stem
-    array([2, 3])
+    [2, 3]
 
 Standard library alone.
 """

@@ -20,6 +20,9 @@ from cortex_core.situation_encoder import SituationEncoder
 from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.strategy_selector import Belief, StrategySelector
 
+TRIALS = 4
+"""Trial decisions before a model serves, 2 ms each."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -139,32 +142,32 @@ class CortexModel(nn.Module):
         """Prepares the model for serving and makes it immutable; returns it.
 
         Computes everything that decisions derive from the weights, so that the first decision is as fast as
-        the others and threads may decide concurrently. Then makes a trial decision.
+        the others and threads may decide concurrently. Then makes trial decisions on random texts.
 
         Raises:
-            WeightsError: the trial decision failed, e.g. because weights are finite but too large.
+            WeightsError: a trial decision failed, e.g. because weights are finite but too large.
         """
         self.eval()
         self.requires_grad_(False)
-        text = np.full(self.config.text_dim, self.config.text_dim**-0.5, np.float32)
         try:
             with np.errstate(all="ignore"):
                 self.selector.freeze()
                 self.gate.landmarks.freeze()
-                trial = self.decide(text, None, None, text[None], rng=np.random.default_rng(0))
+                trials = [self._trial(np.random.default_rng(seed)) for seed in range(TRIALS)]
         except (ValueError, ArithmeticError, np.linalg.LinAlgError) as error:
-            raise WeightsError(f"the trial decision failed ({type(error).__name__}: {error})") from error
-        numbers = [
-            *trial.situation,
-            *trial.probabilities,
-            *trial.memory_scores,
-            *trial.context,
-            trial.confidence,
-        ]
-        if not np.isfinite(numbers).all():
-            raise WeightsError("the trial decision gave NaN or infinity, although the weights are finite")
+            raise WeightsError(f"a trial decision failed ({type(error).__name__}: {error})") from error
+        for trial in trials:
+            numbers = [*trial.situation, *trial.memory_scores, *trial.context, trial.confidence]
+            chances = np.array([*trial.probabilities, *trial.memory_propensities, trial.confidence])
+            if not (np.isfinite(numbers).all() and (chances >= 0.0).all() and (chances <= 1.0).all()):
+                raise WeightsError("a trial decision gave NaN, infinity or a probability outside [0, 1]")
         self._frozen = True
         return self
+
+    def _trial(self, rng: np.random.Generator) -> Decision:
+        texts = rng.normal(size=(18, self.config.text_dim)).astype(np.float32)
+        texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+        return self.decide(texts[0], texts[1], None, texts[2:], rng=rng)
 
     @property
     def frozen(self) -> bool:

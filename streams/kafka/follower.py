@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import abc
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
+import prometheus_client
 import structlog
 from aiokafka import TopicPartition
 
@@ -31,6 +33,9 @@ Handle = Callable[[list[Any]], Awaitable[None]]
 
 PROBE_S = 2.0
 """Seconds between two questions where the topic ends: what `/readyz` knows, and the watchdog's eyes."""
+REFUSED = prometheus_client.Counter(
+    "cortex_records_refused", "Records of the followed topics that could not be used", ["topic", "reason"]
+)
 
 
 class TopicFollower:
@@ -165,12 +170,18 @@ class TopicFollower:
 
 
 class StateFollower(abc.ABC):
-    """What a one-partition topic adds up to, kept up to date: the life that all such followers share."""
+    """What a one-partition topic adds up to, kept up to date: the life that all such followers share.
+
+    A record that cannot be used, whatever it raises, is refused: logged, and counted in `refused` and in
+    `/metrics`. It costs itself alone.
+    """
 
     def __init__(self, settings: Settings, topic: str, on_state: Callable[[str | None], None] | None) -> None:
         self.settings = settings
         self.caught_up = asyncio.Event()
         """Set once all that stood in the topic at the start has been read."""
+        self.refused: Counter[str] = Counter()
+        """Records that could not be used, by reason."""
         self._topic = TopicFollower(settings, topic, self._handle, on_state=on_state)
         self._starting: asyncio.Task[None] | None = None
 
@@ -210,6 +221,24 @@ class StateFollower(abc.ABC):
         await self._topic.catch_up()
         self.caught_up.set()
 
-    @abc.abstractmethod
     async def _handle(self, records: list[Any]) -> None:
-        """See `Handle`."""
+        for record in records:
+            try:
+                await self._add(record)
+            except Exception as error:
+                self._refuse(getattr(error, "reason", "damaged"), record, error)
+
+    def _refuse(self, reason: str, record: Any, error: Exception) -> None:
+        self.refused[reason] += 1
+        topic = self._topic.partition.topic
+        REFUSED.labels(topic.rpartition(".")[2], reason).inc()
+        say = log.debug if self._is_usual(reason) else log.warning
+        say("record refused", topic=topic, offset=record.offset, reason=reason, error=str(error)[:2_000])
+
+    def _is_usual(self, _reason: str) -> bool:
+        """Whether a refusal for this reason is to be expected now, and no warning."""
+        return False
+
+    @abc.abstractmethod
+    async def _add(self, record: Any) -> None:
+        """Takes one record in, in order; what it raises refuses the record. `reason` of it is counted."""

@@ -91,9 +91,17 @@ class Resume:
             n, control_offset = int(meta["experiences"]), int(meta["control_offset"])
             keys = np.frombuffer(body, dtype="<u8", count=n).tolist()
             revisions = np.frombuffer(body, dtype="<u2", count=n, offset=8 * n).tolist()
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever stands there
             raise WeightsError(f"a version's resume header cannot be read: {error}") from error
         return cls(control_offset, OrderedDict(zip(keys, revisions, strict=True)))
+
+    @staticmethod
+    def control_offset_in(raw: bytes) -> int:
+        """`control_offset` alone; -1 where it cannot be read."""
+        try:
+            return int(json.loads(raw.partition(b"\n")[0])["control_offset"])
+        except Exception:
+            return -1
 
 
 def _hash(text: str) -> int:

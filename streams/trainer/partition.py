@@ -36,13 +36,13 @@ from streams.kafka.clients import start, stop
 from streams.kafka.dead_letters import dead_letter
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.replay_store import RedisReplayBuffer
-from streams.trainer.learner import ModelLearner
+from streams.trainer.learner import ModelLearner, Resume
 from streams.trainer.metrics import Metrics
 from streams.weights.records import publish
 
 if TYPE_CHECKING:
     from streams.settings import Settings
-    from streams.weights.control import ControlFollower
+    from streams.weights.control import ControlFollower, Rollback
     from streams.weights.follower import WeightsFollower
 
 log = structlog.get_logger(__name__)
@@ -118,6 +118,8 @@ class PartitionLearner:
         self._poison = poison or {}
         self._learners: OrderedDict[str, ModelLearner] = OrderedDict()
         self._seen: dict[str, int] = {}
+        self._void_rollbacks: dict[str, int] = {}
+        """Model that is not loaded → offset of a rollback that was refused"""
         self._reached = 0
         self._letters: list[Letter] = []
         self._producer: AIOKafkaProducer | None = None
@@ -240,10 +242,11 @@ class PartitionLearner:
             return
         control = self.tools.controls.of(model_id)
         rollback = control.rollback
-        if rollback is not None:
+        if rollback is not None and self._is_pending(model_id, rollback):
             learner = await self._load(model_id.encode())
-            if learner is not None and learner.resume.control_offset < rollback.offset:
-                await self._roll_back(learner, rollback.version, rollback.offset)
+            if learner is not None:
+                await self._roll_back(learner, rollback)
+                self._unload()
         if control.held:
             learner = self._learners.pop(model_id, None)
             if learner is not None and learner.first_unpublished is not None:
@@ -255,17 +258,43 @@ class PartitionLearner:
             self._consumer.seek(self.tp, self.position)
             log.info("model released", model_id=model_id, reads_again_from=self.position)
 
-    async def _roll_back(self, learner: ModelLearner, version: int, control_offset: int) -> None:
+    def _is_pending(self, model_id: str, rollback: Rollback) -> bool:
+        """Whether a rollback is still to be done; refuses it where its version is not kept. Loads nothing."""
+        learner, follower = self._learners.get(model_id), self.tools.follower
+        done = (
+            learner.resume.control_offset
+            if learner
+            else max(
+                Resume.control_offset_in(follower.resume(model_id)), self._void_rollbacks.get(model_id, -1)
+            )
+        )
+        if done >= rollback.offset:
+            return False
+        if rollback.version in (kept := [m.version for m in follower.history(model_id)]):
+            return True
+        self._refuse_rollback(
+            model_id, rollback, f"version {rollback.version} is not kept; kept are: {kept or 'none'}"
+        )
+        return False
+
+    def _refuse_rollback(self, model_id: str, rollback: Rollback, why: str) -> None:
+        self.tools.metrics.refused.labels("rollback").inc()
+        log.error("rollback refused", model_id=model_id, why=why)
+        learner = self._learners.get(model_id)
+        if learner is not None:  # and its next version says so
+            learner.resume.control_offset = rollback.offset
+        else:
+            self._void_rollbacks[model_id] = rollback.offset
+
+    async def _roll_back(self, learner: ModelLearner, rollback: Rollback) -> None:
         try:
-            old = await self.tools.follower.fetch(learner.model_id, version)
-            await self.tools.in_thread(learner.roll_back, old, control_offset)
+            old = await self.tools.follower.fetch(learner.model_id, rollback.version)
+            await self.tools.in_thread(learner.roll_back, old, rollback.offset)
         except WeightsError as error:
-            learner.resume.control_offset = control_offset
-            self.tools.metrics.refused.labels("rollback").inc()
-            log.error("rollback refused", model_id=learner.model_id, error=str(error))
+            self._refuse_rollback(learner.model_id, rollback, str(error))
             return
         await self.publish()
-        log.warning("rolled back", model_id=learner.model_id, to=version, as_version=learner.version)
+        log.warning("rolled back", model_id=learner.model_id, to=rollback.version, as_version=learner.version)
 
     async def _load(self, key: bytes | None) -> ModelLearner | None:
         """The learner of the model with this key; None where the key names none."""
@@ -292,6 +321,9 @@ class PartitionLearner:
                     buffer=RedisReplayBuffer.of(self.settings, model_id, self.tools.cache),
                     cache=self.tools.cache,
                 )
+            )
+            learner.resume.control_offset = max(
+                learner.resume.control_offset, self._void_rollbacks.pop(model_id, -1)
             )
             self._learners[model_id] = learner
         if learner is not None:

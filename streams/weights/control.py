@@ -85,6 +85,8 @@ class Control:
 
 
 NO_CONTROL = Control()
+MAX_MODELS = 100_000
+"""Models that operators may have asked something of; 1 KB each."""
 
 OnControl = Callable[[str, Control], Awaitable[None]]
 
@@ -92,7 +94,7 @@ OnControl = Callable[[str, Control], Awaitable[None]]
 class ControlFollower(StateFollower):
     """Knows what operators want of every model, and tells when it changes.
 
-    What cannot be read is counted in `refused` and logged; the state stays.
+    A record that cannot be read is refused; the state stays.
     """
 
     def __init__(
@@ -108,7 +110,6 @@ class ControlFollower(StateFollower):
             on_state: told why Kafka does not answer, or None when it does.
         """
         super().__init__(settings, Topics.of(settings).control, on_state)
-        self.refused = 0
         self._on_control = on_control
         self._of: dict[str, Control] = {}
 
@@ -120,23 +121,21 @@ class ControlFollower(StateFollower):
         """Ids of the models that something was ever asked of."""
         return sorted(self._of)
 
-    async def _handle(self, records: list[Any]) -> None:
-        for record in records:
-            if record.value is None:
-                continue
+    async def _add(self, record: Any) -> None:
+        if record.value is None:
+            return
+        event = parse(ControlEvent, record.value)
+        state = self.of(event.model_id).after(event, record.offset)
+        if event.model_id not in self._of and len(self._of) >= MAX_MODELS:
+            raise InputError(
+                f"{event.action} of {event.model_id}: there are {MAX_MODELS} models with a state"
+            )
+        self._of[event.model_id] = state
+        if self._on_control is not None:
             try:
-                event = parse(ControlEvent, record.value)
-                state = self.of(event.model_id).after(event, record.offset)
-            except InputError as error:
-                self.refused += 1
-                log.warning("control event refused", offset=record.offset, error=str(error))
-                continue
-            self._of[event.model_id] = state
-            if self._on_control is not None:
-                try:
-                    await self._on_control(event.model_id, state)
-                except Exception as error:
-                    log.exception("on_control failed", model_id=event.model_id, error=str(error))
+                await self._on_control(event.model_id, state)
+            except Exception as error:
+                log.exception("on_control failed", model_id=event.model_id, error=str(error))
 
 
 async def send_control(

@@ -20,7 +20,7 @@ version was read before its manifest and the whole verifies. `resume` is the tra
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from streams.kafka.follower import StateFollower
 from streams.kafka.reader import reading
 from streams.kafka.topics import Topics
 from streams.settings import Settings
-from streams.weights.records import MANIFEST, Assembler, IncompleteError, decode_key, encode_key
+from streams.weights.records import MANIFEST, SPARE_SLOTS, Assembler, IncompleteError, decode_key, encode_key
 
 if TYPE_CHECKING:
     from cortex_core.model import CortexModel
@@ -43,6 +43,18 @@ log = structlog.get_logger(__name__)
 
 
 OnVersion = Callable[[WeightsSnapshot, "CortexModel"], Awaitable[None]]
+
+
+class _UnusableError(WeightsError):
+    """No model can be made of a version that came whole."""
+
+    reason = "unusable"
+
+
+class _UnrelatedError(WeightsError):
+    """A version is far from the newest one and does not follow from one that is known."""
+
+    reason = "unrelated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +71,8 @@ class WeightsFollower(StateFollower):
     """Knows the newest complete, valid version of every model, and tells when a newer one comes.
 
     Versions of a model only ever grow; an older or equal one is ignored. A version that is incomplete,
-    damaged, forged, not finite or of an architecture that this process cannot run is refused, counted in
-    `refused` by reason and logged, and what is served stays. Decoding runs in a thread.
+    damaged, forged, not finite, of an architecture that this process cannot run, or far from the newest one
+    and following from none, is refused, and what is served stays. Decoding runs in a thread.
 
         async def swap(snapshot, model): ...
         follower = WeightsFollower(settings, swap)
@@ -90,13 +102,14 @@ class WeightsFollower(StateFollower):
             is_own: whether this process published a version: no model is built to check it, none handed over.
         """
         super().__init__(settings, Topics.of(settings).weights, on_state)
-        self.refused: Counter[str] = Counter()
-        """Versions refused, by reason: incomplete, damaged, unusable."""
         self._on_version = on_version
         self._keep_resume = keep_resume
         self._is_own = is_own or (lambda _: False)
         self._kept: dict[str, list[_Kept]] = {}
         self._resume: dict[str, bytes] = {}
+        self._ring = settings.weights_kept + SPARE_SLOTS
+        self._unrelated: dict[str, int] = {}
+        """Model → the last version that was far from the newest"""
         self._waiting: dict[str, tuple[WeightsSnapshot, CortexModel]] = {}
         self._telling = asyncio.Lock()
         self._assembler = Assembler()
@@ -138,7 +151,11 @@ class WeightsFollower(StateFollower):
         ):
             while await consumer.position(partition) <= kept.last_offset:
                 for record in (await consumer.getmany(partition, timeout_ms=200)).get(partition, []):
-                    whole = assembler.add(record) if record.key in wanted else None
+                    whole = None
+                    if record.key in wanted:
+                        # What was refused when it was followed is refused again.
+                        with contextlib.suppress(WeightsError):
+                            whole = assembler.add(record)
                     if whole is not None and whole[0].manifest == kept.manifest:
                         return whole[0]
         raise WeightsError(f"weights {model_id} v{version} were overwritten meanwhile; take a newer version")
@@ -150,34 +167,31 @@ class WeightsFollower(StateFollower):
             await self._tell(snapshot, model)
         log.info("weights log read", models=len(self._kept), refused=dict(self.refused))
 
-    async def _handle(self, records: list[Any]) -> None:
-        for record in records:
-            try:
-                whole = self._assembler.add(record)
-            except WeightsError as error:
-                self._refuse("incomplete" if isinstance(error, IncompleteError) else "damaged", error)
-                continue
-            if whole is None:
-                if record.value is None:
-                    self._forget(record)
-                continue
-            snapshot, slot, first_offset = whole
-            await self._admit(record, snapshot, slot, first_offset)
+    async def _add(self, record: Any) -> None:
+        whole = self._assembler.add(record)
+        if whole is not None:
+            await self._admit(record, *whole)
+        elif record.value is None:
+            self._forget(record)
+
+    def _is_usual(self, reason: str) -> bool:
+        # While a compacted topic is read from its start, holes in overwritten versions are its normal state.
+        return reason == IncompleteError.reason and not self.caught_up.is_set()
 
     async def _admit(self, record: Any, snapshot: WeightsSnapshot, slot: int, first_offset: int) -> None:
-        manifest = snapshot.manifest
-        newest = self.newest(manifest.model_id)
-        if newest is not None and manifest.version <= newest.version:
-            log.info("older version ignored", model_id=manifest.model_id, version=manifest.version)
+        manifest, model_id = snapshot.manifest, snapshot.manifest.model_id
+        kept, newest = self._kept.get(model_id, []), self.newest(model_id)
+        if newest is not None and abs(manifest.version - newest.version) > self._ring:
+            self._expect_successor(manifest, newest)
+            kept = []  # a ring was missed, and with it all that was kept
+        elif newest is not None and manifest.version <= newest.version:
+            log.info("older version ignored", model_id=model_id, version=manifest.version)
             return
         model: CortexModel | None = None
         if not self._is_own(manifest):
-            try:
-                model = await asyncio.to_thread(self._build, snapshot)
-            except WeightsError as error:
-                self._refuse("unusable", error)
-                return
-        kept = [k for k in self._kept.get(manifest.model_id, []) if k.slot != slot]
+            model = await asyncio.to_thread(self._build, snapshot)
+        self._unrelated.pop(model_id, None)
+        kept = [k for k in kept if k.slot != slot]
         kept.append(_Kept(manifest, slot, first_offset, record.offset))
         self._kept[manifest.model_id] = kept[-self.settings.weights_kept :]
         if self._keep_resume:
@@ -189,19 +203,33 @@ class WeightsFollower(StateFollower):
         else:
             self._waiting[manifest.model_id] = snapshot, model
 
+    def _expect_successor(self, manifest: WeightsManifest, newest: WeightsManifest) -> None:
+        """Lets a far version pass where it follows from the one before, which was far as well.
+
+        A reader that was away for long finds a whole ring of versions that follow from each other; what was
+        forged, or written by mistake, stands alone: trainers go on from the version that is served.
+        """
+        before = self._unrelated.get(manifest.model_id)
+        self._unrelated[manifest.model_id] = manifest.version
+        if before is None or manifest.parent != before:
+            raise _UnrelatedError(
+                f"weights {manifest.model_id} v{manifest.version} (parent {manifest.parent}) follow neither from "
+                f"the newest, v{newest.version}, nor from a version after it"
+            )
+
     def _build(self, snapshot: WeightsSnapshot) -> CortexModel:
         text_dim = snapshot.manifest.architecture.get("text_dim")
         if text_dim != self.settings.text_dim:
-            raise WeightsError(
+            raise _UnusableError(
                 f"weights {snapshot.manifest.model_id} v{snapshot.manifest.version} are for embeddings of "
                 f"{text_dim} numbers, this worker's have {self.settings.text_dim} (CORTEX_TEXT_DIM)"
             )
         try:
             return snapshot.to_model().freeze()
-        except CortexError:
-            raise
+        except CortexError as error:
+            raise _UnusableError(str(error)) from error
         except Exception as error:  # an architecture out of bounds fails anywhere inside torch
-            raise WeightsError(
+            raise _UnusableError(
                 f"weights {snapshot.manifest.model_id} v{snapshot.manifest.version}: no model can be built "
                 f"from their architecture ({type(error).__name__}: {error})"
             ) from error
@@ -213,12 +241,6 @@ class WeightsFollower(StateFollower):
         rest = [k for k in kept if k.slot != slot or k is kept[-1]]
         if kept:
             self._kept[model_id] = rest
-
-    def _refuse(self, reason: str, error: WeightsError) -> None:
-        self.refused[reason] += 1
-        # While a compacted topic is read from its start, holes in overwritten versions are its normal state.
-        say = log.warning if self.caught_up.is_set() or reason != "incomplete" else log.debug
-        say("weights refused", reason=reason, error=str(error))
 
     async def _tell(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
         if self._on_version is None:

@@ -20,6 +20,16 @@ from cortex_core.situation_encoder import SituationEncoder
 from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.strategy_selector import Belief, StrategySelector
 
+SIZES = {
+    "text_dim": ("selector.landmarks.points", 1),
+    "situation_dim": ("encoder.out.bias", 0),
+    "encoder_hidden_dim": ("encoder.hidden.bias", 0),
+    "selector_hidden_dim": ("selector.hidden.bias", 0),
+    "estimator_hidden_dim": ("estimator.hidden.bias", 0),
+    "landmarks": ("selector.landmarks.points", 0),
+    "memory_landmarks": ("gate.landmarks.points", 0),
+}
+"""Field of `ModelConfig` → the tensor and axis that has this size."""
 TRIALS = 4
 """Trial decisions before a model serves, 2 ms each."""
 

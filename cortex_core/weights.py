@@ -157,13 +157,23 @@ class WeightsSnapshot:
 
     def to_model(self) -> CortexModel:
         """A new model in evaluation mode with these weights; raises `WeightsError` like `load_into`."""
-        from cortex_core.model import CortexModel, ModelConfig  # noqa: PLC0415 - loads torch
+        from cortex_core.model import SIZES, CortexModel, ModelConfig  # noqa: PLC0415 - loads torch
 
-        self.verify()
+        state = self._read()
         try:
-            model = CortexModel(ModelConfig.from_dict(self.manifest.architecture))
+            config = ModelConfig.from_dict(self.manifest.architecture)
         except ConfigError as error:
             raise WeightsError(f"weights {self._name}: {error}") from error
+        # Before anything is allocated: a manifest may claim any size, the payload is bounded.
+        for name, (tensor, axis) in SIZES.items():
+            shape = state[tensor].shape if tensor in state else ()
+            claimed = getattr(config, name)
+            if len(shape) <= axis or shape[axis] != claimed:
+                raise WeightsError(
+                    f"weights {self._name}: {tensor} is {tuple(shape)}, but their architecture has {name} "
+                    f"{claimed!r}"
+                )
+        model = CortexModel(config)
         self.load_into(model)
         return model.eval()
 

@@ -213,8 +213,8 @@ class WeightsFollower(StateFollower):
         self._unrelated[manifest.model_id] = manifest.version
         if before is None or manifest.parent != before:
             raise _UnrelatedError(
-                f"weights {manifest.model_id} v{manifest.version} (parent {manifest.parent}) follow neither from "
-                f"the newest, v{newest.version}, nor from a version after it"
+                f"weights {manifest.model_id} v{manifest.version} (parent {manifest.parent}) follow neither "
+                f"from the newest, v{newest.version}, nor from a version after it"
             )
 
     def _build(self, snapshot: WeightsSnapshot) -> CortexModel:

@@ -31,7 +31,7 @@ MAX_MANIFEST = 100_000
 """Bytes of a manifest."""
 CHUNK_OVERHEAD = 500
 """Bytes that a chunk counts for beside its own."""
-MAX_SLOTS = 10_000
+MAX_SLOTS = MAX_PARTS = 10_000
 
 
 Key = tuple[str, int, int | str]
@@ -57,7 +57,7 @@ def decode_key(raw: bytes | None) -> Key:
         and 0 < len(model_id) <= MAX_ID
         and type(slot) is int
         and 0 <= slot < MAX_SLOTS
-        and (part == MANIFEST or (type(part) is int and 0 <= part <= MAX_PAYLOAD // MAX_CHUNK))
+        and (part == MANIFEST or (type(part) is int and 0 <= part < MAX_PARTS))
     ):
         raise WeightsError(f"the key {shown(raw)} is no [model_id, slot, part]")
     return model_id, slot, part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,7 +20,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from cortex_core.errors import ConfigError, CortexError, UnavailableError
-from streams.failures import answered, configuration_error, is_redis, is_transient
+from streams.failures import configuration_error, is_redis, is_transient, unavailable
 
 if TYPE_CHECKING:
     from streams.settings import Settings
@@ -28,9 +29,6 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 PROBE_TIMEOUT_S = 5.0
-
-REACHABILITY_ERRORS: tuple[type[Exception], ...] = (KafkaError, OSError)
-"""What closing a client may raise while its server is unavailable."""
 
 
 # --- clients ------------------------------------------------------------------------------------------------
@@ -138,13 +136,9 @@ async def explain(error: BaseException, settings: Settings) -> CortexError | Non
         return refused
     if not is_transient(error):
         return None
-    if isinstance(error, UnavailableError):
-        return error
-    if is_redis(error):
-        return UnavailableError(f"Redis at {settings.redis_shown} does not answer ({answered(error)})")
     if isinstance(error, KafkaError) and (refused := await _kafka_refusal(settings)):
         return refused
-    return UnavailableError(f"Kafka at {settings.kafka_address} does not answer ({answered(error)})")
+    return unavailable(error, settings)
 
 
 async def _kafka_refusal(settings: Settings) -> ConfigError | None:
@@ -162,12 +156,33 @@ async def _kafka_refusal(settings: Settings) -> ConfigError | None:
     return None
 
 
-async def backoff(first_s: float = 0.2, most_s: float = 5.0) -> AsyncIterator[int]:
-    """Yields 1, 2, 3 … for ever; sleeps before each but the first: exponential backoff with full jitter."""
-    attempt, delay = 1, first_s
-    while True:
+async def why_unavailable(error: Exception, settings: Settings) -> UnavailableError:
+    """A transient error as an `UnavailableError`; what waiting cannot mend is raised.
+
+    Raises:
+        ConfigError: `error` is one of configuration.
+        Exception: `error` itself, where it is neither.
+    """
+    meaning = await explain(error, settings)
+    if isinstance(meaning, UnavailableError):
+        return meaning
+    if meaning is None or meaning is error:
+        raise error
+    raise meaning from error
+
+
+async def backoff(stop: asyncio.Event | None = None, *, most_s: float = 5.0) -> AsyncIterator[int]:
+    """Yields 1, 2, 3 …; sleeps before each but the first: exponential backoff with full jitter.
+
+    Args:
+        stop: ends it, also while it sleeps.
+    """
+    attempt, delay = 1, 0.2
+    while not (stop and stop.is_set()):
         yield attempt
-        await asyncio.sleep(random.uniform(0.0, delay))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(random.uniform(0.0, delay)):
+                await (stop or asyncio.Event()).wait()
         attempt, delay = attempt + 1, min(most_s, 2 * delay)
 
 
@@ -192,32 +207,8 @@ async def retry(
         try:
             return await work()
         except Exception as error:
-            meaning = await explain(error, settings)
-            if meaning is None:
-                raise
-            if not isinstance(meaning, UnavailableError):
-                raise meaning from error
-            log.warning("trying again", attempt=attempt, why=str(meaning))
+            why = await why_unavailable(error, settings)
+            log.warning("trying again", attempt=attempt, why=str(why))
             if on_failure:
-                on_failure("redis" if is_redis(error) else "kafka", str(meaning))
-    raise AssertionError("backoff never ends")
-
-
-async def until_reachable(
-    what: str,
-    address: str,
-    attempt: Callable[[], Awaitable[T]],
-    on_failure: Callable[[str], None] | None = None,
-) -> T:
-    """`retry` for callers without settings at hand; goes with its last caller."""
-    async for n in backoff():
-        try:
-            return await attempt()
-        except Exception as error:
-            if not is_transient(error):
-                raise
-            message = f"{what} at {address} does not answer ({answered(error)}); trying again"
-            log.warning("unreachable", what=what, address=address, attempt=n, error=str(error))
-            if on_failure:
-                on_failure(message)
+                on_failure("redis" if is_redis(error) else "kafka", str(why))
     raise AssertionError("backoff never ends")

@@ -21,7 +21,7 @@ from aiokafka.errors import KafkaError
 from redis import exceptions as redis_errors
 from redis.exceptions import RedisError
 
-from cortex_core.errors import ConfigError
+from cortex_core.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     from streams.settings import Settings
@@ -150,8 +150,15 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) and not is_file
 
 
+def is_systemic(error: BaseException) -> bool:
+    """Whether other events would fail alike: it is transient or one of configuration."""
+    return is_transient(error) or _configuration_problem(error) is not None
+
+
 def configuration_error(error: BaseException, settings: Settings) -> ConfigError | None:
     """The `ConfigError` that names the setting, where the error is one of configuration."""
+    if isinstance(error, ConfigError):
+        return error
     problem = _configuration_problem(error)
     if problem is None:
         return None
@@ -160,10 +167,23 @@ def configuration_error(error: BaseException, settings: Settings) -> ConfigError
     return ConfigError(f"{problem} (Kafka at {settings.kafka_address}: {answered(error)})")
 
 
+def unavailable(error: BaseException, settings: Settings) -> UnavailableError:
+    """A transient error as an `UnavailableError` that says who answered what."""
+    if isinstance(error, UnavailableError):
+        return error
+    spoke = isinstance(error, redis.ResponseError | redis_errors.BusyLoadingError | kafka.BrokerResponseError)
+    server = f"Redis at {settings.redis_shown}" if is_redis(error) else f"Kafka at {settings.kafka_address}"
+    return UnavailableError(
+        f"{server} {'cannot serve now' if spoke else 'does not answer'} ({answered(error)})"
+    )
+
+
 def answered(error: BaseException) -> str:
     """An error as messages show it: its class and what the server answered."""
     code = getattr(error, "status_code", None)  # redis-py takes it off the text
-    return f"{type(error).__name__}: {code + ' ' if code else ''}{error}"
+    text = f"{code} {error}" if code and code not in str(error) else str(error)
+    name = type(error).__name__
+    return text if text.startswith(name) else f"{name}: {text}"  # aiokafka's begin with their class
 
 
 def _configuration_problem(error: BaseException) -> str | None:

@@ -113,6 +113,13 @@ class Worker:
         """Marks a dependency as not ready; `/readyz` shows the reason."""
         self._missing[dependency] = reason
 
+    def report(self, dependency: str, reason: str | None) -> None:
+        """Calls `not_ready`, or `ready` where there is no reason."""
+        if reason is None:
+            self.ready(dependency)
+        else:
+            self.not_ready(dependency, reason)
+
     @property
     def missing(self) -> dict[str, str]:
         """Dependency → reason, for each that is not ready; empty if the worker is ready."""

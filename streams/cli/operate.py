@@ -190,6 +190,8 @@ def status(
 
     report = run(collect(settings), settings)
     typer.echo(json.dumps(report, indent=1)) if as_json else show(report)
+    if report["errors"]:
+        raise typer.Exit(1)
 
 
 @app.command()

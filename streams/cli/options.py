@@ -87,21 +87,17 @@ UNUSED = "redis://127.0.0.1/0"
 
 
 def run(work: Any, settings: Settings) -> Any:
-    """Runs a coroutine; converts errors of Kafka and Redis into `UnavailableError` with the address."""
+    """Runs a coroutine; converts errors of Kafka and Redis into a `CortexError`, which is one line."""
     import asyncio
 
-    from aiokafka.errors import KafkaError
-    from redis import RedisError
+    from streams.connections import explain
 
-    from cortex_core.errors import UnavailableError
+    async def explained() -> Any:
+        try:
+            return await work
+        except Exception as error:
+            if (meaning := await explain(error, settings)) is None:
+                raise
+            raise meaning from error
 
-    try:
-        return asyncio.run(work)
-    except KafkaError as error:
-        raise UnavailableError(
-            f"Kafka at {settings.kafka_address} does not answer ({type(error).__name__}: {error})"
-        ) from error
-    except RedisError as error:
-        raise UnavailableError(
-            f"Redis at {settings.redis_shown} does not answer ({type(error).__name__}: {error})"
-        ) from error
+    return asyncio.run(explained())

@@ -15,7 +15,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from rich.console import Console
 from rich.table import Table
 
-from streams.connections import kafka_client_options, redis_client
+from streams.connections import explain, kafka_client_options, redis_client
+from streams.failures import answered
 from streams.kafka.clients import started
 from streams.kafka.groups import committed_offsets
 from streams.kafka.reader import reading
@@ -38,7 +39,7 @@ async def collect(settings: Settings) -> dict[str, Any]:
         try:
             return await asyncio.wait_for(work, 2 * TIMEOUT_S)
         except Exception as error:  # reported; the other parts are still shown
-            errors[name] = f"{type(error).__name__}: {error}"
+            errors[name] = str(await explain(error, settings) or answered(error))
             return []
 
     workers, groups, replay, weights = await asyncio.gather(
@@ -175,7 +176,7 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
         console,
     )
     for name, why in report["errors"].items():
-        console.print(f"{name}: does not answer ({why})", style="red", highlight=False)
+        console.print(f"{name}: {why}", style="red", highlight=False)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], console: Console | None = None) -> None:

@@ -26,7 +26,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope
 
-from cortex_core.errors import InputError, UnavailableError
+from cortex_core.errors import ConfigError, InputError, UnavailableError
 from streams.events import new_id
 from streams.inference.api import (
     DecideRequest,
@@ -81,7 +81,7 @@ def error_response(error: Exception, request: Request) -> Response:
             status, type_, message, fields = error.status, error.type, str(error), error.fields
         case InputError():
             status, type_, message, fields = 422, RequestError.type, str(error), {}
-        case UnavailableError():
+        case UnavailableError() | ConfigError():  # the process ends, and another may serve
             status, type_, message, fields = 503, "unavailable", str(error), {}
             headers["Retry-After"] = RETRY_AFTER_S
         case HttpError():
@@ -258,14 +258,8 @@ class _RefusedCollector(Collector):
 
 
 async def _serve(worker: Worker) -> None:
-    def on_state(dependency: str, reason: str | None) -> None:
-        if reason is None:
-            worker.ready(dependency)
-        else:
-            worker.not_ready(dependency, reason)
-
     torch.set_num_threads(worker.settings.torch_threads)
-    service = Service(worker.settings, on_state)
+    service = Service(worker.settings, worker.report)
     REGISTRY.register(_RefusedCollector(service))
     stopping = asyncio.create_task(worker.stopping.wait())
     try:
@@ -274,7 +268,11 @@ async def _serve(worker: Worker) -> None:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 starting.result()
-            await stopping
+            refused = asyncio.create_task(service.until_refused())
+            await asyncio.wait({stopping, refused}, return_when=asyncio.FIRST_COMPLETED)
+            if refused.done():
+                refused.result()
+            refused.cancel()
             starting.cancel()
         # All requests have been answered, and no new ones are accepted.
     finally:

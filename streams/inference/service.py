@@ -16,6 +16,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Callable
+from typing import NoReturn
 
 import structlog
 from aiokafka.errors import KafkaError
@@ -25,6 +26,7 @@ from cortex_core.model import CortexModel
 from cortex_core.text_encoder import load_encoder
 from cortex_core.weights import WeightsSnapshot
 from streams.events import ReplyEvent, new_id, utc_now
+from streams.failures import answered
 from streams.inference.api import (
     DecideRequest,
     DecideResponse,
@@ -90,6 +92,14 @@ class Service:
         if self._decider is not None:
             self._decider.close()
 
+    async def until_refused(self) -> NoReturn:
+        """Waits until Kafka refuses this process for good, if it ever does.
+
+        Raises:
+            ConfigError: it does.
+        """
+        await self._publisher.until_refused()
+
     @property
     def refused(self) -> Counter[str]:
         """Number of rejected weights versions, by reason."""
@@ -108,10 +118,8 @@ class Service:
         async def make() -> Record[DecideResponse]:
             try:
                 decided = await decider.decide(request, interaction_id)
-            except (KafkaError, OSError, TimeoutError, WeightsError) as error:
-                raise UnavailableError(
-                    f"the model cannot be loaded ({type(error).__name__}: {error})"
-                ) from error
+            except (KafkaError, OSError, WeightsError) as error:
+                raise UnavailableError(f"the model cannot be loaded ({answered(error)})") from error
             key = request.conversation_id.encode()
             return Record(decided.response, self._topics.interactions, key, decided.event)
 

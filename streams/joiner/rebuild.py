@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import structlog
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import TopicPartition
+from redis.exceptions import LockError
 
 from cortex_core.errors import UnavailableError
-from streams.connections import async_redis_client, kafka_client_options, redis_client
-from streams.events import InteractionEvent, ReplyEvent, new_id
+from streams.connections import async_redis_client, redis_client
+from streams.events import InteractionEvent, ReplyEvent
 from streams.joiner.effects import Engine, Task
 from streams.joiner.records import EventTime, extract_feedback, make_join, read
 from streams.joiner.states import MemoryStates, RedisStates, Save, Stored
-from streams.kafka.clients import started
-from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
+from streams.kafka.reader import STALL_S, Watchdog, reading
+from streams.kafka.topics import Topics, create_topics
 from streams.replay_store import (
     RedisReplayBuffer,
     ReplayKeys,
@@ -57,7 +57,6 @@ Progress = Callable[[int, int], None]
 GENERATION = "rebuild"
 LOCK_S = 60
 """A rebuild that died gives way to another after so long."""
-STALL_S = 30.0
 
 
 @dataclass(slots=True)
@@ -159,7 +158,7 @@ async def rebuild(
         extractor: reads the replies anew with another extractor; the report says what that changed.
 
     Raises:
-        UnavailableError: another rebuild is running, or Kafka stopped answering.
+        UnavailableError: another rebuild is running, or Kafka sends nothing any more.
         redis.RedisError, KafkaError, OSError: a server does not answer.
     """
     settings = settings.resolved()
@@ -202,21 +201,27 @@ async def rebuild(
 
 @contextlib.asynccontextmanager
 async def _locked(settings: Settings, client: redis.asyncio.Redis) -> AsyncIterator[Callable[[], Any]]:
-    key, token = f"{settings.topic_prefix}:rebuilding", new_id()
-    if not await client.set(key, token, nx=True, ex=LOCK_S):
+    """Keeps other rebuilds out for as long as what it yields is called within `LOCK_S`."""
+    lock = client.lock(f"{settings.topic_prefix}:rebuilding", timeout=LOCK_S, blocking=False)
+    if not await lock.acquire():
         raise UnavailableError(
             f"another rebuild of {settings.topic_prefix!r} is running, or died less than {LOCK_S} s ago: "
             "wait for it"
         )
 
     async def touch() -> None:
-        await client.expire(key, LOCK_S)
+        try:
+            await lock.reacquire()
+        except LockError as error:
+            raise UnavailableError(
+                f"nothing was read for {LOCK_S} s, and another rebuild may have begun: start again"
+            ) from error
 
     try:
         yield touch
     finally:
-        if await client.get(key) == token.encode():
-            await client.delete(key)
+        with contextlib.suppress(LockError):
+            await lock.release()
 
 
 def _note_changes(keys: ReplayKeys, client: redis.Redis) -> None:
@@ -244,14 +249,8 @@ async def _replay(
 ) -> None:
     topics = Topics.of(settings)
     names = (topics.interactions, topics.replies)
-    consumer = AIOKafkaConsumer(
-        *names,
-        **kafka_client_options(settings),
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-        max_partition_fetch_bytes=MAX_RECORD_BYTES,
-    )
-    async with started(consumer):
+    # Uncommitted records too: the joiner takes them.
+    async with reading(settings, names, committed_only=False) as consumer:
         partitions = sorted(consumer.assignment())
         # Ends come after the noting of live changes began: what lies beyond them is noted.
         ends = await consumer.end_offsets(partitions)
@@ -267,10 +266,10 @@ async def _replay(
         total = sum(ends[tp] - starts[tp] for tp in partitions)
         event_time = EventTime(names)
         now = time.time()
-        heard_at = time.monotonic()
+        watchdog: Watchdog[TopicPartition] = Watchdog()
         while any(position[tp] < ends[tp] for tp in partitions):
-            records = await _getmany(consumer, settings)
-            if time.monotonic() - heard_at > STALL_S:
+            records = await consumer.getmany(timeout_ms=500, max_records=settings.join_batch)
+            if watchdog.stalled(position, ends):
                 raise UnavailableError(
                     f"Kafka at {settings.kafka_address} sent nothing for {STALL_S:g} s, with "
                     f"{total - _left(position, ends)} of {total} records read"
@@ -282,7 +281,6 @@ async def _replay(
                         event_time.saw(tp, record.timestamp)
                         batch.append(record)
                 position[tp] = max(position[tp], await consumer.position(tp))
-                heard_at = time.monotonic()
             await engine.apply(_tasks(engine, topics, batch, since, report))
             for partition in {tp.partition for tp in partitions}:
                 moment = event_time.of(partition, lambda tp: (position[tp] >= ends[tp], now))
@@ -294,18 +292,6 @@ async def _replay(
             await engine.timer(partition, now)
 
 
-async def _getmany(consumer: AIOKafkaConsumer, settings: Settings) -> dict[TopicPartition, list[Any]]:
-    try:
-        records: dict[TopicPartition, list[Any]] = await consumer.getmany(
-            timeout_ms=500, max_records=settings.join_batch
-        )
-    except KafkaError as error:
-        raise UnavailableError(
-            f"Kafka at {settings.kafka_address} does not answer ({type(error).__name__}: {error})"
-        ) from error
-    return records
-
-
 def _left(position: dict[TopicPartition, int], ends: dict[TopicPartition, int]) -> int:
     return sum(max(0, end - position[tp]) for tp, end in ends.items())
 
@@ -313,9 +299,8 @@ def _left(position: dict[TopicPartition, int], ends: dict[TopicPartition, int]) 
 def _tasks(
     engine: Engine, topics: Topics, records: list[Any], since: datetime | None, report: RebuildReport
 ) -> list[Task]:
-    def refuse(
-        record: Any, reason: str
-    ) -> None:  # the joiner has it in the dead letters, with the same reason
+    def refuse(record: Any, reason: str) -> None:
+        # The joiner has it in the dead letters, with the same reason.
         log.warning("a record cannot be read", topic=record.topic, offset=record.offset, error=reason)
         report.unreadable += 1
 
@@ -339,7 +324,8 @@ def _swap(settings: Settings, client: redis.Redis, model_id: str, *, force: bool
         ids: Any = client.zrange(live.order, 0, -1)
         client.sadd(live.changed, "", *ids)
     keys = (live.entries, live.order, live.changed, new.entries, new.order)
-    size: Any = client.eval(SWAP, len(keys), *keys, str(settings.replay_capacity), "1" if force else "0")
+    swap = client.register_script(SWAP)
+    size: Any = swap(keys, [settings.replay_capacity, int(force)])
     client.sadd(live.models, model_id)
     return int(size)
 

@@ -10,6 +10,7 @@ What a failure means, and what is done:
 
 * No acknowledgement within `publish_timeout_s`: the event may or may not get there; its delivery goes on.
   Until the brokers answer again, `away` says why and callers should not begin anything.
+* A refusal for good, as of a password or a permission: `begin` and `until_refused` raise a `ConfigError`.
 * Any other failure: the producer is replaced. An idempotent producer numbers its batches, and one that was
   given up leaves a gap after which the broker refuses all later ones (OutOfOrderSequenceNumber).
 """
@@ -18,14 +19,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from prometheus_client import Counter, Histogram
 
-from cortex_core.errors import InputError, UnavailableError
-from streams.connections import backoff, kafka_client_options, until_reachable
+from cortex_core.errors import ConfigError, InputError, UnavailableError
+from streams.connections import PROBE_TIMEOUT_S, kafka_client_options, retry
+from streams.failures import answered, configuration_error
 from streams.kafka.clients import start, stop
 from streams.kafka.topics import MAX_RECORD_BYTES, create_topics
 from streams.settings import Settings
@@ -34,7 +37,6 @@ log = structlog.get_logger(__name__)
 
 MAX_VALUE = MAX_RECORD_BYTES - 10_000
 """Bytes; the rest is left for the key and the batch's own overhead."""
-PROBE_TIMEOUT_S = 5.0
 
 ACK_S = Histogram(
     "cortex_publish_seconds", "From handing an event to Kafka to its acknowledgement", ["topic"]
@@ -59,6 +61,8 @@ class Publisher:
         self._broken = False
         self._late = 0
         self._trouble = asyncio.Event()
+        self._refused: ConfigError | None = None
+        self._refusal = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -84,8 +88,11 @@ class Publisher:
 
         Raises:
             UnavailableError: Kafka is away; nothing was handed over.
+            ConfigError: Kafka refuses this process for good; nothing was handed over.
             InputError: larger than a record may be.
         """
+        if self._refused is not None:
+            raise self._refused
         if self.away is not None or self._producer is None:
             raise UnavailableError(self.away or "not connected yet")
         if len(value) > MAX_VALUE:
@@ -102,6 +109,7 @@ class Publisher:
 
         Raises:
             UnavailableError: not within `publish_timeout_s`, or the delivery failed.
+            ConfigError: Kafka refuses this process for good.
         """
         done, _ = await asyncio.wait({delivery}, timeout=self.settings.publish_timeout_s)
         if not done:
@@ -126,12 +134,25 @@ class Publisher:
         for delivery in deliveries:
             await self.wait(delivery)
 
+    async def until_refused(self) -> NoReturn:
+        """Waits until Kafka refuses this process for good, if it ever does.
+
+        Raises:
+            ConfigError: it does.
+        """
+        await self._refusal.wait()
+        assert self._refused is not None
+        raise self._refused
+
     async def _deliver(self, producer: AIOKafkaProducer, topic: str, key: bytes, value: bytes) -> None:
         try:
             with ACK_S.labels(topic.rpartition(".")[2]).time():
                 await (await producer.send(topic, value=value, key=key))
         except (KafkaError, OSError) as error:
-            why = f"Kafka at {self.settings.kafka_address} refused an event ({type(error).__name__}: {error})"
+            if refused := configuration_error(error, self.settings):
+                self._refuse(refused)
+                raise refused from error
+            why = f"Kafka at {self.settings.kafka_address} refused an event ({answered(error)})"
             if producer is self._producer:
                 self._broken = True
                 self._suspect(why)
@@ -155,6 +176,11 @@ class Publisher:
         self._say(why)
         self._trouble.set()
 
+    def _refuse(self, error: ConfigError) -> None:
+        self._refused = error
+        self._refusal.set()
+        self._say(str(error))
+
     def _say(self, why: str | None) -> None:
         if why is not None and self.away is None:
             log.warning("kafka away", why=why)
@@ -165,26 +191,26 @@ class Publisher:
 
     async def _keep(self) -> None:
         """Brings the producer back whenever something went wrong."""
-        while True:
+        while self._refused is None:
             await self._trouble.wait()
             self._trouble.clear()
-            async for _ in backoff():
-                if self._broken or await self._answers():
-                    break
-            if self._broken:
-                REPLACED.inc()
-                await self._close(1.0)
-                self._producer = await self._connect()
-            self._say(None)
+            try:
+                await retry(self._probe, self.settings, lambda _, why: self._say(why))
+                if self._broken:
+                    REPLACED.inc()
+                    await self._close(1.0)
+                    self._producer = await self._connect()
+            except ConfigError as error:
+                self._refuse(error)
+            else:
+                self._say(None)
 
-    async def _answers(self) -> bool:
-        assert self._producer is not None
-        try:
+    async def _probe(self) -> None:
+        """Returns when the brokers answer, or the producer is to be replaced anyway."""
+        if not self._broken:
+            assert self._producer is not None
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await self._producer.client.fetch_all_metadata()
-        except (KafkaError, OSError, TimeoutError):
-            return False
-        return True
 
     async def _connect(self) -> AIOKafkaProducer:
         async def attempt() -> AIOKafkaProducer:
@@ -202,7 +228,7 @@ class Publisher:
                 return await start(producer)
 
         self._broken, self._late = False, 0
-        return await until_reachable("Kafka", self.settings.kafka_address, attempt, on_failure=self._say)
+        return await retry(attempt, self.settings, lambda _, why: self._say(why))
 
     async def _close(self, timeout_s: float) -> None:
         producer, self._producer = self._producer, None

@@ -20,6 +20,7 @@ from aiokafka.errors import TopicAlreadyExistsError, for_code
 
 from cortex_core.errors import ConfigError
 from streams.connections import kafka_client_options
+from streams.failures import configuration_error, is_transient
 from streams.kafka.clients import started
 from streams.settings import Settings
 
@@ -128,8 +129,11 @@ async def create_topics(settings: Settings) -> list[str]:
                 if code == 0:
                     created.append(name)
                 elif code != TopicAlreadyExistsError.errno:
-                    raise ConfigError(
-                        f"topic {name} cannot be created: {for_code(code).__name__} {rest[0] if rest else ''}"
+                    error = for_code(code)(f"topic {name} cannot be created: {rest[0] if rest else ''}")
+                    raise (
+                        error
+                        if is_transient(error)
+                        else configuration_error(error, settings) or ConfigError(str(error))
                     )
         described = await admin.describe_topics([topics.interactions, topics.replies])
         counts = {d["topic"]: len(d["partitions"]) for d in described if not d["error_code"]}

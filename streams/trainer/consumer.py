@@ -15,22 +15,25 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
-import redis
 import structlog
 import torch
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import ProducerFenced
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from cortex_core.errors import ConfigError
 from streams.connections import (
-    REACHABILITY_ERRORS,
     async_redis_client,
+    backoff,
     kafka_client_options,
     redis_client,
-    until_reachable,
+    retry,
+    why_unavailable,
 )
+from streams.failures import answered, configuration_error, is_transient
 from streams.kafka.clients import start, stop
 from streams.kafka.follower import PROBE_S
 from streams.kafka.reader import EndProbe, Watchdog
@@ -50,9 +53,6 @@ IDLE_MS = 200
 """How long a read waits: operators' wishes and SIGTERM are seen after that, at the latest."""
 TRIES = 3
 """Failures on one experience alone before it goes to the dead letters."""
-
-
-AWAY: tuple[type[Exception], ...] = (redis.RedisError, *REACHABILITY_ERRORS)
 
 
 class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publishes no types
@@ -79,7 +79,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
         self._cache = redis_client(settings)
         self._follower = WeightsFollower(
             settings,
-            on_state=self._kafka_state,
+            on_state=partial(worker.report, "kafka"),
             keep_resume=True,
             is_own=lambda manifest: manifest.sha256 in self._tools.own,
         )
@@ -89,25 +89,29 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
         )
 
     async def run(self) -> None:
-        """Connects, works until the worker is told to stop, then publishes what is pending and leaves."""
-        settings = self.settings
+        """Connects, works until the worker is told to stop, then publishes what is pending and leaves.
+
+        Raises:
+            ConfigError: a server refuses this process; possibly within an `ExceptionGroup`.
+        """
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self._thread.shutdown, wait=False, cancel_futures=True)
             stack.push_async_callback(self._probe.close)
-            redis_watch = asyncio.create_task(self._watch_redis())
-            stack.callback(redis_watch.cancel)
-            if not await self._or_stop(self._connect(stack)):
-                return
-            while not self.worker.stopping.is_set():
-                try:
-                    await self._consume()
-                except REACHABILITY_ERRORS as error:
-                    why = (
-                        f"Kafka at {settings.kafka_address} does not answer ({type(error).__name__}: {error})"
-                    )
-                    self._kafka_state(why)
-                    log.warning("consumer begins anew", why=why)
-                    await self._or_stop(asyncio.sleep(1.0))
+            async with asyncio.TaskGroup() as group:
+                watches = [group.create_task(watch()) for watch in (self._watch_redis, self._watch_kafka)]
+                if await self._or_stop(self._connect(stack)):
+                    await self._work()
+                for watch in watches:
+                    watch.cancel()
+
+    async def _work(self) -> None:
+        async for _ in backoff(self.worker.stopping):
+            try:
+                await self._consume()
+            except Exception as error:
+                why = await why_unavailable(error, self.settings)
+                self.worker.not_ready("kafka", str(why))
+                log.warning("consumer begins anew", why=str(why))
 
     async def on_partitions_revoked(self, revoked: list[TopicPartition]) -> None:
         """Publishes what is pending and lets go, before the group gives the partitions to others."""
@@ -124,9 +128,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
 
     async def _connect(self, stack: contextlib.AsyncExitStack) -> None:
         settings, worker = self.settings, self.worker
-        await until_reachable(
-            "Kafka", settings.kafka_address, lambda: create_topics(settings), self._kafka_state
-        )
+        await retry(lambda: create_topics(settings), settings, worker.not_ready)
         await stack.enter_async_context(self._follower)
         await stack.enter_async_context(self._controls)
         await self._in_thread(warm_up, settings)
@@ -146,7 +148,6 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
             heartbeat_interval_ms=int(1000 * self.settings.session_timeout_s / 5),
             max_partition_fetch_bytes=MAX_RECORD_BYTES,
         )
-        watch = asyncio.create_task(self._watch_kafka())
         try:
             await start(consumer)
             consumer.subscribe([self.topic], listener=self)
@@ -162,7 +163,6 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
                             await self._surviving(tp, PartitionLearner.take, records)
                     await self._publish_due()
         finally:
-            watch.cancel()
             async with self._lock:
                 self._assigned, self._joined = set(), False
                 await self._give_up_all()
@@ -214,12 +214,15 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
             retry_s = 2 * self.settings.session_timeout_s  # by then the group has said whose it is
         except LearningError as error:
             self._quarantine(tp, partition, error)
-        except AWAY as error:
-            log.warning(
-                "partition opened anew", partition=tp.partition, error=f"{type(error).__name__}: {error}"
-            )
         except Exception as error:
-            log.exception("partition opened anew", partition=tp.partition, error=str(error))
+            if refused := configuration_error(error, self.settings):
+                raise refused from error
+            log.warning(
+                "partition opened anew",
+                partition=tp.partition,
+                error=answered(error),
+                exc_info=not is_transient(error),
+            )
         self.metrics.failures.inc()
         self._tries[tp] = self._tries.get(tp, 0) + 1
         self._retry_at[tp] = time.monotonic() + retry_s
@@ -239,7 +242,8 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
 
     async def _give_up_all(self) -> None:
         for tp, partition in list(self._owned.items()):
-            await self._surviving(tp, PartitionLearner.publish)
+            with contextlib.suppress(ConfigError):  # the loop meets it as well
+                await self._surviving(tp, PartitionLearner.publish)
             await partition.close()
         self._owned.clear()
         self.metrics.lag.clear()
@@ -249,13 +253,10 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
         watchdog: Watchdog[TopicPartition] = Watchdog()
         while True:
             await asyncio.sleep(PROBE_S)
-            owned = dict(self._owned)
-            try:
-                ends = await self._probe.ends(list(owned)) if owned else {}
-            except REACHABILITY_ERRORS as error:
-                log.debug("ends unknown", error=f"{type(error).__name__}: {error}")
+            if not (owned := list(self._owned)):
                 continue
-            positions = {tp: partition.position for tp, partition in owned.items()}
+            ends = await retry(partial(self._probe.ends, owned), self.settings, self.worker.not_ready)
+            positions = {tp: partition.position for tp, partition in self._owned.items() if tp in ends}
             for tp, position in positions.items():
                 self.metrics.lag.labels(str(tp.partition)).set(max(0, ends[tp] - position))
             for tp in watchdog.stalled(positions, ends):
@@ -263,27 +264,11 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
                 self._stalled = True
 
     async def _watch_redis(self) -> None:
-        client = async_redis_client(self.settings)
-        address = self.settings.redis_shown
-        try:
+        async with async_redis_client(self.settings) as client:
             while True:
-                try:
-                    await client.ping()
-                    self.worker.ready("redis")
-                except (redis.RedisError, OSError) as error:
-                    self.worker.not_ready(
-                        "redis", f"Redis at {address} does not answer ({type(error).__name__}: {error})"
-                    )
-                    log.warning("unreachable", what="Redis", address=address, error=str(error))
+                await retry(client.ping, self.settings, self.worker.not_ready)
+                self.worker.ready("redis")
                 await asyncio.sleep(PROBE_S)
-        finally:
-            await client.aclose()
-
-    def _kafka_state(self, why: str | None) -> None:
-        if why is None:
-            self.worker.ready("kafka")
-        else:
-            self.worker.not_ready("kafka", why)
 
     async def _on_control(self, model_id: str, _control: Control) -> None:
         self._asked.add(model_id)

@@ -19,9 +19,10 @@ import json
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import redis
 import structlog
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -33,11 +34,9 @@ from cortex_core.online_trainer import OnlineTrainer
 from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry, ReplayStore
 from cortex_core.weights import WeightsSnapshot
 from streams.events import ExperienceEvent
+from streams.failures import is_systemic
 from streams.settings import Settings
 from streams.weights.architecture import model_config
-
-if TYPE_CHECKING:
-    import redis
 
 log = structlog.get_logger(__name__)
 
@@ -283,17 +282,19 @@ class ModelLearner:
         return f"{self.settings.topic_prefix}:trainer:{{{self.model_id}}}:optimizer"
 
     def _load_optimizer(self, cache: redis.Redis) -> bool:
-        blob: Any = cache.hget(self._cache_key, str(self.version))
-        if not blob:
-            return False
         try:
+            blob: Any = cache.hget(self._cache_key, str(self.version))
+            if not blob:
+                return False
             tensors = load(blob)
             header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
             meta = json.loads(header["__metadata__"]["meta"])
             weights = self._trainer.state_dict()["tensors"]
             own = {k: v for k, v in weights.items() if k.startswith("model.")}
             self._trainer.load_state_dict({"tensors": {**tensors, **own}, "meta": meta})
-        except (SafetensorError, WeightsError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, WeightsError, redis.ResponseError, ValueError, KeyError, TypeError) as error:
+            if is_systemic(error):
+                raise
             log.warning("cached optimizer unusable", model_id=self.model_id, error=str(error))
             return False
         return True

@@ -32,6 +32,7 @@ from cortex_core.errors import CortexError, InputError, WeightsError
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
 from streams.events import DeadLetter, ExperienceEvent, parse
+from streams.failures import answered, is_systemic
 from streams.kafka.clients import start, stop
 from streams.kafka.dead_letters import dead_letter
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
@@ -337,10 +338,10 @@ class PartitionLearner:
                 self._learn_one(record)
             except InputError as error:
                 self._dead_letter(record, str(error))
-            except (redis.RedisError, OSError):
-                raise
             except Exception as error:
-                raise LearningError(record.offset, f"{type(error).__name__}: {error}") from error
+                if is_systemic(error):
+                    raise
+                raise LearningError(record.offset, answered(error)) from error
             self.position = record.offset + 1
             self._reached = max(self._reached, self.position)
             if time.monotonic() >= deadline:
@@ -378,7 +379,13 @@ class PartitionLearner:
                 self.position, self._seen.get(learner.model_id, 0), learner.consumed.get(self._name, 0)
             )
             started = time.monotonic()
-            update = learner.flush()
+            try:
+                update = learner.flush()
+            except Exception as error:
+                if is_systemic(error):
+                    raise
+                first = learner.first_unpublished
+                raise LearningError(self.position if first is None else first, answered(error)) from error
             if update is not None:
                 self.tools.metrics.stepped(learner.model_id, update, time.monotonic() - started)
             try:

@@ -12,6 +12,9 @@ from redis import Redis
 
 from streams.local.embedded import EmbeddedRedis
 
+NOWHERE = ("127.0.0.1", 1)
+"""An address at which nobody listens."""
+
 
 class RedisServer(EmbeddedRedis):
     """An embedded Redis with more options, given as `--name value` on its command line."""

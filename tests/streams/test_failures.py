@@ -23,10 +23,8 @@ from streams.failures import is_transient
 from streams.local.embedded import free_port
 from streams.settings import Settings
 from streams.testing import async_wait_for, wait_for
-from tests.streams.redis_servers import administer, own_redis
+from tests.streams.redis_servers import NOWHERE, administer, own_redis
 
-NOWHERE = ("127.0.0.1", 1)
-"""An address at which nobody listens."""
 SCRIPT = "return redis.call('SET', KEYS[1], 'x')"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
@@ -127,8 +127,18 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _redis_scheme(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and urlsplit(value.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
-            raise ValueError("expected redis://host:port/db, rediss://host:port/db or unix:///path")
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value.get_secret_value())
+            usable = parts.scheme in ("redis", "rediss", "unix") and (parts.port is None or parts.port > 0)
+        except ValueError:  # its message quotes a part of the URL, which may be a part of the password
+            usable = False
+        if not usable:
+            raise ValueError(
+                "expected redis://host:port/db, rediss://host:port/db or unix:///path, with / and @ of a "
+                "password percent-encoded"
+            )
         return value
 
     @field_validator("kafka")
@@ -151,10 +161,11 @@ class Settings(BaseSettings):
             return cls(**{k: v for k, v in flags.items() if v is not None})
         except ValidationError as error:
             lines = [
-                f"CORTEX_{'_'.join(str(x) for x in e['loc']).upper()}: {e['msg']} (got {e.get('input')!r})"
+                f"CORTEX_{'_'.join(str(x) for x in e['loc']).upper()}: {e['msg']} (got {_got(e)})"
                 for e in error.errors(include_url=False)
             ]
-            raise ConfigError("invalid settings: " + "; ".join(lines)) from error
+            # Without its cause, which shows what came.
+            raise ConfigError("invalid settings: " + "; ".join(lines)) from None
 
     def of_worker(self, name: str) -> Settings:
         """These settings with the worker's default port, if no port is set."""
@@ -228,6 +239,13 @@ class Settings(BaseSettings):
 
     @property
     def redis_shown(self) -> str:
-        """The Redis URL without user and password, for messages."""
+        """The Redis URL without user, password and options, which may hold them too; for messages."""
         parts = urlsplit(self.redis_address)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _got(error: Any) -> str:
+    """The value that an error of validation is about, for a message."""
+    field = Settings.model_fields.get(str(error["loc"][0])) if error["loc"] else None
+    secret = field is not None and SecretStr in (field.annotation, *get_args(field.annotation))
+    return "a value that is not shown" if secret else repr(error.get("input"))

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -27,6 +28,7 @@ from streams.events import Float16Array, InteractionEvent, utc_now
 from streams.inference.api import (
     DecideRequest,
     DecideResponse,
+    Memory,
     RequestError,
     RetrievedMemory,
     StrategyChoice,
@@ -161,6 +163,9 @@ class Decider:
         own = [i for i, memory in enumerate(request.memories) if memory.embedding is not None]
         candidates[own] = rounded(candidates[own])
         # The id is the seed, so that a retry at another worker gives the same decision.
+        # The same memory under several ids takes one place in the slate, and is learned from once.
+        distinct = _distinct(candidates, request.memories)
+        candidates, ids = candidates[distinct], [request.memories[i].id for i in distinct]
         rng = np.random.default_rng(
             int.from_bytes(hashlib.blake2b(interaction_id.encode(), digest_size=16).digest(), "little")
         )
@@ -175,7 +180,7 @@ class Decider:
             rng=rng,
         )
         MODEL_S.observe(time.perf_counter() - started)
-        logged = decision.memory_indices + self._negatives(len(memories), decision.memory_indices, rng)
+        logged = decision.memory_indices + self._negatives(len(ids), decision.memory_indices, rng)
         probabilities = decision.probabilities.tolist()
         if not request.explore:  # the choice was deterministic: its propensity is 1
             probabilities = [float(i == decision.strategy_index) for i in range(len(probabilities))]
@@ -191,7 +196,7 @@ class Decider:
             metadata=metadata.tolist(),
             situation=decision.situation,
             memories=candidates[logged],
-            memory_ids=[request.memories[i].id for i in logged],
+            memory_ids=[ids[i] for i in logged],
             memory_scores=decision.memory_scores,
             memory_propensities=decision.memory_propensities,
             strategy_id=decision.strategy_id,
@@ -201,7 +206,7 @@ class Decider:
             confidence=decision.confidence,
             text=request.message if self.settings.store_text else None,
         )
-        return Decided(self._response(request, interaction_id, served, decision), event.to_bytes())
+        return Decided(self._response(request, interaction_id, served, decision, ids), event.to_bytes())
 
     def _negatives(self, candidates: int, retrieved: list[int], rng: np.random.Generator) -> list[int]:
         others = sorted(set(range(candidates)) - set(retrieved))
@@ -210,7 +215,11 @@ class Decider:
 
     @staticmethod
     def _response(
-        request: DecideRequest, interaction_id: str, served: Served, decision: ModelDecision
+        request: DecideRequest,
+        interaction_id: str,
+        served: Served,
+        decision: ModelDecision,
+        ids: list[str],
     ) -> DecideResponse:
         registry = served.model.registry
         return DecideResponse(
@@ -221,9 +230,18 @@ class Decider:
             strategy=StrategyChoice(**asdict(registry[decision.strategy_index])),
             probabilities=dict(zip(registry.ids, decision.probabilities.tolist(), strict=True)),
             memories=[
-                RetrievedMemory(id=request.memories[i].id, score=score)
+                RetrievedMemory(id=ids[i], score=score)
                 for i, score in zip(decision.memory_indices, decision.memory_scores, strict=True)
             ],
             confidence=decision.confidence,
             action=decision.action,
         )
+
+
+def _distinct(candidates: FloatArray, memories: Sequence[Memory]) -> list[int]:
+    """Rows of candidates without those whose embedding, or text, came before."""
+    first: dict[bytes | str, int] = {}
+    for i, (row, memory) in enumerate(zip(candidates, memories, strict=True)):
+        # All texts that say nothing to the encoder share the zero vector; they are told apart by their words.
+        first.setdefault(row.tobytes() if row.any() else memory.text or "", i)
+    return list(first.values())

@@ -131,10 +131,23 @@ def remembered_port(folder: Path, name: str) -> int:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Writes a file so that it always contains the old text or the new one."""
+    """Writes a file so that it always contains the old text or the new one; only its owner may read it."""
     new = file.with_suffix(".new")
+    new.touch(mode=0o600)
+    new.chmod(0o600)
     new.write_text(text)
     os.replace(new, file)
+
+
+def new_cluster_id() -> str:
+    """A random UUID as Kafka writes one: 22 characters, the first of which is no dash.
+
+    Kafka's tools take an argument that begins with a dash for an option.
+    """
+    while True:
+        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        if not cluster_id.startswith("-"):
+            return cluster_id
 
 
 class EmbeddedServer(abc.ABC):
@@ -259,11 +272,9 @@ class EmbeddedKafka(EmbeddedServer):
             new = self.folder / "log.new"
             shutil.rmtree(new, ignore_errors=True)
             write_properties(new)
-            cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
             tool = [*java, "-cp", f"{jars}/*", "kafka.tools.StorageTool", "format", "--standalone"]
-            done = subprocess.run(
-                [*tool, "-t", cluster_id, "-c", str(properties)], capture_output=True, text=True, check=False
-            )
+            tool += ["-t", new_cluster_id(), "-c", str(properties)]
+            done = subprocess.run(tool, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise UnavailableError(f"Kafka could not format {new}:\n{done.stdout}{done.stderr}")
             os.replace(new, log_dir)

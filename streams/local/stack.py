@@ -175,7 +175,8 @@ class Stack:
     def _take_lock(self) -> None:
         data = self.settings.data
         try:
-            data.mkdir(parents=True, exist_ok=True)
+            data.mkdir(parents=True, exist_ok=True, mode=0o700)
+            data.chmod(0o700)  # the texts of replies are in Kafka's log, and passwords in stack.json
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
             owner = self.settings.running_stack().get("pid", "unknown")

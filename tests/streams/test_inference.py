@@ -112,6 +112,26 @@ async def test_no_memories_no_history(settings: Settings) -> None:
     assert not event.history.any()
 
 
+@pytest.mark.integration
+async def test_the_same_memory_under_several_ids_takes_one_place(settings: Settings) -> None:
+    row = (np.arange(384) % 5 - 2.0).tolist()
+    memories = [
+        *({"id": f"copy-{n}", "text": "Deploys run on Fridays."} for n in range(4)),
+        {"id": "blue", "text": "Deploys go to the staging cluster first."},
+        {"id": "own", "embedding": row},
+        {"id": "own again", "embedding": [2.0 * x for x in row]},
+        {"id": "silent", "text": "?"},
+        {"id": "as silent", "text": "!"},
+    ]
+    async with served(settings) as (_, http):
+        request = body(message="When do deploys run?", memories=memories, top_k=8, explore=False)
+        answer = (await http.post("/v1/decide", json=request)).raise_for_status().json()
+        [event] = await interactions(settings)
+    ids = [m["id"] for m in answer["memories"]]
+    assert sorted(ids) == ["as silent", "blue", "copy-0", "own", "silent"]
+    assert event.memory_ids == ids
+
+
 # --- repetition -------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""From a user's reply to a reward: what the reply says about the answer before it.
+"""FeedbackCollector: extracts feedback signals and a reward from a user's reply to an answer.
 
     >>> collector = FeedbackCollector()
     >>> feedback = collector.extract("Thanks, that worked!")
@@ -7,11 +7,10 @@
     >>> [(signal.type.value, signal.evidence) for signal in feedback.signals]
     [('positive', 'Thanks … that worked'), ('engagement', '[the conversation went on]')]
 
-    readings = collector.read(texts, embeddings)      # many at once, each read by itself
+    readings = collector.read(texts, embeddings)      # a batch of independent replies
     readings[0].feedback(turn_between(message, embeddings[0]))
 
-It reads the reply alone, with the message before it where that is given. It loads no torch, keeps no state
-between replies, and may be shared by threads.
+The input is the reply and, optionally, the message before it. Does not load torch; stateless and thread-safe.
 """
 
 from __future__ import annotations
@@ -55,27 +54,27 @@ __all__ = [
 _WORD = re.compile(r"[^\W_]+")
 
 SAME_REQUEST = 0.8
-"""Share of words in common from which a message asks the one before it again."""
+"""Jaccard similarity of the words of two consecutive messages from which the second repeats the first."""
 SAME_MEANING = 0.97
-"""Cosine of two consecutive messages from which the second asks the first again."""
+"""Cosine similarity of two consecutive messages from which the second repeats the first."""
 OTHER_TOPIC = 0.05
-"""Cosine of two consecutive messages below which the topic has switched."""
+"""Cosine similarity of two consecutive messages below which the topic has switched."""
 
 
 class Turn(StrEnum):
-    """How a reply stands to the user's message before it, which the answer was to."""
+    """Relation of a reply to the user's previous message."""
 
     CONTINUED = "continued"
     SWITCHED = "switched"
-    """It is about something else."""
+    """The reply is about a different topic."""
     REPEATED = "repeated"
-    """It asks the same again."""
+    """The reply repeats the request."""
 
 
 def turn_between(message: FloatArray, reply: FloatArray) -> Turn:
-    """How a reply stands to the message before it, by the two sentence embeddings, each (D,) of any length.
+    """Relation of a reply to the previous message by their (D,) sentence embeddings, of any norm.
 
-    Embeddings of different dimensions, and one of length 0, say nothing: `CONTINUED`.
+    `CONTINUED` for embeddings of different dimensions, and for zeros.
     """
     if message.shape != reply.shape:
         return Turn.CONTINUED
@@ -90,21 +89,21 @@ def turn_between(message: FloatArray, reply: FloatArray) -> Turn:
 
 @dataclass(frozen=True, slots=True)
 class TextReading:
-    """What a reply says by itself, read once; `feedback` adds what its turn makes of it."""
+    """The explicit signals of a reply; `feedback` adds those of its relation to the previous message."""
 
     signals: tuple[FeedbackSignal, ...]
-    """The explicit ones."""
+    """Explicit signals."""
     confidence: float
-    """[0, 1]: how sure the extractor is of their sign."""
+    """[0, 1] confidence in the sign of the signals."""
     extractor: str
     can_repeat: bool = False
-    """Whether it is long enough for asking the same again to mean anything."""
+    """Whether the reply is long enough to count as a repeated request."""
     can_switch: bool = False
-    """Whether it is long enough to switch the topic."""
+    """Whether the reply is long enough to count as a topic switch."""
 
     @property
     def explicit(self) -> bool:
-        """Whether it says anything about the answer; then it says so whatever came before."""
+        """Whether there are explicit signals; then the previous message has no effect."""
         return bool(self.signals)
 
     def feedback(
@@ -114,12 +113,13 @@ class TextReading:
         conversation_continued: bool = True,
         topic_switched: bool | None = None,
     ) -> Feedback:
-        """The feedback where the reply stands so to the message before it.
+        """The feedback of the reply, given its relation to the previous message.
 
         Args:
-            conversation_continued: whether the user went on after the answer.
-            topic_switched: whether the reply is about something else; None: as `turn` says, where the reply
-                says nothing explicit.
+            turn: the relation.
+            conversation_continued: whether the user continued the conversation.
+            topic_switched: whether the reply is about a different topic; None: decided by `turn`, for a reply
+                without explicit signals.
         """
         signals, confidence = list(self.signals), self.confidence
         if not signals and turn is Turn.REPEATED and self.can_repeat:
@@ -135,7 +135,7 @@ class TextReading:
 
 
 class FeedbackCollector:
-    """Extracts feedback signals from replies and adds them up to a reward.
+    """Extracts feedback signals from replies, and adds up their rewards.
 
     | signal | example | reward |
     |---|---|---|
@@ -143,25 +143,25 @@ class FeedbackCollector:
     | negative | "That's wrong", "Not right" | -0.5 … -1.0 |
     | correction | "No, I meant …", "Actually …" | -0.2 … -0.5 |
     | confusion | "What?", "I don't understand" | -0.1 … -0.3 |
-    | engagement | the conversation goes on | +0.1 |
+    | engagement | the conversation continues | +0.1 |
     | disengagement | the topic switched | -0.1 |
 
-    One match gives the mildest reward of its kind, three or more the strongest. Signals of different kinds
-    add up and the sum is clamped to [-1, 1]. Engagement counts where nothing complains: a complaint goes on
-    with the conversation too, and that is no praise.
+    One match gives the mildest reward of its type, three or more the strongest. The rewards of different
+    types are added and clamped to [-1, 1]. Engagement counts only without negative signals, because a
+    complaint continues the conversation as well.
     """
 
     def __init__(self, extractor: str = DEFAULT_EXTRACTOR, *, evidence: bool = True) -> None:
         """
         Args:
             extractor: a key of `EXTRACTORS`.
-            evidence: whether signals name the words of the reply that carried them, which takes time to find.
+            evidence: whether signals include the words that caused them, which takes time to find.
 
         Raises:
-            ConfigError: no such extractor.
+            ConfigError: unknown extractor.
         """
         if extractor not in EXTRACTORS:
-            raise ConfigError(f"extractor is {extractor!r}, wanted one of {', '.join(sorted(EXTRACTORS))}")
+            raise ConfigError(f"extractor is {extractor!r}, expected one of {', '.join(sorted(EXTRACTORS))}")
         self.extractor = extractor
         self._evidence = evidence
         self._extract = EXTRACTORS[extractor]()
@@ -169,19 +169,19 @@ class FeedbackCollector:
     def read(
         self, texts: Sequence[str], embeddings: Sequence[npt.NDArray[Any] | None] | None = None
     ) -> list[TextReading]:
-        """Reads n replies, each once and by itself: it is read alike whatever stands beside it.
+        """Reads n independent replies: the result for a reply does not depend on the others.
 
         Args:
-            texts: n user's messages that each followed an answer.
-            embeddings: n (D,) sentence embeddings of `texts`, None where none is at hand.
+            texts: n messages of users, each the reply to an answer.
+            embeddings: n (D,) sentence embeddings of `texts`, None where not available.
 
         Raises:
-            InputError: a text is no string.
-            DimensionError, NonFiniteError: an unusable embedding.
+            InputError: a text is not a string.
+            DimensionError, NonFiniteError: an invalid embedding.
         """
         for text in texts:
             if not isinstance(text, str):
-                raise InputError(f"the reply is {type(text).__name__}, wanted a string")
+                raise InputError(f"the reply is {type(text).__name__}, expected a string")
         vectors = [
             None if embedding is None else as_float32(embedding, "embedding", 1)
             for embedding in embeddings or [None] * len(texts)
@@ -213,18 +213,17 @@ class FeedbackCollector:
         """Reads one reply.
 
         Args:
-            text: the user's message that followed the answer; "" when nobody replied.
-            conversation_continued: whether the user went on after the answer.
-            topic_switched: whether the reply is about something else; None judges by the two embeddings where
-                both are given, and else takes it that it is not.
-            previous_text: the user's message before, which the answer was to: asking the same again is a
-                correction.
-            embedding: (D,) sentence embedding of `text`, where it is at hand; none is computed here.
-            previous_embedding: (D,) that of the message before.
+            text: the user's message after the answer; "" without a reply.
+            conversation_continued: whether the user continued the conversation.
+            topic_switched: whether the reply is about a different topic; None: decided by the two embeddings
+                if both are given, else False.
+            previous_text: the user's previous message; a repeated request is a correction.
+            embedding: (D,) sentence embedding of `text`, if available; it is not computed here.
+            previous_embedding: (D,) sentence embedding of the previous message.
 
         Raises:
-            InputError: `text` is no string.
-            DimensionError, NonFiniteError: an unusable embedding.
+            InputError: `text` is not a string.
+            DimensionError, NonFiniteError: an invalid embedding.
         """
         [reading] = self.read([text], [embedding])
         if not text.strip():
@@ -237,27 +236,27 @@ class FeedbackCollector:
             if now.shape != before.shape:
                 raise DimensionError("previous_embedding", before.shape, now.shape)
             turn = turn_between(before, now)
-        if _shares_words(text, previous_text or ""):
+        if _repeats_words(text, previous_text or ""):
             turn = Turn.REPEATED
         return reading.feedback(
             turn, conversation_continued=conversation_continued, topic_switched=topic_switched
         )
 
     def from_rating(self, value: float) -> Feedback:
-        """An explicit rating or a delayed outcome in [-1, 1], taken at its word with confidence 1.
+        """The feedback of an explicit rating or a delayed outcome in [-1, 1], with confidence 1.
 
-        A rating of 0 is feedback of reward 0, which is not the same as no feedback.
+        A rating of 0 is feedback with reward 0, which differs from no feedback.
 
         Raises:
-            InputError: outside [-1, 1], or no number.
+            InputError: not a number in [-1, 1].
         """
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-            raise InputError(f"the rating is {value!r}, wanted a number in [-1, 1]")
+            raise InputError(f"the rating is {value!r}, expected a number in [-1, 1]")
         rating = float(value)
         if not np.isfinite(rating):
             raise NonFiniteError("the rating")
         if not -1.0 <= rating <= 1.0:
-            raise InputError(f"the rating is {rating}, wanted a number in [-1, 1]")
+            raise InputError(f"the rating is {rating}, expected a number in [-1, 1]")
         signals = []
         if rating:
             type_ = SignalType.POSITIVE if rating > 0 else SignalType.NEGATIVE
@@ -269,7 +268,7 @@ def _engagement() -> FeedbackSignal:
     return FeedbackSignal.of(SignalType.ENGAGEMENT, 1.0, "[the conversation went on]")
 
 
-def _shares_words(text: str, previous: str) -> bool:
+def _repeats_words(text: str, previous: str) -> bool:
     now, before = _words(text), _words(previous)
     return len(before) >= 3 and len(now & before) >= SAME_REQUEST * len(now | before)
 

@@ -1,1 +1,1 @@
-"""Reading a reply, piece by piece. `cortex_core.feedback_collector` is the way in."""
+"""The parts of feedback extraction; the entry point is `cortex_core.feedback_collector`."""

@@ -1,4 +1,4 @@
-"""Extractors: what reads explicit feedback signals out of replies.
+"""Extractors of explicit feedback signals from replies.
 
 extract = EXTRACTORS["semantic-2"]()
 [found] = extract(["Thanks, that worked!"], [embedding], evidence=True)
@@ -26,29 +26,29 @@ SIGNAL_OF_KIND = {
     "Q": SignalType.CONFUSION, "q": SignalType.CONFUSION,
 }  # fmt: skip
 
-SURENESS = {
+PRECISION = {
     "P": 0.85, "S": 0.9, "T": 0.85, "Z": 0.6, "N": 0.85, "F": 0.8, "I": 0.8,
     "X": 0.75, "x": 0.4, "Q": 0.8, "q": 0.5,
 }  # fmt: skip
-"""How often one phrase of a kind, alone, gives the right sign."""
+"""Precision of the sign of a single phrase, by kind."""
 
 UNSURE = 0.1
-"""Confidence of a reply that says nothing of the answer: going on, or not, is weak evidence."""
+"""Confidence without explicit signals: that the user continues, or not, is weak evidence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """What an extractor makes of one reply: explicit signals alone, and how sure it is of their sign."""
+    """The explicit signals of a reply, and the confidence in their sign."""
 
     signals: Sequence[FeedbackSignal]
     confidence: float
 
 
 class Extractor(Protocol):
-    """Reads explicit signals out of replies, each by itself: no reading depends on the others beside it.
+    """Extracts explicit signals from independent replies.
 
-    `embeddings` are the replies' own, None where none is at hand. Without `evidence` the signals need not
-    name the words that carried them.
+    `embeddings` are those of the replies, None where not available. Without `evidence` the signals need not
+    include the words that caused them.
     """
 
     def __call__(
@@ -57,7 +57,7 @@ class Extractor(Protocol):
 
 
 def signals_of(hits: list[Hit]) -> list[FeedbackSignal]:
-    """One signal for each type among `hits`, in order; more matches make it stronger, up to three."""
+    """One signal for each type among `hits`, in order; its strength grows with the matches, up to three."""
     grouped: dict[SignalType, list[Hit]] = {}
     for hit in hits:
         grouped.setdefault(SIGNAL_OF_KIND[hit.kind], []).append(hit)
@@ -69,14 +69,14 @@ def signals_of(hits: list[Hit]) -> list[FeedbackSignal]:
     return signals
 
 
-def sureness_of(hits: list[Hit], conceded: bool) -> float:
-    """Confidence of patterns: each agreeing match adds to it, contradiction takes most of it away."""
+def pattern_confidence(hits: list[Hit], conceded: bool) -> float:
+    """Confidence of the pattern extractor: agreeing matches increase it, contradictions reduce it."""
     if not hits:
         return UNSURE
     doubt = {True: 1.0, False: 1.0}
     for hit in hits:
-        sureness = SURENESS[hit.kind] * (0.85 if hit.flipped else 1.0)
-        doubt[hit.kind in POSITIVE_KINDS] *= 1.0 - sureness
+        precision = PRECISION[hit.kind] * (0.85 if hit.flipped else 1.0)
+        doubt[hit.kind in POSITIVE_KINDS] *= 1.0 - precision
     confidence = abs(doubt[True] - doubt[False])
     if doubt[True] < 1.0 and doubt[False] < 1.0:
         confidence *= 0.5
@@ -86,29 +86,29 @@ def sureness_of(hits: list[Hit], conceded: bool) -> float:
 def patterns(
     texts: Sequence[str], embeddings: Sequence[FloatArray | None], *, evidence: bool
 ) -> list[Extraction]:
-    """The transparent reader: phrases and the words around them. Needs no embedding."""
-    return [_written(*read(text, evidence=evidence)) for text in texts]
+    """Extracts signals by phrases and the words around them. Ignores the embeddings."""
+    return [_by_patterns(*read(text, evidence=evidence)) for text in texts]
 
 
-def _written(hits: list[Hit], cues: Cues) -> Extraction:
-    return Extraction(signals_of(hits), sureness_of(hits, bool(cues.conceded)))
+def _by_patterns(hits: list[Hit], cues: Cues) -> Extraction:
+    return Extraction(signals_of(hits), pattern_confidence(hits, bool(cues.conceded)))
 
 
 class Semantic:
-    """Patterns and meaning as one: a head decides that saw the embedding, words and patterns.
+    """Extracts signals by a classifier (the head) on sentence embedding, words and pattern matches.
 
-    It abstains where it is not sure, and then the reply counts as going on and no more. Where there is no
-    embedding, or one that the head does not know (another encoder, another language), patterns alone decide.
+    Below its thresholds the head abstains, and there are no explicit signals. Without an embedding, or with
+    one that is unlike those of the training (a different encoder or language), only the patterns decide.
     """
 
-    SURE = 0.5
-    """Probability from which a sign is taken."""
-    PRAISE_UNWORDED, BLAME_UNWORDED = 0.75, 0.6
-    """The same where no phrase was found: praise is guessed wrong oftener than blame."""
-    AGAINST = 0.3
-    """Probability of the opposite sign from which nothing is taken."""
-    AT_ONCE = 128
-    """Replies that go through the head together, at most: what they need lies in the processor's caches."""
+    THRESHOLD = 0.5
+    """Minimum probability of a sign."""
+    POSITIVE_WITHOUT_PHRASE, NEGATIVE_WITHOUT_PHRASE = 0.75, 0.6
+    """The same if no phrase matched; positive predictions are then wrong more often than negative ones."""
+    MAX_OPPOSITE = 0.3
+    """Maximum probability of the opposite sign."""
+    BATCH = 128
+    """Maximum number of replies per call of the head, so that its arrays fit into the processor's caches."""
 
     def __init__(self, head: Head | None = None) -> None:
         self.head = head or load_head()
@@ -117,17 +117,17 @@ class Semantic:
         self, texts: Sequence[str], embeddings: Sequence[FloatArray | None], *, evidence: bool
     ) -> list[Extraction]:
         seen = [read(text, evidence=evidence) for text in texts]
-        out = [_written(*hits_and_cues) for hits_and_cues in seen]
-        asked = [
+        out = [_by_patterns(*hits_and_cues) for hits_and_cues in seen]
+        usable = [
             i
             for i, ((hits, cues), embedding) in enumerate(zip(seen, embeddings, strict=True))
             if embedding is not None
             and embedding.shape == (self.head.dim,)
             and not cues.foreign
-            and not (len(hits) == 1 and hits[0].start == hits[0].end)  # a rating, or a picture
+            and not (len(hits) == 1 and hits[0].start == hits[0].end)  # a rating or an emoji
         ]
-        for start in range(0, len(asked), self.AT_ONCE):
-            chunk = asked[start : start + self.AT_ONCE]
+        for start in range(0, len(usable), self.BATCH):
+            chunk = usable[start : start + self.BATCH]
             meanings = self.head.read(
                 [texts[i] for i in chunk],
                 np.stack([e for i in chunk if (e := embeddings[i]) is not None]),
@@ -136,35 +136,36 @@ class Semantic:
             )
             for i, meaning in zip(chunk, meanings, strict=True):
                 if meaning.share >= self.head.least_share:
-                    out[i] = self._judged(meaning, out[i].signals, bool(seen[i][0]))
+                    out[i] = self._decide(meaning, out[i].signals, bool(seen[i][0]))
         return out
 
-    def _judged(self, meaning: Meaning, written: Sequence[FeedbackSignal], worded: bool) -> Extraction:
+    def _decide(self, meaning: Meaning, matched: Sequence[FeedbackSignal], has_phrase: bool) -> Extraction:
         p = meaning.probabilities
-        positive, missed = p[0], p[1] + p[2] + p[3]
-        sides = (
-            (True, positive, missed, self.PRAISE_UNWORDED),
-            (False, missed, positive, self.BLAME_UNWORDED),
+        positive, negative = p[0], p[1] + p[2] + p[3]
+        signs = (
+            (True, positive, negative, self.POSITIVE_WITHOUT_PHRASE),
+            (False, negative, positive, self.NEGATIVE_WITHOUT_PHRASE),
         )
-        for praise, sure, against, unworded in sides:
-            if sure >= (self.SURE if worded else unworded) and against <= self.AGAINST:
-                return Extraction(self._signals(meaning, praise, written), sure)
-        return Extraction([], min(UNSURE, 1.0 - max(positive, missed)))
+        for is_positive, probability, opposite, without_phrase in signs:
+            threshold = self.THRESHOLD if has_phrase else without_phrase
+            if probability >= threshold and opposite <= self.MAX_OPPOSITE:
+                return Extraction(self._signals(meaning, is_positive, matched), probability)
+        return Extraction([], min(UNSURE, 1.0 - max(positive, negative)))
 
     def _signals(
-        self, meaning: Meaning, praise: bool, written: Sequence[FeedbackSignal]
+        self, meaning: Meaning, is_positive: bool, matched: Sequence[FeedbackSignal]
     ) -> list[FeedbackSignal]:
-        """The patterns' signals of that sign, else one of the likeliest class, as strong as it is likely."""
-        agreeing = [s for s in written if (s.reward > 0) == praise]
+        """The pattern signals of this sign, else one signal of the most probable class of this sign."""
+        agreeing = [s for s in matched if (s.reward > 0) == is_positive]
         if agreeing:
             return agreeing
         p = meaning.probabilities
-        best = 0 if praise else max((1, 2, 3), key=p.__getitem__)
-        evidence = meaning.evidence[0 if praise else 1] or f"[meaning, {p[best]:.0%} {CLASSES[best]}]"
+        best = 0 if is_positive else max((1, 2, 3), key=p.__getitem__)
+        evidence = meaning.evidence[0 if is_positive else 1] or f"[meaning, {p[best]:.0%} {CLASSES[best]}]"
         return [FeedbackSignal.of(SignalType(CLASSES[best]), max(p[best] - 0.5, 0.0), evidence)]
 
 
 EXTRACTORS: dict[str, Callable[[], Extractor]] = {"patterns-1": lambda: patterns, "semantic-2": Semantic}
-"""Name and version of every extractor, and what makes it. A changed reading gets a new version."""
+"""Name and version of each extractor, and its factory. A change of the results gets a new version."""
 DEFAULT_EXTRACTOR = "semantic-2"
-"""The better one by `python -m benchmarks.feedback`; without an embedding it reads as "patterns-1" does."""
+"""The best one in `python -m benchmarks.feedback`; without embeddings its results are those of patterns-1."""

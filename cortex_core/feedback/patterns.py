@@ -1,11 +1,10 @@
-"""Reading a reply by patterns: phrases, and the words around them that turn, soften or cancel what they say.
+"""Feedback extraction by patterns: phrases, and the words around them that negate, weaken or cancel them.
 
     >>> hits, cues = read("Thanks, but that isn't right")
     >>> [(KINDS[hit.kind], hit.evidence) for hit in hits]  # the thanks before "but" is politeness
     [('complaint or failure', "isn't right")]
 
-Standard library only. It reads words, not meaning: a complaint without any word of the lists is left to
-`semantic`.
+Uses only the standard library. A complaint without any phrase of the lists is left to `semantic`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from cortex_core.feedback.scope import Cues, Hit, Scope
 
 KINDS = {
     "I": "irony",
-    "0": "no feedback, though it looks like it",
+    "0": "no feedback, despite similar words",
     "F": "complaint or failure",
     "Q": "confusion",
     "X": "correction",
@@ -33,7 +32,7 @@ KINDS = {
     "x": "soft correction",
     "q": "doubt",
 }
-"""Kinds of phrase, as the sections of `data/english.txt` are named."""
+"""Kinds of phrases: the sections of `data/english.txt`."""
 
 POSITIVE_KINDS = frozenset("PSTZ")
 
@@ -45,16 +44,16 @@ _DIGIT = re.compile(r"\d")
 _GRADE = re.compile(r"^\W*(?:grade:?\s*)?([a-df])([+-]?)(?: (?:work|job|answer|grade work))?\W*$")
 _STARS = {"one star": 1, "two stars": 2, "three stars": 3, "four stars": 4, "five stars": 5}
 _KIND = ""
-"""Key of a node in the index under which the kind of the phrase that ends there stands."""
+"""Key of an index node for the kind of the phrase that ends there."""
 
 _DATA = Path(__file__).parent / "data"
 _SPACELESS = "spaceless "
 _FOREIGN = "~"
-"""Before the kind of a phrase of another language than English."""
+"""Prefix of the kind of a phrase in another language than English."""
 
 
 def _wordings(phrase: str) -> list[tuple[str, ...]]:
-    """Every wording of one phrase in the notation of `data/english.txt`."""
+    """All wordings of a phrase in the notation of `data/english.txt`."""
     done: list[tuple[str, ...]] = [()]
     i = 0
     while i < len(phrase):
@@ -79,14 +78,14 @@ def _wordings(phrase: str) -> list[tuple[str, ...]]:
 
 
 def phrases(text: str) -> Iterator[tuple[str, ...]]:
-    """Every wording of every phrase of a list in the notation of those files, as words."""
+    """All wordings of a list of phrases in the notation of these files, as words."""
     for phrase in re.split(r"[;\n]", text):
         if phrase.strip():
             yield from _wordings(phrase.strip())
 
 
 def sections(file: str) -> dict[str, str]:
-    """The phrase lists of a file in `data/`, by the name of their section."""
+    """The phrase lists of a file in `data/`, by section."""
     out: dict[str, list[str]] = {}
     name = ""
     for line in (_DATA / file).read_text(encoding="utf-8").splitlines():
@@ -100,7 +99,7 @@ def sections(file: str) -> dict[str, str]:
 
 @cache
 def _index() -> dict[str, Any]:
-    """The phrases as nested dictionaries by word. Built at the first reply, in about 0.1 s."""
+    """The phrases as a trie of words. Built for the first reply, in about 0.1 s."""
     root: dict[str, Any] = {}
     foreign = {
         _FOREIGN + kind: text
@@ -128,20 +127,19 @@ def _spaceless() -> tuple[re.Pattern[str], dict[str, str]]:
 
 
 def read(text: str, *, evidence: bool = True) -> tuple[list[Hit], Cues]:
-    """What `text` says by its words: the phrases that count, in order, and what else was seen.
+    """The phrases that count in `text`, in order, and other cues.
 
-    Without `evidence` the hits do not carry the words of the reply.
+    Without `evidence` the hits do not include the words of the reply.
 
-    Rules: a negator turns praise and criticism round ("not perfect", "not bad"); what is asked, wished or
-    feared is not said ("is that right?", "if it works"); quotation and code are not the user's words; what is
-    said of others is not said of the answer; after "but" the later part rules; courtesy yields to complaint;
-    a failure after bare praise makes it irony.
+    Rules: a negator reverses praise and criticism ("not perfect", "not bad"); questions, wishes and fears do
+    not count ("is that right?", "if it works"); nor do quotations, code, and statements about others; after
+    "but" the later part decides; a complaint overrides thanks; a failure after bare praise makes it irony.
     """
     scope = Scope(text, _index())
     rating = _rating(scope)
     if rating is not None:
         return [rating], scope.cues
-    kept = list(scope.pictures)
+    kept = list(scope.emoji)
     if not text.isascii():
         kept += _find_spaceless(scope)
     whole = table.WHOLE.get(" ".join(scope.words)) if 0 < len(scope.words) <= 4 else None
@@ -153,7 +151,7 @@ def read(text: str, *, evidence: bool = True) -> tuple[list[Hit], Cues]:
             if hit.kind[0] == _FOREIGN:
                 hit.kind = hit.kind[1:]
                 scope.cues.foreign = True
-            kind = _kind_in_place(scope, hit)
+            kind = _kind_in_context(scope, hit)
             if kind:
                 hit.kind = kind
                 kept.append(hit)
@@ -180,7 +178,7 @@ def _find_spaceless(scope: Scope) -> Iterator[Hit]:
 
 
 def _find(scope: Scope) -> Iterator[Hit]:
-    """Longest phrases first, left to right, none across the end of a sentence."""
+    """Finds phrases from left to right, the longest at each position, within sentences."""
     index, words, sentences = _index(), scope.words, scope.sentence
     n = len(words)
     i = 0
@@ -200,8 +198,8 @@ def _find(scope: Scope) -> Iterator[Hit]:
         i = end or i + 1
 
 
-def _kind_in_place(scope: Scope, hit: Hit) -> str:
-    """The kind that `hit` has where it stands; empty where it says nothing there."""
+def _kind_in_context(scope: Scope, hit: Hit) -> str:
+    """The kind of `hit` in its context; empty if it does not count there."""
     kind = hit.kind
     before = scope.before(hit)
     if before and before[-1] in table.INTENSIFIERS:
@@ -253,7 +251,7 @@ def _blame(scope: Scope, hit: Hit, before: list[str]) -> str:
     start = scope.clause_start[hit.clause]
     chosen = scope.words[start] == "not" and start > 0 and scope.sentence[start - 1] == hit.sentence
     unreal = not table.FEARED.isdisjoint(before) or not table.SOLVED.isdisjoint(before)
-    if unreal or chosen or scope.about_others(hit):  # chosen: "net, not gross" says which, not how good
+    if unreal or chosen or scope.about_others(hit):  # chosen: "net, not gross" is a choice, not a criticism
         return ""
     asked = scope.asks(hit)
     holds_negator = not table.NEGATORS.isdisjoint(scope.words[hit.start : hit.end])
@@ -268,7 +266,7 @@ def _blame(scope: Scope, hit: Hit, before: list[str]) -> str:
 
 
 def _is_mere_politeness(scope: Scope, hit: Hit) -> bool:
-    """Thanks inside a request, or at the end of one: "Could you book it? Thanks"."""
+    """Whether thanks are part of a request, or end one: "Could you book it? Thanks"."""
     start = scope.clause_start[hit.clause]
     if hit.start > start and (scope.asks(hit) or scope.requests(hit)):
         return True
@@ -280,7 +278,7 @@ def _is_mere_politeness(scope: Scope, hit: Hit) -> bool:
 
 
 def _contradictions(scope: Scope, found: list[Hit]) -> list[Hit]:
-    """ "the left one, not the right one"; "not Italian, something Asian"; and irony by a closing "Not."."""
+    """Corrections such as "not Italian, something Asian", and irony by a final "Not."."""
     hits = []
     words = scope.words
     taken = {i for hit in found for i in range(hit.start, hit.end)}
@@ -298,7 +296,7 @@ def _contradictions(scope: Scope, found: list[Hit]) -> list[Hit]:
 
 
 def _rating(scope: Scope) -> Hit | None:
-    """A rating or a grade, where the reply is short enough for it to be its point."""
+    """A rating or a grade, if the reply is short enough."""
     plain = scope.plain
     stars = plain.count("⭐") + plain.count("★")
     if stars > 1:
@@ -311,7 +309,7 @@ def _rating(scope: Scope) -> Hit | None:
         return _rated(_STARS[named] / 5, named)
     found = list(_RATING.finditer(plain)) if _DIGIT.search(plain) else []
     if found:
-        first = found[-1]  # "10/10 for style, 0/10 for truth": the last word counts
+        first = found[-1]  # "10/10 for style, 0/10 for truth": the last one counts
         value, scale = (first[1], float(first[2])) if first[1] else (first[3], 5.0)
         share = float(value.replace(",", ".")) / scale
         return _rated(share, first.group()) if share <= 1 else None
@@ -322,7 +320,7 @@ def _rating(scope: Scope) -> Hit | None:
 
 
 def _rated(share: float, evidence: str) -> Hit | None:
-    """From 70 % it is praise, up to 50 % criticism; what lies between is neither."""
+    """Praise from 70%, criticism up to 50%, otherwise neither."""
     if share >= 0.7:
         return Hit("P", 1 + int(share >= 0.8) + int(share >= 0.95), 0, 0, 0, 0, evidence)
     if share <= 0.5:
@@ -331,7 +329,7 @@ def _rated(share: float, evidence: str) -> Hit | None:
 
 
 def _relate(scope: Scope, hits: list[Hit]) -> list[Hit]:
-    """The hits without those that give way to others."""
+    """The hits that are not overridden by others."""
     dropped: set[int] = set()
 
     def drop(those: list[Hit]) -> None:
@@ -346,7 +344,7 @@ def _relate(scope: Scope, hits: list[Hit]) -> list[Hit]:
         conceded, ruling = _sides(scope, alive("PSTZNFQXxq"), at)
         if conceded and not ruling and len(scope.words) > at + 2 and scope.words[at] == "but":
             kept = [hit for hit in conceded if hit.kind not in "PSTZ"]
-            if not kept:  # "Nice, but in blue": praise that leads up to something else
+            if not kept:  # "Nice, but in blue": praise that introduces a correction
                 drop(conceded)
                 hits.append(Hit("x", 1, at, at + 1, scope.sentence[at], scope.clause[at]))
         praises = any(hit.kind in "PS" for hit in ruling)
@@ -374,7 +372,7 @@ def _relate(scope: Scope, hits: list[Hit]) -> list[Hit]:
 
 
 def _sides(scope: Scope, hits: list[Hit], at: int) -> tuple[list[Hit], list[Hit]]:
-    """What the word of contrast at `at` concedes, and what it lets rule."""
+    """(conceded, decisive) hits of the contrast word at `at`."""
     word, sentence, clause = scope.words[at], scope.sentence[at], scope.clause[at]
     closes = at + 1 >= len(scope.words) or scope.sentence[at + 1] != sentence
     opens = at == 0 or scope.sentence[at - 1] != sentence

@@ -1,6 +1,6 @@
-"""The words of one reply, and where they stand: sentences, clauses, what negates, asks or imagines them.
+"""The words of a reply and their context: sentences, clauses, negation, questions, requests.
 
-Knows no phrases; `feedback_patterns` finds those and asks here what they mean in their place.
+`patterns` finds the phrases and uses this context to interpret them.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ _ELONGATED = re.compile(r"([a-z])\1{2,}")
 _ENDS = frozenset(".!?…\n;")
 _PAUSES = frozenset(',:()-–—"')
 _MAX_CHARS = 2000
-"""Longer replies are read at their beginning and their end: what lies between is pasted material."""
+"""Of longer replies the beginning and the end are read: the middle is pasted material."""
 
 
 @dataclass(slots=True)
 class Hit:
-    """One phrase found, as it is read in its place."""
+    """A matched phrase."""
 
     kind: str
-    """A key of `feedback_patterns.KINDS`."""
+    """A key of `patterns.KINDS`."""
     weight: int
-    """How many matches it counts for: 2 where it is intensified."""
+    """Number of matches that it counts for: 2 if it is intensified."""
     start: int
-    """First word; `start == end` for what is no word, such as an emoji."""
+    """Index of the first word; `start == end` for emoji and ratings."""
     end: int
     sentence: int
     clause: int
     evidence: str = ""
     flipped: bool = False
-    """Whether a negation turned it round."""
+    """Whether a negation reversed it."""
 
 
 @dataclass(slots=True)
 class Cues:
-    """What else was seen; features for the semantic head."""
+    """Other features of a reply, for the semantic head."""
 
     words: int = 0
     sentences: int = 0
@@ -63,24 +63,24 @@ class Cues:
     code: bool = False
     quoted: bool = False
     possessive: bool = False
-    """Whether it speaks of the user's own things: "my", "our"."""
+    """Whether it contains "my" or "our"."""
     foreign: bool = False
-    """Whether a phrase of another language than English was found."""
+    """Whether a phrase in another language than English matched."""
     cancelled: list[str] = field(default_factory=list)
-    """Kinds of the phrases that were found and, in their place, say nothing."""
+    """Kinds of the matched phrases that do not count in their context."""
     conceded: list[str] = field(default_factory=list)
-    """Kinds of the phrases that gave way to others."""
+    """Kinds of the phrases that others override."""
 
 
 def _blank(match: re.Match[str]) -> str:
-    return " " * len(match.group())  # the rest keeps its place, so that evidence can be cut from the reply
+    return " " * len(match.group())  # keeps positions, so that evidence can be cut from the reply
 
 
 class Scope:
-    """One reply, tokenized."""
+    """A tokenized reply."""
 
     def __init__(self, text: str, vocabulary: dict[str, object]) -> None:
-        """`vocabulary`: words that begin a known phrase; drawn-out words are shortened to one of them."""
+        """`vocabulary`: first words of known phrases, to which elongated words ("sooo") are shortened."""
         self.cues = cues = Cues()
         if len(text) > _MAX_CHARS:
             text = text[: _MAX_CHARS // 2] + "\n" + text[-_MAX_CHARS // 2 :]
@@ -90,25 +90,25 @@ class Scope:
             cues.code = plain != lowered
         if plain.count('"') > 1:
             unquoted = _QUOTED.sub(_blank, plain)
-            if unquoted.strip(" .!?\n"):  # a reply that is all quotation is its own words
+            if unquoted.strip(" .!?\n"):  # a reply that is a quotation as a whole is not removed
                 cues.quoted = True
                 plain = unquoted
         self.text, self.plain = text, plain
         self.words: list[str] = []
         self.token: list[int] = []
-        """Which token of the reply each word came from."""
+        """Index of each word's token in the reply."""
         self.sentence: list[int] = []
         self.clause: list[int] = []
         self.clause_start: list[int] = [0]
         self.asked: set[int] = set()
-        """Sentences that end with a question mark."""
+        """Indices of the sentences that end with a question mark."""
         self.exclaimed: set[int] = set()
         self.contrast_at: list[int] = []
-        """Words such as "but"."""
-        self.pictures: list[Hit] = []
+        """Indices of words such as "but"."""
+        self.emoji: list[Hit] = []
         """Emoji and emoticons."""
         self._vocabulary = vocabulary
-        self._drawn_out = _ELONGATED.search(plain) is not None
+        self._has_elongated = _ELONGATED.search(plain) is not None
         self._tokenize()
         words = self.words
         cues.words, cues.sentences = len(words), self.sentence[-1] + 1 if words else 0
@@ -125,13 +125,13 @@ class Scope:
         words, sentences, clauses = self.words, self.sentence, self.clause
         sentence = clause = 0
         for number, token in enumerate(_TOKEN.findall(self.plain)):
-            opened = table.EXPANSIONS.get(token)
-            if opened is None:
+            expanded = table.EXPANSIONS.get(token)
+            if expanded is None:
                 if not token[0].isalnum():
                     sentence, clause = self._mark(token, sentence, clause)
                     continue
-                opened = (token,) if len(token) < 4 or token[0].isdigit() else self._open(token)
-            for word in opened:
+                expanded = (token,) if len(token) < 4 or token[0].isdigit() else self._expand(token)
+            for word in expanded:
                 if word in table.CONTRAST and words and sentences[-1] == sentence and self._contrasts(word):
                     self.contrast_at.append(len(words))
                     clause = self._break(clause)
@@ -145,7 +145,7 @@ class Scope:
             self.clause_start.pop()
 
     def _mark(self, token: str, sentence: int, clause: int) -> tuple[int, int]:
-        """Punctuation or a picture: the sentence and the clause that go on after it."""
+        """Handles punctuation or an emoji; returns the sentence and the clause that follow it."""
         mark = token.strip()[:1] or "\n"
         before = sentence
         if mark in _ENDS:
@@ -159,29 +159,29 @@ class Scope:
         kind = table.EMOJI.get(token) or table.EMOTICONS.get(token)
         if kind:
             at = len(self.words)
-            self.pictures.append(Hit(kind, 1, at, at, max(before - (not self.words), 0), clause, token))
+            self.emoji.append(Hit(kind, 1, at, at, max(before - (not self.words), 0), clause, token))
         return sentence, clause
 
     def _break(self, clause: int) -> int:
-        """Begins a new clause, unless the present one is empty."""
+        """Begins a new clause unless the current one is empty."""
         if self.words and self.clause[-1] == clause:
             self.clause_start.append(len(self.words))
             return clause + 1
         return clause
 
     def _contrasts(self, word: str) -> bool:
-        """ "if only", "not only" and the like set nothing against anything."""
+        """Whether `word` is a contrast: not in "if only", "not only" and the like."""
         return word != "only" or self.words[-1] not in ("if", "not", "the", "is", "it", "i", "just")
 
-    def _open(self, token: str) -> tuple[str, ...]:
-        """Words of one token: contractions opened, drawn-out letters shortened."""
+    def _expand(self, token: str) -> tuple[str, ...]:
+        """The words of a token, with contractions expanded and elongated letters shortened."""
         if "'" in token:
             if token.endswith("n't"):
                 return (token[:-3], "not")
             at = token.rfind("'")
             word = table.SUFFIXES.get(token[at:])
             return (token[:at], word) if word is not None and token[:at] in table.SUBJECTS else (token,)
-        short = _ELONGATED.sub(r"\1", token) if self._drawn_out else token
+        short = _ELONGATED.sub(r"\1", token) if self._has_elongated else token
         if short == token:
             return (token,)
         for word in (_ELONGATED.sub(r"\1\1", token), short):
@@ -196,11 +196,11 @@ class Scope:
         return self.words[max(self.clause_start[hit.clause], hit.start - most) : hit.start]
 
     def clause_end(self, clause: int) -> int:
-        """Where the clause ends, one past its last word."""
+        """End index of the clause: one past its last word."""
         return self.clause_start[clause + 1] if clause + 1 < len(self.clause_start) else len(self.words)
 
     def _opening(self, clause: int) -> tuple[int, list[str]]:
-        """Where the clause begins after words like "so" and "ok", and its next three words."""
+        """Start index of the clause after words like "so" and "ok", and its next three words."""
         words = self.words
         start = self.clause_start[clause]
         end = self.clause_end(clause)
@@ -209,14 +209,14 @@ class Scope:
         return start, [*words[start : min(start + 3, end)], "", "", ""][:3]
 
     def clause_asks(self, clause: int) -> bool:
-        """Whether a clause is a question by its form. "Does not work" and "which works" are none."""
+        """Whether a clause has the form of a question, unlike "Does not work" and "which works"."""
         _, (first, second, _) = self._opening(clause)
         if first in table.WH:
             return second in table.AUXILIARY or (first == "how" and second in ("to", "many", "much", "long"))
         return first in table.AUXILIARY and second in table.SUBJECT_AFTER
 
     def clause_requests(self, clause: int) -> bool:
-        """Whether a clause asks for something to be done: "find me …", "I need …"."""
+        """Whether a clause is a request: "find me …", "I need …"."""
         _, (first, second, third) = self._opening(clause)
         if first in table.REQUEST:
             return second not in ("not", "")
@@ -225,7 +225,7 @@ class Scope:
         return False
 
     def asks(self, hit: Hit) -> bool:
-        """Whether `hit` stands in a question."""
+        """Whether `hit` is in a question."""
         if hit.sentence in self.asked:
             inside = [c for c, s in zip(self.clause, self.sentence, strict=True) if s == hit.sentence]
             last = inside[-1] if inside else hit.clause
@@ -235,11 +235,11 @@ class Scope:
         return self.clause_asks(hit.clause)
 
     def requests(self, hit: Hit) -> bool:
-        """Whether `hit` is part of a request, and not the praise that opens it."""
+        """Whether `hit` is part of a request, but not praise before it."""
         return self._opening(hit.clause)[0] < hit.start and self.clause_requests(hit.clause)
 
     def negated(self, hit: Hit) -> bool:
-        """Whether a negator stands before `hit` with nothing between that ends its reach."""
+        """Whether a negator before `hit` applies to it."""
         before = self.before(hit)
         for i in range(len(before) - 1, -1, -1):
             word = before[i]
@@ -252,7 +252,7 @@ class Scope:
         return False
 
     def about_others(self, hit: Hit) -> bool:
-        """Whether the clause speaks of something else than the answer: "my boss is horrible"."""
+        """Whether the clause is not about the answer: "my boss is horrible"."""
         start = self.clause_start[hit.clause]
         before = self.words[start : hit.start]
         if not before:
@@ -271,7 +271,7 @@ class Scope:
         )
 
     def evidence(self, hit: Hit) -> str:
-        """The words of the reply, as it wrote them, behind `hit`."""
+        """The original text of `hit`."""
         if hit.evidence or hit.start == hit.end:
             return hit.evidence
         spans = [m.span() for m in _TOKEN.finditer(self.plain)]

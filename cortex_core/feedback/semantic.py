@@ -1,11 +1,11 @@
-"""Reading a reply by its meaning: a small calibrated head on the sentence embedding that is already there.
+"""Feedback extraction by meaning: a small calibrated classifier (the head) on the sentence embedding of a
+reply.
 
-The head sees the embedding, the words and what the patterns saw, and gives a probability to each of five
-classes: the four explicit signals, and "nothing said of the answer". Words are vectors of a shipped table;
-a convolution over three neighbours each and the maximum over the reply (Kim 2014, "Convolutional Neural
-Networks for Sentence Classification") keep what the embedding, an average, loses.
-`benchmarks/train_feedback_head.py` trained it on sentences written for it; its weights are in `data/`.
-numpy alone: no torch.
+The inputs are the embedding, the words and the pattern features; the outputs are the probabilities of five
+classes: the four explicit signals, and "neutral". Words are vectors of a shipped table; a convolution over
+three neighbouring words with max pooling (Kim 2014, "Convolutional Neural Networks for Sentence
+Classification") keeps information that the embedding, an average, loses. Trained by
+`benchmarks/train_feedback_head.py` on sentences written for it; the weights are in `data/`. Uses only numpy.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from cortex_core.feedback.scope import Cues, Hit
 from cortex_core.feedback.tokens import PADDING, Vocabulary, tokens, words
 
 CLASSES = ("positive", "negative", "correction", "confusion", "neutral")
-"""What the head tells apart; "neutral" says nothing of the answer."""
+"""Classes of the head; a "neutral" reply does not concern the answer."""
 HEAD = Path(__file__).parent / "data" / "head.safetensors"
 ENCODER = "all-MiniLM-L6-v2"
-"""The sentence encoder whose embeddings the head knows."""
+"""The sentence encoder that the head was trained with."""
 
 WEIGHT_GRID = 2.0**-24
 """Every float16 is a multiple of it."""
 INPUT_GRID, WINDOW_GRID, UNIT_GRID = 2.0**-20, 2.0**-19, 2.0**-16
-"""What is rounded to multiples of them: inputs; the weights of windows; channels and hidden units."""
+"""Rounding steps of inputs, of window weights, and of channels and hidden units."""
 MOST_ACTIVE = 256.0
-"""Where a hidden unit saturates: far beyond what replies reach."""
+"""Maximum of a hidden unit, far above the values that occur."""
 MOST_FEATURE = 3.0
 
 _KINDS = "PSTZNFIXxQq"
@@ -45,7 +45,7 @@ FEATURES = 3 * len(_KINDS) + 14
 
 
 def pattern_features(hits: Sequence[Hit], cues: Cues) -> list[float]:
-    """(FEATURES,) what the patterns saw: matches by kind that count, were cancelled or gave way; and cues."""
+    """(FEATURES,) pattern features: numbers of counted, cancelled and conceded matches by kind; and cues."""
     n = len(_KINDS)
     kinds = [0.0] * (3 * n)
     for hit in hits:
@@ -75,57 +75,54 @@ def pattern_features(hits: Sequence[Hit], cues: Cues) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What the head makes of one reply."""
+    """The result of the head for one reply."""
 
     probabilities: tuple[float, ...]
-    """(C,) calibrated, of `CLASSES`"""
+    """(C,) calibrated probabilities of `CLASSES`"""
     share: float
-    """Share of the embedding within the head's `basis`, in [0, 1]."""
+    """Fraction of the embedding's squared norm within the basis, in [0, 1]."""
     evidence: tuple[str, str] = ("", "")
-    """The words of the reply that spoke most for praise, and those that spoke most against; "" for none."""
+    """The words that contributed most to a positive and to a negative result; "" for none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """An ensemble of networks, averaged in logits; the first M of them see words.
+    """An ensemble of networks whose logits are averaged; the first M of them use words.
 
-    D embedding, F features, V words of W components, K channels, H hidden units of each of the M, T of all,
-    C classes, B directions of the basis.
+    D: embedding, F: features, V: words of W components, K: channels, H: hidden units of each of the M
+    networks, T: hidden units of all networks, C: classes, B: directions of the basis.
 
-    What it computes does not depend on the batch, on the order in which a BLAS adds up, or on the machine:
-    inputs of each product are fixed-point numbers so short that every partial sum is exact in its float type.
-    The shipped weights are float16, hence multiples of 2**-24; the rest is rounded to `INPUT_GRID` and its
-    like, which are finer than float16 is.
+    The results do not depend on the batch, on the summation order of BLAS or on the machine: the inputs of
+    each product are fixed-point numbers with so few digits that every partial sum is exact in its float type.
+    The shipped weights are float16 and thus multiples of 2**-24; other inputs are rounded to `INPUT_GRID` and
+    similar steps, which are finer than float16.
     """
 
     input_weight: DoubleArray
-    """(D + F + 1, T + B): of the embedding, the features and a constant 1; then the basis, (D, B) orthonormal
-    directions that hold most of any sentence of the known encoder, over zeros."""
+    """(D + F + 1, T + B): weights of the embedding, the features and a constant 1; then the basis: (D, B)
+    orthonormal directions that contain most of any sentence embedding of `ENCODER`, above zeros"""
     window_weight: FloatArray
-    """(3 * W, M * K), of a word and its neighbours, the earlier first"""
+    """(3 * W, M * K) weights of the previous word, the word and the next word"""
     window_bias: FloatArray
     """(M * K,)"""
     channel_weight: DoubleArray
     """(M, K, H)"""
     output_weight: DoubleArray
-    """(T, C), divided by the number of networks and by the temperature"""
+    """(T, C), divided by the number of networks and the temperature"""
     output_bias: DoubleArray
     """(C,)"""
     word_vectors: npt.NDArray[np.int8]
-    """(V + 2, W): padding, the unknown word, and each of the vocabulary; their scale is in `window_weight`"""
+    """(V + 2, W): padding, the unknown word and the vocabulary; the scale is in `window_weight`"""
     vocabulary: Vocabulary
     dim: int
     """D"""
     least_share: float
-    """`Meaning.share` below which an embedding is of another encoder, or of another language."""
+    """minimum `Meaning.share`; smaller for embeddings of a different encoder or language"""
 
     def read(
         self, texts: Sequence[str], embeddings: FloatArray, features: FloatArray, *, evidence: bool = True
     ) -> list[Meaning]:
-        """What n replies mean, by their words, (n, D) embeddings of any length and (n, F) pattern features.
-
-        Without `evidence` none is looked for.
-        """
+        """Classifies n replies by their words, (n, D) embeddings of any norm and (n, F) pattern features."""
         rows = [self.vocabulary.rows(words(text)) for text in texts]
         channels, strongest = self._channels(rows, locate=evidence)
         inputs = np.ones((len(texts), len(self.input_weight)))
@@ -157,9 +154,9 @@ class Head:
     def _channels(
         self, rows: Sequence[Sequence[int]], locate: bool
     ) -> tuple[DoubleArray, list[npt.NDArray[np.intp]]]:
-        """(n, M * K) each channel's strongest window of n replies; to `locate` it, at which word it stands.
+        """(n, M * K) maximum of each channel over the windows of each reply; with `locate` also its position.
 
-        Replies of one length go through the convolution together.
+        Replies of the same length are processed together.
         """
         out = np.zeros((len(rows), len(self.window_bias)))
         where = [np.zeros(0, dtype=np.intp)] * len(rows)
@@ -183,7 +180,7 @@ class Head:
         channels: DoubleArray,
         active: npt.NDArray[np.bool_],
     ) -> tuple[str, str]:
-        """The windows whose channels, through the hidden units, moved praise against complaint most."""
+        """The words of the windows that contributed most to the positive and to the negative logits."""
         _, spans = tokens(text)
         if not spans:
             return "", ""
@@ -200,7 +197,7 @@ class Head:
         return found[0], found[1]
 
     def is_exact(self) -> bool:
-        """Whether no partial sum can have more digits than its float type: 53 bits, 24 in the convolution."""
+        """Whether every partial sum fits into its float type: 53 bits, 24 bits in the convolution."""
         embedding = np.sqrt((self.input_weight[: self.dim] ** 2).sum(0))  # of a vector of length 1
         others = np.abs(self.input_weight[self.dim :]).sum(0) * MOST_FEATURE
         word = float(np.sqrt((self.word_vectors.astype(np.float64) ** 2).sum(1).max()))
@@ -217,8 +214,8 @@ class Head:
 
 
 def _rounded(values: DoubleArray, grid: float) -> DoubleArray:
-    """`values` as multiples of `grid`, which is a power of two."""
-    # Adding pushes the digits beyond the grid out of the float: twice as fast as multiplying and `rint`.
+    """Rounds `values` to multiples of `grid`, a power of two."""
+    # Adding a large number rounds away the digits below the grid: twice as fast as multiplying and `rint`.
     shift = 1.5 * 2.0**52 * grid
     rounded: DoubleArray = values + shift
     rounded -= shift
@@ -227,10 +224,10 @@ def _rounded(values: DoubleArray, grid: float) -> DoubleArray:
 
 @cache
 def load_head(path: Path = HEAD) -> Head:
-    """The shipped head.
+    """Loads the shipped head.
 
     Raises:
-        WeightsError: the file is missing, damaged, or of other features than this code computes.
+        WeightsError: the file is missing, damaged, or has different features than this code computes.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -262,8 +259,8 @@ def load_head(path: Path = HEAD) -> Head:
         raise WeightsError(f"the feedback head {path} cannot be read: {error}") from error
     if metadata.get("classes") != ",".join(CLASSES) or len(features) != FEATURES or not exact:
         raise WeightsError(
-            f"the feedback head {path} has {len(features)} features, wanted {FEATURES}, and weights that are "
-            f"{'small enough' if exact else 'too large'} for exact sums; train it again with "
+            f"the feedback head {path} has {len(features)} features, expected {FEATURES}, and weights that "
+            f"are {'small enough' if exact else 'too large'} for exact sums; train it again with "
             "`python -m benchmarks.train_feedback_head`"
         )
     return head

@@ -1,6 +1,6 @@
-"""What a reply says about the answer before it: signals, their rewards, and how several combine.
+"""Feedback signals, their rewards, and the aggregation of several.
 
-The ranges are the specification's table. Nothing here reads text.
+The reward ranges are those of the specification.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from cortex_core.errors import ConfigError, InputError, NonFiniteError
 
 
 class SignalType(StrEnum):
-    """The six kinds of feedback signal."""
+    """The six types of feedback signals."""
 
     POSITIVE = "positive"
-    """Praise, thanks, a success: "Perfect", "that worked"."""
+    """Praise, thanks or success: "Perfect", "that worked"."""
     NEGATIVE = "negative"
     """A complaint or a failure: "That's wrong", "it crashed"."""
     CORRECTION = "correction"
-    """The answer missed what was meant: "No, I meant …"."""
+    """The request was misunderstood: "No, I meant …"."""
     CONFUSION = "confusion"
     """The answer was not understood: "What do you mean?"."""
     ENGAGEMENT = "engagement"
-    """The conversation goes on, and the reply says nothing more about the answer."""
+    """The conversation continues, without an explicit signal."""
     DISENGAGEMENT = "disengagement"
-    """The conversation goes on about something else."""
+    """The conversation continues with a different topic."""
 
 
 SIGNAL_REWARDS: dict[SignalType, tuple[float, float]] = {
@@ -39,24 +39,24 @@ SIGNAL_REWARDS: dict[SignalType, tuple[float, float]] = {
     SignalType.ENGAGEMENT: (0.1, 0.1),
     SignalType.DISENGAGEMENT: (-0.1, -0.1),
 }
-"""Reward of each signal at its mildest and at its strongest."""
+"""Reward of each type at strength 0 and at strength 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeedbackSignal:
-    """One signal, with the words that carried it."""
+    """A feedback signal, with the words that caused it."""
 
     type: SignalType
     strength: float
-    """[0, 1]: 0 the mildest of its kind, 1 the strongest."""
+    """[0, 1] from mildest to strongest."""
     reward: float
-    """Its share of the reward, within the range of its kind."""
+    """Contribution to the reward, within the range of its type."""
     evidence: str
-    """The span or spans of the reply that caused it, or what else did, in square brackets."""
+    """The words of the reply that caused it, or another cause in square brackets."""
 
     @classmethod
     def of(cls, type_: SignalType, strength: float, evidence: str) -> FeedbackSignal:
-        """The signal whose reward lies `strength` of the way between the ends of its kind's range."""
+        """A signal whose reward is interpolated by `strength` in the range of its type."""
         strength = min(max(strength, 0.0), 1.0)
         mildest, strongest = SIGNAL_REWARDS[type_]
         return cls(type_, strength, round(mildest + strength * (strongest - mildest), 6), evidence)
@@ -64,25 +64,25 @@ class FeedbackSignal:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What one reply, or one explicit rating, says."""
+    """The feedback of a reply or an explicit rating."""
 
     signals: tuple[FeedbackSignal, ...]
     reward: float
-    """[-1, 1]: the signals' rewards added up and clamped."""
+    """[-1, 1]: sum of the signals' rewards, clamped."""
     confidence: float
-    """[0, 1]: probability that `reward` has the right sign; low where nothing is said of the answer."""
+    """[0, 1]: probability that `reward` has the right sign; low without explicit signals."""
     extractor: str
-    """Name and version of what read it, such as "patterns-1"."""
+    """Name and version of the extractor, e.g. "patterns-1"."""
 
     @property
     def explicit(self) -> bool:
-        """Whether the user said anything about the answer, beyond going on or not."""
-        silent = (SignalType.ENGAGEMENT, SignalType.DISENGAGEMENT)
-        return any(signal.type not in silent for signal in self.signals)
+        """Whether there are signals other than engagement and disengagement."""
+        implicit = (SignalType.ENGAGEMENT, SignalType.DISENGAGEMENT)
+        return any(signal.type not in implicit for signal in self.signals)
 
     @classmethod
     def of(cls, signals: Sequence[FeedbackSignal], confidence: float, extractor: str) -> Feedback:
-        """Adds the signals' rewards up and clamps the sum to [-1, 1]."""
+        """Adds up the rewards of the signals, and clamps the sum to [-1, 1]."""
         total = sum(signal.reward for signal in signals)
         reward = round(min(max(total, -1.0), 1.0), 6)
         return cls(tuple(signals), reward, round(min(max(confidence, 0.0), 1.0), 6), extractor)
@@ -92,23 +92,24 @@ Aggregation = Literal["first", "last", "mean", "min", "max", "sum"]
 
 
 def aggregate_rewards(rewards: Sequence[float], how: Aggregation = "last") -> float:
-    """One reward in [-1, 1] out of those of several replies about the same answer, in order of time.
+    """Aggregates the rewards of several replies about one answer, in time order, to one reward in [-1, 1].
 
-    "sum" is clamped. "last" lets a thumbs-down take back a thanks; "min" lets no later thanks hide one.
+    "sum" is clamped. With "last" a thumbs-down replaces an earlier thanks; with "min" a later thanks does not
+    replace a thumbs-down.
 
     Raises:
         InputError: no rewards, or one outside [-1, 1].
-        ConfigError: an unknown way.
+        ConfigError: an unknown aggregation.
     """
     if not rewards:
-        raise InputError("there are no rewards to aggregate; wanted at least one")
+        raise InputError("there are no rewards to aggregate, expected at least one")
     for reward in rewards:
         if not math.isfinite(reward):
             raise NonFiniteError("rewards")
         if not -1.0 <= reward <= 1.0:
-            raise InputError(f"a reward is {reward}, wanted a number in [-1, 1]")
+            raise InputError(f"a reward is {reward}, expected a number in [-1, 1]")
     if how not in _AGGREGATIONS:
-        raise ConfigError(f"aggregation is {how!r}, wanted one of {', '.join(_AGGREGATIONS)}")
+        raise ConfigError(f"aggregation is {how!r}, expected one of {', '.join(_AGGREGATIONS)}")
     return min(max(_AGGREGATIONS[how](rewards), -1.0), 1.0)
 
 

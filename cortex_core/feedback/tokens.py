@@ -1,11 +1,11 @@
-"""The words of a reply as the semantic head sees them, and the vocabulary that gives each a row of its table.
+"""Tokens of a reply for the semantic head, and the vocabulary that maps them to rows of its word vectors.
 
-    >>> tokens("Didn't work!")  # and where each stands in the reply
+    >>> tokens("Didn't work!")  # tokens, and their spans in the reply
     (['did', 'not', 'work', '!'], [(0, 6), (0, 6), (7, 11), (11, 12)])
-    >>> Vocabulary(["did", "not"]).rows(["did", "nots"])  # an unknown word by its stem
+    >>> Vocabulary(["did", "not"]).rows(["did", "nots"])  # the second one by its stem
     [2, 3]
 
-Standard library alone.
+Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from functools import lru_cache
 from cortex_core.feedback import words as table
 
 MOST = 40
-"""Tokens that are looked at; of a longer reply its beginning and its end."""
+"""Maximum number of tokens; of a longer reply the beginning and the end are used."""
 PADDING, UNKNOWN = 0, 1
-"""The first two rows of the table."""
+"""The first two rows of the word vectors."""
 
 _TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[!?]+|[.,;:()…\"-]|[^\w\s]|\n")
 _MARKS = str.maketrans({"’": "'", "‘": "'", "´": "'", "“": '"', "”": '"', "İ": "i"})
@@ -28,7 +28,7 @@ _ENDINGS = (
     ("s", ""), ("es", ""), ("ed", ""), ("ed", "e"), ("d", ""), ("ing", ""), ("ing", "e"),
     ("ly", ""), ("er", ""), ("est", ""), ("ies", "y"), ("y", ""),
 )  # fmt: skip
-"""Endings that an unknown word may lose, and what takes their place."""
+"""Endings that are removed from an unknown word, and their replacements."""
 _LONGEST = 2000
 _HALF = MOST // 2
 
@@ -36,16 +36,16 @@ Span = tuple[int, int]
 
 
 def words(text: str) -> list[str]:
-    """Words and marks, lower case, contractions and chat spelling opened; at most `MOST`."""
+    """Words and punctuation in lower case, with contractions and chat spelling expanded; at most `MOST`."""
     if len(text) > _LONGEST:
         return tokens(text)[0]
-    found = [word for token in _TOKEN.findall(text.translate(_MARKS).lower()) for word in _opened(token)]
+    found = [word for token in _TOKEN.findall(text.translate(_MARKS).lower()) for word in _expanded(token)]
     return found if len(found) <= MOST else found[:_HALF] + found[-_HALF:]
 
 
 def tokens(text: str) -> tuple[list[str], list[Span]]:
-    """`words`, and the span of each in `text`; several may share one span ("didn't" is two words)."""
-    if len(text) > _LONGEST:  # what lies between is pasted material, as in `feedback.scope`
+    """`words`, and the span of each in `text`; several may have the same span ("didn't" is two words)."""
+    if len(text) > _LONGEST:  # the middle is pasted material, as in `feedback.scope`
         head, head_spans = tokens(text[: _LONGEST // 2])
         shift = len(text) - _LONGEST // 2
         tail, tail_spans = tokens(text[shift:])
@@ -54,9 +54,9 @@ def tokens(text: str) -> tuple[list[str], list[Span]]:
     out: list[str] = []
     spans: list[Span] = []
     for match in _TOKEN.finditer(text.translate(_MARKS).lower()):
-        opened = _opened(match.group())
-        out += opened
-        spans += [match.span()] * len(opened)
+        expanded = _expanded(match.group())
+        out += expanded
+        spans += [match.span()] * len(expanded)
     return _ends(out, spans)
 
 
@@ -67,36 +67,36 @@ def _ends(words: list[str], spans: list[Span]) -> tuple[list[str], list[Span]]:
 
 
 @lru_cache(10_000)
-def _opened(token: str) -> tuple[str, ...]:
+def _expanded(token: str) -> tuple[str, ...]:
     first = token[0]
-    opened = table.EXPANSIONS.get(token)
-    if opened is None:
-        opened = (token,)
+    expanded = table.EXPANSIONS.get(token)
+    if expanded is None:
+        expanded = (token,)
         if first.isdigit():
-            opened = (token if len(token) <= 2 else "0",)
+            expanded = (token if len(token) <= 2 else "0",)
         elif token.endswith("n't"):
-            opened = (token[:-3], "not")
+            expanded = (token[:-3], "not")
         elif first.isalpha() and "'" in token:
             at = token.rfind("'")
             verb = table.SUFFIXES.get(token[at:])
-            opened = (token[:at], verb) if verb else (token[:at],)
+            expanded = (token[:at], verb) if verb else (token[:at],)
         elif first.isalpha():
-            opened = (_DRAWN_OUT.sub(r"\1\1", token),)
+            expanded = (_DRAWN_OUT.sub(r"\1\1", token),)
         elif first in "!?":
-            opened = ("?!" if "?" in token and "!" in token else first,)
+            expanded = ("?!" if "?" in token and "!" in token else first,)
         elif token == "\n":
-            opened = (".",)
-    return opened
+            expanded = (".",)
+    return expanded
 
 
 class Vocabulary:
-    """Rows of words in a table of vectors; rows 0 and 1 are padding and the unknown word."""
+    """Maps words to rows of the word vectors; rows 0 and 1 are padding and the unknown word."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._row = {word: row for row, word in enumerate(words, start=2)}
 
     def rows(self, words: Sequence[str]) -> list[int]:
-        """The row of each word, else of what is left of it without its ending, else `UNKNOWN`."""
+        """The row of each word, else of its stem, else `UNKNOWN`."""
         known = self._row.get
         return [known(word) or self._stemmed(word) for word in words]
 

@@ -1,17 +1,17 @@
-"""Word tables of the pattern reader: what turns praise and blame round, what asks, what is chat spelling."""
+"""Word lists of the pattern extractor: negators, question words, chat spelling and others."""
 
 from __future__ import annotations
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of `text`, which are separated by blanks."""
+    """The blank-separated words of `text`."""
     return frozenset(text.split())
 
 
 NEGATORS = words(
     "barely doesnt dont hardly isnt neither never no none nor not nothing nowhere scarcely without"
 )
-"""Turn round what they stand before."""
+"""Reverse what follows."""
 
 TRANSPARENT = words(
     "a actually all an answer answers any are as at be been being call code completely did do does "
@@ -19,7 +19,7 @@ TRANSPARENT = words(
     "looks much my of one particularly quite really seem seeming seems single so sound sounds super "
     "terribly that the them these think this those too totally very was way what working would you your"
 )
-"""May stand between a negator and what it turns round."""
+"""May occur between a negator and what it reverses."""
 
 IRREALIS = words(
     "anything anywhere be can could find hope hopefully hoping how if looking make makes making may might "
@@ -27,7 +27,7 @@ IRREALIS = words(
     "trying unless until want wanting wants whatever where wherever whether whichever whose will wish "
     "would"
 )
-"""Praise after these is asked for or wished, not given."""
+"""Praise after these is requested or wished, not given."""
 
 FEARED = words(
     "avoid case catch cause causes could handle hopefully how if may might must possible prevent should "
@@ -38,29 +38,29 @@ FEARED = words(
 SOLVED = words(
     "caught cleared eliminated fixed fixes handled handles removed resolved rid solved solves sorted"
 )
-"""A failure after these is over."""
+"""A failure after these has been resolved."""
 
 INTENSIFIERS = words(
     "absolutely always completely damn entirely exceptionally extremely freaking fucking incredibly "
     "insanely really remarkably so still such super totally truly utterly very"
 )
-"""Make the match after them count twice."""
+"""A match after these counts twice."""
 
 CONTRAST = words(
     "although but except however nevertheless nonetheless only sadly tho though unfortunately yet"
 )
-"""What stands after them in a reply rules what stands before."""
+"""The part of a reply after these overrides the part before."""
 
 AUXILIARY = words("am are can could did do does had has have is may might shall should was were will would")
-"""Begin a question when a subject follows."""
+"""Begin a question if a subject follows."""
 
 SUBJECT_AFTER = words(
     "a an any anyone he i it my one she someone that the there these they this those u we you your"
 )
-"""Subjects that make an auxiliary before them a question."""
+"""Subjects that make a question with a preceding auxiliary."""
 
 WH = words("how what when where which who whom whose why")
-"""Begin a question when an auxiliary follows."""
+"""Begin a question if an auxiliary follows."""
 
 REQUEST = words(
     "add assert book bump buy calculate call cancel change check compare compose compute convert create "
@@ -69,12 +69,12 @@ REQUEST = words(
     "read recommend refactor remind remove reserve return run say schedule search send set share show "
     "split suggest sum summarize tell translate try turn update use want wrap write"
 )
-"""Verbs that, at the start of a clause, ask for something."""
+"""Verbs that begin a request at the start of a clause."""
 
 COPULAS = words(
     "am are be been being feels is look looking looks reads seems sounding sounds tastes was were works"
 )
-"""Make praise after them a predicate, whatever follows it."""
+"""Praise after these is a predicate, whatever follows."""
 
 AFTER_PRAISE = words(
     "! advice again all already analysis and answer answers approach as because bot both breakdown bro "
@@ -85,32 +85,32 @@ AFTER_PRAISE = words(
     "thank thanks that the then there thing this tip tips to today too tool very walkthrough we what with "
     "work work! write writeup yes you your"
 )
-"""May follow praise of an answer; praise before another noun describes that noun."""
+"""May follow praise of an answer; before another word, praise is an attribute of that word."""
 
 OPENERS = words(
     "also and but cool great hey hi hmm no nope now oh ok okay perfect so thanks then um well yeah yep yes"
 )
-"""Words at the start of a clause that do not decide what it is."""
+"""Words that may precede the first relevant word of a clause."""
 
 OTHERS = words(
     "my our his her their he she him people everyone somebody someone mum dad mother father wife husband"
 )
-"""As the subject of a clause these make it about something other than the answer."""
+"""As subject of a clause these show that it is not about the answer."""
 REPORTED = words("has have had got rated score scored hotel movie film book review")
-"""In a reply with a rating these say that it is of something else."""
+"""In a reply with a rating these show that the rating is not about the answer."""
 ANSWERED = words("it that this these those you i we they he she the there my your not")
-"""After "no" these begin what is said instead."""
+"""After "no" these begin a new statement."""
 MOODS = words("today lately tonight this about because since at")
-"""After a feeling these say that it is about something else: "happy today"."""
+"""After a feeling these show that it is not about the answer: "happy today"."""
 ANAPHORS = words("it this that these those you your yours they them both either neither one ones answer here")
-"""Point back to the answer, or to whoever gave it."""
+"""Refer to the answer or to the assistant."""
 
 SUBJECTS = words(
     "that it what he she there where who how let here everything this i you we they one nothing something "
     "when why "
     "code answer link page"
 )
-"""Before these "'s", "'d" and the like are verbs."""
+"""After these "'s", "'d" and the like are verbs."""
 SUFFIXES = {"'s": "is", "'re": "are", "'m": "am", "'ve": "have", "'ll": "will", "'d": "would"}
 
 _SHORT = """
@@ -133,7 +133,7 @@ EXPANSIONS: dict[str, tuple[str, ...]] = {
     for pair in _SHORT.replace("\n", ";").split(";")
     if pair.strip()
 }
-"""Chat spelling and common misspellings, opened."""
+"""Chat spelling and common misspellings → words."""
 
 EMOJI: dict[str, str] = {
     **dict.fromkeys("👍❤😊😀😃😄😁🎉🙌👏🔥💯✅😍🥰🤩👌💪🚀🥳😻💖💕💙💚💛🧡💜🤗😎⭐🌟✨🏆🤝😌☺🫶🤌", "P"),
@@ -142,7 +142,7 @@ EMOJI: dict[str, str] = {
     **dict.fromkeys("🙄🤦🤡", "I"),
     **dict.fromkeys("🤔❓😕🤨🤷😵🧐😐", "Q"),
 }
-"""Kind of each emoji, as in `feedback_patterns.KINDS`."""
+"""Kind of each emoji, of `patterns.KINDS`."""
 EMOTICONS = {
     **dict.fromkeys([":)", ":-)", ":d", ":-d", ":))", ":]", "=)", ";)", ";-)", "<3", "^^", ":p", ":-p"], "P"),
     **dict.fromkeys([":(", ":-(", ":((", ":'(", ":c", "=(", ":[", "-_-"], "N"),
@@ -169,4 +169,4 @@ WHOLE: dict[str, str] = {
                   "oh come on, not good, "
                   "boring, cringe, enough"),
 }  # fmt: skip
-"""Kind of replies that are these words and no more."""
+"""Kind of replies that consist of exactly these words."""

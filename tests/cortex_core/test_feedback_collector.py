@@ -160,7 +160,7 @@ class TestEmbeddings:
             collector.extract(
                 "ok", embedding=np.ones(4, np.float32), previous_embedding=np.ones(5, np.float32)
             )
-        with pytest.raises(InputError, match="NoneType, wanted a string"):
+        with pytest.raises(InputError, match="NoneType, expected a string"):
             collector.extract(None)  # type: ignore[arg-type]  # the wrong type is the test
 
 
@@ -205,7 +205,7 @@ class TestAggregation:
 
 
 def test_an_unknown_extractor_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"patterns-0.*wanted one of patterns-1, semantic-2"):
+    with pytest.raises(ConfigError, match=r"patterns-0.*expected one of patterns-1, semantic-2"):
         FeedbackCollector("patterns-0")
 
 

@@ -291,8 +291,13 @@ class TestReading:
         assert right[sure].mean() > right[~sure].mean() + 0.05
 
     def test_thresholds_leave_doubtful_replies_unread(self) -> None:
-        assert Semantic.SURE >= 0.5
-        assert Semantic.AGAINST < Semantic.SURE < Semantic.BLAME_UNWORDED < Semantic.PRAISE_UNWORDED
+        assert Semantic.THRESHOLD >= 0.5
+        assert (
+            Semantic.MAX_OPPOSITE
+            < Semantic.THRESHOLD
+            < Semantic.NEGATIVE_WITHOUT_PHRASE
+            < Semantic.POSITIVE_WITHOUT_PHRASE
+        )
 
     def test_it_names_the_words_that_carried_a_signal(self, encoder: TextEncoder) -> None:
         semantic = FeedbackCollector("semantic-2")

@@ -42,7 +42,7 @@ KEY = encode_key("m", 1, 0)
 UNREADABLE: dict[str, Record] = {
     "a version of 5,000 digits": Record(KEY, b"x", [("version", b"9" * 5_000)]),
     "a version of 19 digits": Record(KEY, b"x", [("version", b"%d" % 10**18)]),
-    "a null version": Record(KEY, b"x", [("version", None)]),  # type: ignore[list-item]
+    "a null version": Record(KEY, b"x", [("version", None)]),  # type: ignore[list-item]  # the wrong type is the test
     "no version": Record(KEY, b"x", []),
     "a key nested 100,000 deep": Record(b"[" * 100_000, b"x", V1),
     "a key of a number of 5,000 digits": Record(b'["m",1,' + b"9" * 5_000 + b"]", b"x", V1),

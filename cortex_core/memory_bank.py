@@ -37,7 +37,7 @@ class Gate(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Memory:
+class StoredMemory:
     """A stored text."""
 
     id: str
@@ -61,7 +61,7 @@ class Memory:
 class Recall:
     """A retrieved memory and its score."""
 
-    memory: Memory
+    memory: StoredMemory
     score: float
 
 
@@ -173,7 +173,7 @@ class MemoryBank:
             self._cache = None
         return new_id
 
-    def get(self, memory_id: str) -> Memory | None:
+    def get(self, memory_id: str) -> StoredMemory | None:
         """The memory with this id, or None. Does not change the access count."""
         with self._lock:
             row = self._db.execute(f"SELECT {_COLUMNS} FROM memories WHERE id = ?", (memory_id,)).fetchone()
@@ -185,7 +185,7 @@ class MemoryBank:
             self._cache = None
             return self._db.execute("DELETE FROM memories WHERE id = ?", (memory_id,)).rowcount > 0
 
-    def all(self) -> list[Memory]:
+    def all(self) -> list[StoredMemory]:
         """All memories, oldest first."""
         with self._lock:
             rows = self._db.execute(f"SELECT {_COLUMNS} FROM memories ORDER BY created_at, id").fetchall()
@@ -263,7 +263,7 @@ class MemoryBank:
             if len(memories) < 2:
                 return {}
             leader_of = _leaders(np.stack([m.embedding for m in memories]), threshold)
-            groups: dict[int, list[Memory]] = {}
+            groups: dict[int, list[StoredMemory]] = {}
             for i, leader in enumerate(leader_of.tolist()):
                 groups.setdefault(leader, []).append(memories[i])
             merged: dict[str, str] = {}
@@ -338,8 +338,8 @@ def retention(now: float, last_access: float, access_count: int, half_life_s: fl
     return float(2.0 ** (-max(now - last_access, 0.0) / (half_life_s * (1 + access_count))))
 
 
-def _memory(row: tuple[Any, ...]) -> Memory:
-    return Memory(
+def _memory(row: tuple[Any, ...]) -> StoredMemory:
+    return StoredMemory(
         id=row[0],
         text=row[1],
         embedding=np.frombuffer(row[2], dtype="<f4").astype(np.float32),

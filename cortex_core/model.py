@@ -77,7 +77,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ModelDecision:
     """A decision of the model, as an InteractionEvent logs it."""
 
     situation: FloatArray
@@ -174,7 +174,7 @@ class CortexModel(nn.Module):
         self._frozen = True
         return self
 
-    def _trial(self, rng: np.random.Generator) -> Decision:
+    def _trial(self, rng: np.random.Generator) -> ModelDecision:
         texts = rng.normal(size=(18, self.config.text_dim)).astype(np.float32)
         texts /= np.linalg.norm(texts, axis=1, keepdims=True)
         return self.decide(texts[0], texts[1], None, texts[2:], rng=rng)
@@ -201,7 +201,7 @@ class CortexModel(nn.Module):
         top_k: int = 3,
         explore: bool = True,
         rng: np.random.Generator,
-    ) -> Decision:
+    ) -> ModelDecision:
         """Selects strategy and memories for one request; takes under 2 ms for 200 memories.
 
         Thread-safe for a frozen model; otherwise one thread may call it while others train other instances.
@@ -238,7 +238,7 @@ class CortexModel(nn.Module):
         )
         context = summarize(selection.belief, selection.index, slate)
         confidence = float(self.estimator(situation, context))
-        return Decision(
+        return ModelDecision(
             situation=situation.numpy(),
             strategy_index=selection.index,
             strategy_id=selection.strategy_id,

@@ -183,8 +183,8 @@ class OnlineTrainer:
     ) -> InteractionOutcome:
         """Extracts the feedback of a reply, stores the experience, and trains if `update_every` are pending.
 
-        The first six arguments train the selector and the estimator. With the optional ones, which `Decision`
-        contains, the Situation Encoder and the Memory Gate are trained as well.
+        The first six arguments train the selector and the estimator. With the optional ones, which
+        `ModelDecision` contains, the Situation Encoder and the Memory Gate are trained as well.
 
         Raises:
             InputError: an argument is invalid; nothing is stored.

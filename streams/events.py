@@ -324,12 +324,15 @@ class ExperienceEvent(Event):
         )
 
 
+ControlAction = Literal["rollback", "pin", "unpin", "pause", "resume"]
+
+
 class ControlEvent(Event):
     """What an operator asks of a model's trainer."""
 
     control_id: Id
     model_id: Id
-    action: Literal["rollback", "pin", "unpin", "pause", "resume"]
+    action: ControlAction
     version: Whole | None = None
     reason: Annotated[str, Field(max_length=2_000)] = ""
 

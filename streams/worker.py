@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import structlog
@@ -91,6 +91,14 @@ def configure_logs(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(level, logging.WARNING))
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to the worker."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 class Worker:
@@ -169,8 +177,8 @@ class Worker:
             lifespan="on",
             timeout_graceful_shutdown=3,
         )
-        server = uvicorn.Server(config)
-        task = asyncio.create_task(server._serve([sock]))  # `serve` would install its own signal handlers
+        server = _Server(config)
+        task = asyncio.create_task(server.serve([sock]))
         try:
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it
                 await asyncio.sleep(0.005)

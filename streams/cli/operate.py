@@ -247,7 +247,7 @@ def logs(
     show_logs(settings.data / "logs", name, lines=lines, follow=follow)
 
 
-class Action(StrEnum):
+class OperatorCommand(StrEnum):
     """Operator commands for a model."""
 
     rollback = "rollback"
@@ -260,7 +260,7 @@ class Action(StrEnum):
 @app.command()
 def control(
     action: Annotated[
-        Action,
+        OperatorCommand,
         typer.Argument(
             help="rollback: publish an older version as a new one. pin: serve one version and stop training "
             "until unpin. pause: stop training until resume."

@@ -234,10 +234,10 @@ def audit(
     )
 
 
-def rounded(value: Any, digits: int = 4) -> Any:
+def round_floats(value: Any, digits: int = 4) -> Any:
     """A JSON value with floats rounded to `digits` decimals, and None instead of non-finite floats."""
     if isinstance(value, float):
         return round(value, digits) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {k: rounded(v, digits) for k, v in value.items()}
+        return {k: round_floats(v, digits) for k, v in value.items()}
     return value

@@ -17,7 +17,7 @@ from streams.demo.measures import (
     Sample,
     best_fixed,
     control_rewards,
-    rounded,
+    round_floats,
 )
 from streams.demo.view import summary_table
 
@@ -133,7 +133,7 @@ def write_json(summary: Mapping[str, Any], path: Path) -> None:
     ordered |= {name: value for name, value in summary.items() if name not in ordered}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(rounded(ordered), indent=2) + "\n")
+    partial.write_text(json.dumps(round_floats(ordered), indent=2) + "\n")
     partial.replace(path)
 
 

@@ -21,8 +21,7 @@ from prometheus_client import Histogram
 from cortex_core.arrays import FloatArray
 from cortex_core.errors import ConfigError
 from cortex_core.metadata import metadata_features
-from cortex_core.model import CortexModel
-from cortex_core.model import Decision as ModelDecision
+from cortex_core.model import CortexModel, ModelDecision
 from cortex_core.text_encoder import TextEncoder
 from streams.events import Float16Array, InteractionEvent, utc_now
 from streams.inference.api import (

@@ -13,7 +13,7 @@ from prometheus_client import Counter, Histogram
 from cortex_core.arrays import FloatArray
 from cortex_core.text_encoder import CachedEncoder, TextEncoder
 
-BATCH = 32
+ENCODE_BATCH = 32
 """Texts per call of the encoder: a compromise between throughput and latency."""
 
 ENCODE_S = Histogram("cortex_encode_seconds", "Duration of one call of the text encoder, for up to 32 texts")
@@ -103,7 +103,7 @@ class Embedder:
 
     def _next_batch(self) -> list[str]:
         batch: list[str] = []
-        while self._queues and len(batch) < BATCH:
+        while self._queues and len(batch) < ENCODE_BATCH:
             queue = self._queues.popleft()
             batch.append(queue.popleft())
             if queue:

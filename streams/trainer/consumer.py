@@ -47,7 +47,7 @@ from streams.worker import Worker
 
 log = structlog.get_logger(__name__)
 
-BATCH = 64
+READ_BATCH = 64
 """Experiences per read."""
 IDLE_MS = 200
 """How long a read waits: operators' wishes and SIGTERM are seen after that, at the latest."""
@@ -156,7 +156,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
                 async with self._lock:
                     await self._open_assigned(consumer)
                     await self._obey()
-                batches = await consumer.getmany(timeout_ms=self._wait_ms(), max_records=BATCH)
+                batches = await consumer.getmany(timeout_ms=self._wait_ms(), max_records=READ_BATCH)
                 async with self._lock:
                     for tp, records in batches.items():
                         if tp in self._owned:

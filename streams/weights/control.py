@@ -17,14 +17,14 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaProducer
 
 from cortex_core.errors import InputError, WeightsError
 from streams.connections import kafka_client_options
-from streams.events import ControlEvent, new_id, parse, utc_now
+from streams.events import ControlAction, ControlEvent, new_id, parse, utc_now
 from streams.kafka.clients import started
 from streams.kafka.follower import StateFollower
 from streams.kafka.topics import Topics, create_topics
@@ -33,7 +33,6 @@ from streams.weights.follower import WeightsFollower
 
 log = structlog.get_logger(__name__)
 
-Action = Literal["rollback", "pin", "unpin", "pause", "resume"]
 _ABOUT = {"rollback": "rollback", "pin": "pin", "unpin": "pin", "pause": "pause", "resume": "pause"}
 
 
@@ -139,7 +138,7 @@ class ControlFollower(StateFollower):
 
 
 async def send_control(
-    settings: Settings, action: Action, model_id: str, version: int | None = None, reason: str = ""
+    settings: Settings, action: ControlAction, model_id: str, version: int | None = None, reason: str = ""
 ) -> ControlEvent:
     """Asks something of a model; returns once Kafka has the event.
 

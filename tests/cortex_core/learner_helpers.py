@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from cortex_core.arrays import FloatArray
-from cortex_core.model import CortexModel, Decision, ModelConfig
+from cortex_core.model import CortexModel, ModelConfig, ModelDecision
 from cortex_core.online_trainer import OnlineTrainer
 from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry
 
@@ -36,7 +36,7 @@ def near(rng: np.random.Generator, centre: FloatArray, spread: float = 0.08) -> 
 
 
 def entry_of(
-    decision: Decision, message: FloatArray, memories: FloatArray | None, reward: float, id_: str
+    decision: ModelDecision, message: FloatArray, memories: FloatArray | None, reward: float, id_: str
 ) -> ReplayEntry:
     """The experience that a decision becomes."""
     chosen = None if memories is None else memories[decision.memory_indices]

@@ -10,7 +10,7 @@ import pytest
 
 from cortex_core.arrays import FloatArray, unit
 from cortex_core.errors import WeightsError
-from cortex_core.model import CortexModel, Decision, ModelConfig
+from cortex_core.model import CortexModel, ModelConfig, ModelDecision
 from cortex_core.weights import WeightsSnapshot
 
 THREADS = 4
@@ -31,7 +31,7 @@ def learned() -> tuple[WeightsSnapshot, FloatArray, FloatArray]:
     return WeightsSnapshot.of(model, model_id="fresh", version=1), messages[0], memories
 
 
-def decide(model: CortexModel, message: FloatArray, memories: FloatArray) -> Decision:
+def decide(model: CortexModel, message: FloatArray, memories: FloatArray) -> ModelDecision:
     return model.decide(message, None, None, memories, rng=np.random.default_rng(7))
 
 
@@ -42,7 +42,7 @@ def test_concurrent_first_decisions_on_fresh_versions_are_those_of_one_thread() 
         for _ in range(VERSIONS):
             model, start = snapshot.to_model().freeze(), threading.Barrier(THREADS)
 
-            def first(model: CortexModel = model, start: threading.Barrier = start) -> Decision:
+            def first(model: CortexModel = model, start: threading.Barrier = start) -> ModelDecision:
                 start.wait()
                 return decide(model, message, memories)
 

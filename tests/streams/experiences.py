@@ -10,7 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
 
 from cortex_core.arrays import DoubleArray
 from cortex_core.metadata import METADATA_KEYS
@@ -18,7 +19,9 @@ from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.weights import WeightsManifest
 from streams.connections import kafka_client_options, redis_client
 from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, parse
+from streams.kafka.clients import started
 from streams.kafka.follower import TopicFollower
+from streams.kafka.groups import committed_offsets
 from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
@@ -159,17 +162,9 @@ async def dead_letters(settings: Settings) -> list[DeadLetter]:
 
 async def committed(settings: Settings) -> dict[int, int]:
     """The trainers' committed offset of each partition that has one."""
-    topic = Topics.of(settings).experiences
-    consumer = AIOKafkaConsumer(
-        **kafka_client_options(settings), group_id=settings.trainer_group, enable_auto_commit=False
-    )
-    await consumer.start()
-    try:
-        consumer.assign([TopicPartition(topic, p) for p in range(settings.partitions)])
-        offsets = {tp.partition: await consumer.committed(tp) for tp in consumer.assignment()}
-        return {p: o for p, o in offsets.items() if o is not None}
-    finally:
-        await consumer.stop()
+    async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
+        offsets = await committed_offsets(admin, settings.trainer_group)
+    return {tp.partition: offset for tp, offset in offsets.items()}
 
 
 def ends(settings: Settings, events: Iterable[ExperienceEvent]) -> dict[int, int]:

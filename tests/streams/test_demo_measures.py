@@ -194,4 +194,4 @@ def test_one_interaction_told_in_two_ways_or_learned_twice_is_a_duplicate() -> N
 
 def test_rounding_reaches_nested_values_and_leaves_no_nan() -> None:
     value = {"a": 0.123456, "b": {"c": float("nan")}, "d": 3, "e": None}
-    assert measures.rounded(value) == {"a": 0.1235, "b": {"c": None}, "d": 3, "e": None}
+    assert measures.round_floats(value) == {"a": 0.1235, "b": {"c": None}, "d": 3, "e": None}

@@ -13,7 +13,7 @@ import pytest
 from cortex_core.arrays import FloatArray
 from cortex_core.errors import InputError
 from cortex_core.text_encoder import HashingEncoder
-from streams.inference.embedder import BATCH, Embedder
+from streams.inference.embedder import ENCODE_BATCH, Embedder
 from streams.testing import async_wait_for
 
 
@@ -85,7 +85,7 @@ async def test_a_text_that_many_wait_for_is_encoded_once() -> None:
 async def test_a_large_request_does_not_hold_a_small_one_up() -> None:
     async with embedder(1_000) as (it, encoder):
         encoder.go_on.clear()
-        large = asyncio.create_task(it.encode([f"large {i}" for i in range(10 * BATCH)]))
+        large = asyncio.create_task(it.encode([f"large {i}" for i in range(10 * ENCODE_BATCH)]))
         await under_way(encoder)
         small = asyncio.create_task(it.encode(["small"]))
         await asyncio.sleep(0)
@@ -93,8 +93,8 @@ async def test_a_large_request_does_not_hold_a_small_one_up() -> None:
         await small
         assert "small" in encoder.batches[1]
         assert not large.done()
-        assert len(await large) == 10 * BATCH
-        assert max(len(batch) for batch in encoder.batches) == BATCH
+        assert len(await large) == 10 * ENCODE_BATCH
+        assert max(len(batch) for batch in encoder.batches) == ENCODE_BATCH
 
 
 async def test_only_the_text_at_fault_fails() -> None:

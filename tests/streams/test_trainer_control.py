@@ -16,11 +16,11 @@ from cortex_core.online.update import OnlineUpdate
 from cortex_core.online_trainer import OnlineTrainer
 from cortex_core.replay_buffer import ReplayEntry
 from streams.connections import kafka_client_options
-from streams.events import ControlEvent, new_id, utc_now
+from streams.events import ControlAction, ControlEvent, new_id, utc_now
 from streams.kafka.topics import Topics
 from streams.settings import Settings
 from streams.testing import async_wait_for
-from streams.weights.control import Action, send_control
+from streams.weights.control import send_control
 from streams.weights.follower import WeightsFollower
 from tests.streams.experiences import (
     WeightsWatch,
@@ -114,7 +114,7 @@ async def send_event(settings: Settings, **changes: Any) -> None:
 
 @pytest.mark.parametrize(("hold", "release"), [("pause", "resume"), ("pin", "unpin")])
 async def test_a_model_on_hold_learns_nothing_and_then_all_of_it(
-    settings: Settings, watch: WeightsWatch, hold: Action, release: Action
+    settings: Settings, watch: WeightsWatch, hold: ControlAction, release: ControlAction
 ) -> None:
     other = _neighbour(settings)
     async with running(settings) as trainer:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from cortex_core.errors import ConfigError, InputError
+from cortex_core.errors import ConfigError
 from cortex_core.recency import RecencySampler
 from cortex_core.replay_buffer import ReplayEntry
 from streams.connections import redis_client
@@ -38,7 +38,7 @@ CHUNK = 200
 """Entries per command: some 2.5 MB, so that no single command holds Redis up for long."""
 
 
-class Wrote(IntEnum):
+class WriteResult(IntEnum):
     """What became of one write."""
 
     STALE = -1
@@ -151,7 +151,7 @@ class ReplayKeys:
 
 
 def _write_arguments(capacity: int, writes: Iterable[ReplayWrite]) -> list[Any]:
-    """ARGV of `WRITE` for up to `CHUNK` writes; it answers with a `Wrote` for each."""
+    """ARGV of `WRITE` for up to `CHUNK` writes; it answers with a `WriteResult` for each."""
     args: list[Any] = [capacity]
     for w in writes:
         args += (w.id, repr(w.occurred_at), w.revision, int(w.force), w.value)
@@ -229,23 +229,23 @@ class RedisReplayBuffer:
     def extend(self, entries: Iterable[ReplayEntry]) -> int:
         """Add many; returns how many changed anything. An entry without an id is given one."""
         writes = [ReplayWrite.of(e if e.id else replace(e, id=new_id())) for e in entries]
-        return sum(result == Wrote.CHANGED for result in self.write(writes))
+        return sum(result == WriteResult.CHANGED for result in self.write(writes))
 
-    def write(self, writes: Sequence[ReplayWrite]) -> list[Wrote]:
+    def write(self, writes: Sequence[ReplayWrite]) -> list[WriteResult]:
         """Makes the writes, in order; what became of each."""
         if not writes:
             return []
-        out: list[Wrote] = []
+        out: list[WriteResult] = []
         if not self.keys.generation:
             self._client.sadd(self.keys.models, self.model_id)
         for start in range(0, len(writes), CHUNK):
             arguments = _write_arguments(self.capacity, writes[start : start + CHUNK])
-            out += [Wrote(result) for result in self._write(self.keys.written, arguments)]
+            out += [WriteResult(result) for result in self._write(self.keys.written, arguments)]
         return out
 
     def remove(self, entry_id: str) -> bool:
         """Takes an entry out; whether it was there."""
-        return self.write([ReplayWrite(entry_id, 0.0, 0, b"")]) == [Wrote.CHANGED]
+        return self.write([ReplayWrite(entry_id, 0.0, 0, b"")]) == [WriteResult.CHANGED]
 
     def sample(self, n: int, prioritize_recent: bool = True) -> list[ReplayEntry]:
         """Up to `n` distinct entries; recent ones oftener (see `RecencySampler`), or uniformly."""
@@ -315,7 +315,7 @@ class ReplayWriter:
         self._generation = generation
         self._known: set[str] = set()
 
-    async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[Wrote]:
+    async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[WriteResult]:
         """Makes (model_id, write) pairs in one round trip; what became of each, in order."""
         if not writes:
             return []
@@ -334,17 +334,16 @@ class ReplayWriter:
                 arguments = _write_arguments(self._capacity, [writes[i][1] for i in chunk])
                 await self._write(keys.written, arguments, client=pipe)
                 chunks.append(chunk)
-        out = [Wrote.SAME] * len(writes)
+        out = [WriteResult.SAME] * len(writes)
         for chunk, answers in zip(chunks, await pipe.execute(), strict=True):
             for i, answer in zip(chunk, answers if chunk else (), strict=True):
-                out[i] = Wrote(answer)
+                out[i] = WriteResult(answer)
         self._known.update(positions)
         return out
 
-    async def find(
-        self, wanted: Sequence[tuple[str | None, str]]
-    ) -> list[tuple[str, ExperienceEvent] | None]:
-        """The stored experience of each (model_id or None for any, interaction_id), with its model_id.
+    async def find(self, wanted: Sequence[tuple[str | None, str]]) -> list[tuple[str, bytes] | None]:
+        """What is stored of each (model_id or None for any, interaction_id): its model_id, and the JSON of an
+        `ExperienceEvent`.
 
         One round trip where the models are given, else two.
         """
@@ -360,12 +359,9 @@ class ReplayWriter:
             for candidate in models if model_id is None else [model_id]:
                 pipe.hget(ReplayKeys(self._prefix, candidate, self._generation).entries, entry_id)
                 asked.append((i, candidate))
-        out: list[tuple[str, ExperienceEvent] | None] = [None] * len(wanted)
+        out: list[tuple[str, bytes] | None] = [None] * len(wanted)
         for (i, model_id), value in zip(asked, await pipe.execute(), strict=True):
-            if value is not None and out[i] is None:
-                body = decode(value)[1]
-                try:
-                    out[i] = model_id, parse(ExperienceEvent, body)
-                except InputError:  # a tool's entry: it has no interaction to amend
-                    continue
+            # A tool's entry has no interaction, and so nothing to amend.
+            if value is not None and out[i] is None and b'"interaction":' in value:
+                out[i] = model_id, decode(value)[1]
         return out

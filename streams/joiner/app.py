@@ -57,7 +57,7 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
         async for batch in batches:
             async for attempt in batch.attempts():
                 async with attempt as part:
-                    received = read(part.readable, topics, part.refuse)
+                    received = read(part.readable, topics, part.refuse, store_text=join.store_text)
                     tasks = extract_feedback(received, join, part.refuse)
                     while tasks:
                         joined = await engine.join(tasks)

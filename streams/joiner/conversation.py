@@ -1,43 +1,47 @@
-"""What the join knows of one conversation, and how that is stored: plain values and no rules."""
+"""What the join knows of one conversation, and how that is stored: plain values and no rules.
+
+A conversation is stored as fields, one for each interaction and each reply, and a change writes the fields
+that it changed: what an event costs does not grow with the conversation.
+"""
 
 from __future__ import annotations
 
-import base64
+from bisect import bisect_left, insort
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
+import msgspec
+from msgspec import Struct
 
 LATE_S = 24 * 3600.0
 """A reply that names no interaction may lie this long after the one it is about."""
 
-BODY = b"b:"
-"""Begins the fields of a stored conversation that hold interactions; the rest of the name is the id."""
-META = b"s"
-"""The field with everything else."""
+INTERACTION, REPLY = "i:", "r:"
+"""Begin the names of the fields of a stored conversation; the rest of a name is the id."""
+_BODY = b"\n"
+"""Before the body of an open interaction, in its field."""
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class TrackedInteraction(Struct, frozen=True):
     """An interaction of a conversation."""
 
     id: str
     at: float
     """Unix seconds."""
+    occurred_at: str
+    """The same, as the event has it."""
     model_id: str
-    body: bytes | None
-    """The event's JSON; None once the window has closed: replay has it from then on."""
     until: float
     """A window after it occurred or, if later, arrived; it is not forgotten before `LATE_S` after this."""
+    body: bytes | None
+    """The event's JSON; None once the window has closed: replay has it from then on."""
 
     @property
     def order(self) -> tuple[float, str]:
         return (self.at, self.id)
 
 
-@dataclass(frozen=True, slots=True)
-class Heard:
+class ReceivedReply(Struct, frozen=True):
     """A reply as it was read; its text is gone."""
 
     id: str
@@ -49,8 +53,8 @@ class Heard:
     until: float = 0.0
     """How long it waits for its interaction: a window from when it occurred or, if later, arrived."""
     otherwise: dict[str, dict[str, Any]] | None = None
-    """The readings that hold instead where the interaction was about another topic ("switched"), or asked the
-    same ("again"); None: what it was about makes no difference."""
+    """The readings that hold instead, by the `Turn` from the interaction's message to the reply; None: what
+    the interaction was about makes no difference."""
     embedding: bytes | None = None
     """float16 of the text, where `otherwise` is given: what tells which of them holds."""
 
@@ -59,79 +63,204 @@ class Heard:
         return (self.at, self.id)
 
 
-@dataclass(slots=True)
 class Conversation:
-    """What the join knows of one conversation. Values are immutable, so that a copy is cheap."""
+    """What the join knows of one conversation, with each reply at the interaction it is about."""
 
-    interactions: dict[str, Known] = field(default_factory=dict)
-    replies: dict[str, Heard] = field(default_factory=dict)
+    __slots__ = ("_answers", "_open", "_order", "_waiting", "changed", "interactions", "replies", "size")
+
+    def __init__(self) -> None:
+        self.interactions: dict[str, TrackedInteraction] = {}
+        self.replies: dict[str, ReceivedReply] = {}
+        self.changed: set[str] = set()
+        """Names of the fields that changed since it was copied or loaded."""
+        self.size = 500
+        """About how many bytes it holds."""
+        self._order: list[tuple[float, str]] = []
+        """Of all interactions."""
+        self._open: dict[str, float] = {}
+        """When each interaction with a body occurred."""
+        self._answers: dict[str, tuple[ReceivedReply, ...]] = {}
+        """The replies about each interaction that has any, in order."""
+        self._waiting: dict[str, ReceivedReply] = {}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Conversation):
+            return NotImplemented
+        return self.interactions == other.interactions and self.replies == other.replies
+
+    __hash__ = None  # type: ignore[assignment]
 
     def copy(self) -> Conversation:
-        return Conversation(dict(self.interactions), dict(self.replies))
+        """One that may change without this one; its values are immutable and shared."""
+        new = Conversation.__new__(Conversation)
+        new.interactions, new.replies = self.interactions.copy(), self.replies.copy()
+        new.changed, new.size = set(), self.size
+        new._order, new._open = self._order.copy(), self._open.copy()
+        new._answers, new._waiting = self._answers.copy(), self._waiting.copy()
+        return new
 
-    def target(self, reply: Heard) -> Known | None:
+    @property
+    def is_empty(self) -> bool:
+        return not self.interactions and not self.replies
+
+    # -- what belongs together -----------------------------------------------------------------------------
+
+    def target(self, reply: ReceivedReply) -> TrackedInteraction | None:
         """The interaction that a reply is about; None while it waits."""
         if reply.names is not None:
             return self.interactions.get(reply.names)
-        before = [i for i in self.interactions.values() if reply.at - LATE_S <= i.at < reply.at]
-        return max(before, key=lambda i: i.order, default=None)
+        place = bisect_left(self._order, (reply.at,))
+        if not place:
+            return None
+        at, latest = self._order[place - 1]
+        return self.interactions[latest] if at >= reply.at - LATE_S else None
 
-    def replies_of(self, interaction: Known) -> tuple[Heard, ...]:
+    def replies_of(self, interaction: TrackedInteraction) -> tuple[ReceivedReply, ...]:
         """The replies about an interaction, in order."""
-        mine = [r for r in self.replies.values() if self.target(r) is interaction]
-        return tuple(sorted(mine, key=lambda r: r.order))
+        return self._answers.get(interaction.id, ())
 
-    def waiting(self) -> list[Heard]:
+    def waiting(self) -> list[ReceivedReply]:
         """Replies without an interaction, in order."""
-        return sorted(
-            (r for r in self.replies.values() if self.target(r) is None),
-            key=lambda r: r.order,
-        )
+        return sorted(self._waiting.values(), key=lambda r: r.order)
+
+    def earliest(self) -> TrackedInteraction:
+        """The interaction that occurred first."""
+        return self.interactions[self._order[0][1]]
 
     def due(self, window_s: float) -> float | None:
-        """When `on_timer` has something to do; None: only forgetting is left."""
-        times = [i.at + window_s for i in self.interactions.values() if i.body is not None]
-        times += [r.until for r in self.waiting()]
+        """When `Join.on_timer` has something to do; None: only forgetting is left."""
+        times = [min(self._open.values()) + window_s] if self._open else []
+        times += [reply.until for reply in self._waiting.values()]
         return min(times, default=None)
 
-    @property
-    def size(self) -> int:
-        """About how many bytes it holds."""
-        bodies = sum(len(i.body) for i in self.interactions.values() if i.body is not None)
-        return 500 + bodies + 200 * len(self.interactions) + 600 * len(self.replies)
+    # -- changes -------------------------------------------------------------------------------------------
 
-    def dump(self, before: Conversation) -> tuple[dict[bytes, bytes], list[bytes]]:
-        """Fields to set and fields to delete that turn a stored `before` into this."""
-        meta = {
-            "i": [[i.id, i.at, i.model_id, i.body is not None, i.until] for i in self.interactions.values()],
-            "r": [[r.id, r.at, r.names, r.reading, r.until, *_turns(r)] for r in self.replies.values()],
-        }
-        fields = {META: orjson.dumps(meta)}
-        now = {i.id for i in self.interactions.values() if i.body is not None}
-        stored = {i.id for i in before.interactions.values() if i.body is not None}
-        for interaction in self.interactions.values():
-            if interaction.body is not None and interaction.id not in stored:
-                fields[BODY + interaction.id.encode()] = interaction.body
-        return fields, [BODY + entry_id.encode() for entry_id in sorted(stored - now)]
+    def add_interaction(self, new: TrackedInteraction) -> tuple[int, TrackedInteraction | None]:
+        """Adds an interaction and gives it the replies that are about it.
+
+        Returns:
+            How many of them had waited, and the interaction that had the others.
+        """
+        # A reply that names none is about the latest before it: only the one just before can lose any.
+        place = bisect_left(self._order, new.order)
+        before = self.interactions[self._order[place - 1][1]] if place else None
+        self.interactions[new.id] = new
+        insort(self._order, new.order)
+        self._note(new)
+        waited = [reply for reply in self._waiting.values() if self.target(reply) is new]
+        for reply in waited:
+            del self._waiting[reply.id]
+        had = () if before is None else self.replies_of(before)
+        moved = [reply for reply in had if self.target(reply) is new]
+        if before is not None and moved:
+            self._set_answers(before, [reply for reply in had if reply not in moved])
+        if waited or moved:
+            self._set_answers(new, waited + moved)
+        return len(waited), before if moved else None
+
+    def add_reply(self, reply: ReceivedReply) -> None:
+        """Adds a reply, to the interaction it is about or to those that wait."""
+        self.replies[reply.id] = reply
+        self.changed.add(REPLY + reply.id)
+        self.size += 600
+        target = self.target(reply)
+        if target is None:
+            self._waiting[reply.id] = reply
+        else:
+            self._set_answers(target, [*self.replies_of(target), reply])
+
+    def close(self, interaction: TrackedInteraction) -> TrackedInteraction:
+        """Lets go of an interaction's body."""
+        closed = msgspec.structs.replace(interaction, body=None)
+        self.interactions[interaction.id] = closed
+        self.size -= len(interaction.body or b"")
+        del self._open[interaction.id]
+        self.changed.add(INTERACTION + interaction.id)
+        return closed
+
+    def forget_reply(self, reply: ReceivedReply) -> None:
+        """Lets go of a reply that waits."""
+        del self._waiting[reply.id]
+        self._drop(reply)
+
+    def forget_interaction(self, interaction: TrackedInteraction) -> None:
+        """Lets go of an interaction and of the replies about it."""
+        for reply in self._answers.pop(interaction.id, ()):
+            self._drop(reply)
+        del self.interactions[interaction.id]
+        del self._order[bisect_left(self._order, interaction.order)]
+        self._open.pop(interaction.id, None)
+        self.size -= 200 + len(interaction.body or b"")
+        self.changed.add(INTERACTION + interaction.id)
+
+    def _note(self, new: TrackedInteraction) -> None:
+        if new.body is not None:
+            self._open[new.id] = new.at
+        self.size += 200 + len(new.body or b"")
+        self.changed.add(INTERACTION + new.id)
+
+    def _set_answers(self, interaction: TrackedInteraction, replies: list[ReceivedReply]) -> None:
+        if replies:
+            self._answers[interaction.id] = tuple(sorted(replies, key=lambda r: r.order))
+        else:
+            self._answers.pop(interaction.id, None)
+
+    def _drop(self, reply: ReceivedReply) -> None:
+        del self.replies[reply.id]
+        self.size -= 600
+        self.changed.add(REPLY + reply.id)
+
+    # -- stored --------------------------------------------------------------------------------------------
+
+    def fields(self, *, whole: bool = False) -> tuple[dict[str, bytes], list[str]]:
+        """Fields to set, and fields to delete, that bring what is stored up to date.
+
+        Args:
+            whole: nothing is stored; else what was copied or loaded is.
+        """
+        if whole:
+            names = [INTERACTION + i for i in self.interactions] + [REPLY + r for r in self.replies]
+            return {name: self._field(name) or b"" for name in names}, []
+        fields = {name: self._field(name) for name in self.changed}
+        return (
+            {name: value for name, value in fields.items() if value is not None},
+            [name for name, value in fields.items() if value is None],
+        )
+
+    def _field(self, name: str) -> bytes | None:
+        kind, id_ = name[:2], name[2:]
+        if kind == REPLY:
+            reply = self.replies.get(id_)
+            return None if reply is None else msgspec.json.encode(msgspec.structs.astuple(reply)[1:])
+        it = self.interactions.get(id_)
+        if it is None:
+            return None
+        head = msgspec.json.encode((it.at, it.occurred_at, it.model_id, it.until))
+        return head if it.body is None else head + _BODY + it.body
 
     @classmethod
     def load(cls, fields: Mapping[bytes, bytes]) -> Conversation:
-        """The inverse of `dump`; an empty mapping is an empty conversation."""
-        if META not in fields:
-            return cls()
-        meta = orjson.loads(fields[META])
-        known = [
-            Known(entry_id, at, model_id, fields.get(BODY + entry_id.encode()) if is_open else None, until)
-            for entry_id, at, model_id, is_open, until in meta["i"]
-        ]
-        heard = [
-            Heard(
-                reply_id, at, names, reading, until, *rest[:1], *(base64.b64decode(text) for text in rest[1:])
-            )
-            for reply_id, at, names, reading, until, *rest in meta["r"]
-        ]
-        return cls({i.id: i for i in known}, {r.id: r for r in heard})
+        """The conversation that is stored as these fields; those of other names are left alone."""
+        new = cls()
+        interactions, replies = [], []
+        for key, value in fields.items():
+            name = key.decode()
+            if name.startswith(INTERACTION):
+                head, _, body = value.partition(_BODY)
+                interactions.append(
+                    TrackedInteraction(name[2:], *_interaction.decode(head), body if _ else None)
+                )
+            elif name.startswith(REPLY):
+                replies.append(ReceivedReply(name[2:], *_reply.decode(value)))
+        for interaction in sorted(interactions, key=lambda i: i.order):
+            new.add_interaction(interaction)
+        for reply in sorted(replies, key=lambda r: r.order):
+            new.add_reply(reply)
+        new.changed.clear()
+        return new
 
 
-def _turns(reply: Heard) -> list[Any]:
-    return [] if reply.embedding is None else [reply.otherwise, base64.b64encode(reply.embedding).decode()]
+_interaction = msgspec.json.Decoder(tuple[float, str, str, float])
+_reply = msgspec.json.Decoder(
+    tuple[float, str | None, dict[str, Any], float, dict[str, dict[str, Any]] | None, bytes | None]
+)

@@ -19,12 +19,15 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from streams.joiner.conversation import Conversation, Heard
+from streams.joiner.conversation import Conversation, ReceivedReply
+from streams.joiner.decode import StoredExperience, decode_experience, moment
 from streams.joiner.join import Changes, Join, Orphan, Put, Retract
 from streams.joiner.states import DUE_AT_ONCE, Save, States
-from streams.replay_store import ReplayWrite, ReplayWriter, Wrote
+from streams.replay_store import ReplayWrite, ReplayWriter, WriteResult
 
 Step = Callable[[Conversation, Changes], None]
+Asked = list[tuple[str | None, str]]
+"""Model, None for any, and interaction."""
 Publish = Callable[[Sequence[tuple[str, bytes]]], Awaitable[None]]
 """Takes (model_id, experience as JSON) pairs; returns when all are acknowledged."""
 
@@ -59,6 +62,11 @@ class Joined:
     """What happened in each conversation, by the names of `Changes`."""
     counts: Counter[str] = field(default_factory=Counter)
     """What happened in all; complete after `save`."""
+
+    def add(self, model_id: str, write: ReplayWrite, value: bytes) -> None:
+        """A write, and the experience that it is about."""
+        self.writes.append((model_id, write))
+        self.values.append(value)
 
 
 class Engine:
@@ -103,7 +111,7 @@ class Engine:
                 self.rules.everything(after, changes)
             joined.changed[conversation_id] = changes.counts
             effects += changes.effects
-            if after != before.conversation or again or its_tasks[-1].is_timer:
+            if after.changed or again or its_tasks[-1].is_timer:
                 due = after.due(self.rules.window_s)
                 joined.saves.append(Save(conversation_id, its_tasks[-1].partition, before, after, due))
         await self._compose(effects, joined)
@@ -115,7 +123,7 @@ class Engine:
         joined.news = [
             (model_id, value)
             for (model_id, _), value, result in zip(joined.writes, joined.values, wrote, strict=True)
-            if result is not Wrote.STALE
+            if result is not WriteResult.STALE
         ]
         joined.counts["experiences"] += len(joined.news)
 
@@ -153,41 +161,45 @@ class Engine:
     async def _compose(self, effects: Sequence[Put | Retract | Orphan], joined: Joined) -> None:
         """The experiences that the effects are about, with what replay still knows of them."""
         final, orphans = _collapse(effects)
-        asked: list[tuple[str | None, str]] = [
+        asked: Asked = [
             (e.interaction.model_id, e.interaction.id) for e in final if e.interaction.body is None
         ]
-        asked += [(None, names) for names in orphans]
-        found = dict(zip(asked, await self._replay.find(asked), strict=True)) if asked else {}
+        asked += [(None, names) for names in orphans if names]
+        found = await self._find(asked) if asked else {}
         for effect in final:
-            known = effect.interaction
-            body = known.body
+            it = effect.interaction
+            body = it.body
             if body is None:
-                stored = found[known.model_id, known.id]
-                if stored is None:
+                if (it.model_id, it.id) not in found:
                     joined.counts["too_late"] += 1
                     continue
-                body = stored[1].interaction.to_bytes()
+                body = bytes(found[it.model_id, it.id][1].interaction)
             replies = effect.replies if isinstance(effect, Put) else ()
-            value = self.rules.experience(body, replies)
+            value = self.rules.experience(it, body, replies)
             kept, force = (value, effect.force) if isinstance(effect, Put) else (b"", True)
-            write = ReplayWrite(known.id, known.at, len(replies), kept, force)
-            joined.writes.append((known.model_id, write))
-            joined.values.append(value)
+            joined.add(it.model_id, ReplayWrite(it.id, it.at, len(replies), kept, force), value)
         for names, replies_late in orphans.items():
-            stored = found[None, names] if names else None
-            if stored is None:
+            if (None, names) not in found:
                 joined.counts["orphans"] += len(replies_late)
                 continue
-            model_id, event = stored
-            merged = self.rules.merged(event, replies_late)
-            if merged is None:
+            model_id, stored = found[None, names]
+            amended = self.rules.amended(stored, replies_late)
+            if amended is None:
                 joined.counts["duplicates"] += len(replies_late)
                 continue
             joined.counts["late"] += len(replies_late)
-            value, revision = merged
-            write = ReplayWrite(names, event.occurred_at.timestamp(), revision, value)
-            joined.writes.append((model_id, write))
-            joined.values.append(value)
+            value, revision = amended
+            write = ReplayWrite(names, moment(stored.occurred_at), revision, value)
+            joined.add(model_id, write, value)
+
+    async def _find(self, asked: Asked) -> dict[tuple[str | None, str], tuple[str, StoredExperience]]:
+        """What replay has of those asked for, with the model that has it."""
+        found = {}
+        for key, value in zip(asked, await self._replay.find(asked), strict=True):
+            stored = None if value is None else decode_experience(value[1])
+            if value is not None and stored is not None:
+                found[key] = value[0], stored
+        return found
 
 
 def _timer_step(join: Join, now: float) -> Step:
@@ -199,10 +211,10 @@ def _timer_step(join: Join, now: float) -> Step:
 
 def _collapse(
     effects: Iterable[Put | Retract | Orphan],
-) -> tuple[list[Put | Retract], dict[str, list[Heard]]]:
+) -> tuple[list[Put | Retract], dict[str, list[ReceivedReply]]]:
     """The last effect on each interaction, and orphans by the interaction they name ("" for none)."""
     final: dict[tuple[str, str], Put | Retract] = {}
-    orphans: dict[str, list[Heard]] = {}
+    orphans: dict[str, list[ReceivedReply]] = {}
     for effect in effects:
         if isinstance(effect, Orphan):
             orphans.setdefault(effect.reply.names or "", []).append(effect.reply)
@@ -215,7 +227,7 @@ def _collapse(
 
 def _after(before: Put | Retract, put: Put) -> Put:
     """`put` alone, where `before` was to happen to the same interaction first."""
-    known = put.interaction
-    if known.body is None and before.interaction.body is not None:
-        known = before.interaction
-    return Put(known, put.replies, put.force or isinstance(before, Retract) or before.force)
+    it = put.interaction
+    if it.body is None and before.interaction.body is not None:
+        it = before.interaction
+    return Put(it, put.replies, put.force or isinstance(before, Retract) or before.force)

@@ -3,9 +3,9 @@
     join = Join(window_s=1800.0, aggregation="last", collector=FeedbackCollector())
     conversation = Conversation()
     changes = Changes()
-    join.on_interaction(conversation, interaction, arrived, changes)
-    [heard] = join.read([reply])
-    join.on_reply(conversation, heard, arrived, changes)
+    join.on_interaction(conversation, decode_interaction(value, store_text=False), arrived, changes)
+    [received] = join.read([reply])
+    join.on_reply(conversation, received, arrived, changes)
     join.on_timer(conversation, now, changes)
     changes.effects          # what to write and publish, in order
     changes.counts           # what happened, for the metrics
@@ -25,15 +25,15 @@ closes an interaction, never what an experience becomes. A `now` that goes back 
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import orjson
+from msgspec.structs import replace
 
 from cortex_core.feedback_collector import (
     Aggregation,
@@ -44,8 +44,9 @@ from cortex_core.feedback_collector import (
     aggregate_rewards,
     turn_between,
 )
-from streams.events import SCHEMA_VERSION, ExperienceEvent, InteractionEvent, ReplyEvent
-from streams.joiner.conversation import LATE_S, Conversation, Heard, Known
+from streams.events import SCHEMA_VERSION, ReplyEvent
+from streams.joiner.conversation import LATE_S, Conversation, ReceivedReply, TrackedInteraction
+from streams.joiner.decode import Interaction, StoredExperience, message_of, moment
 
 MAX_KEPT = 256
 """Interactions, and replies that wait, kept for one conversation: beyond it the earliest are let go. Also
@@ -56,9 +57,9 @@ the replies that one interaction takes: what comes after them is counted as exce
 class Put:
     """The interaction's experience is now made of these replies: write and publish it."""
 
-    interaction: Known
+    interaction: TrackedInteraction
     """Its body is None where replay has it."""
-    replies: tuple[Heard, ...]
+    replies: tuple[ReceivedReply, ...]
     """In order; empty: nobody answered."""
     force: bool = False
     """It takes the place even of a higher revision, for a reply has left it."""
@@ -68,14 +69,14 @@ class Put:
 class Retract:
     """Its one reply belongs to another, and its window is open: out of replay until it closes."""
 
-    interaction: Known
+    interaction: TrackedInteraction
 
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
     """The wait is over and the state has no interaction for this reply; replay may have it still."""
 
-    reply: Heard
+    reply: ReceivedReply
 
 
 Effect = Put | Retract | Orphan
@@ -111,35 +112,30 @@ class Join:
     # -- events --------------------------------------------------------------------------------------------
 
     def on_interaction(
-        self, conversation: Conversation, event: InteractionEvent, arrived: float, changes: Changes
+        self, conversation: Conversation, event: Interaction, arrived: float, changes: Changes
     ) -> None:
         """Adds an interaction; takes the replies that are its own, also from one that had them wrongly."""
         changes.counts["interactions"] += 1
-        if event.interaction_id in conversation.interactions:
+        if event.id in conversation.interactions:
             changes.counts["duplicates"] += 1
             return
-        if event.text is not None and not self.store_text:
-            event = event.model_copy(update={"text": None})
-        at = event.occurred_at.timestamp()
-        until = max(at, arrived) + self.window_s
-        known = Known(event.interaction_id, at, event.model_id, event.to_bytes(), until)
-        had = {r.id: conversation.target(r) for r in conversation.replies.values()}
-        conversation.interactions[known.id] = known
-        mine = conversation.replies_of(known)
-        for loser in {i.id: i for r in mine if (i := had[r.id]) is not None}.values():
+        until = max(event.at, arrived) + self.window_s
+        new = TrackedInteraction(event.id, event.at, event.occurred_at, event.model_id, until, event.body)
+        waited, loser = conversation.add_interaction(new)
+        if loser is not None:
             changes.counts["moved"] += 1
             left = conversation.replies_of(loser)
             is_open = loser.body is not None
             changes.effects.append(Retract(loser) if is_open and not left else Put(loser, left, force=True))
-        if mine:
-            changes.counts["joined"] += len([r for r in mine if had[r.id] is None])
-            changes.effects.append(Put(known, mine))
+        if mine := conversation.replies_of(new):
+            changes.counts["joined"] += waited
+            changes.effects.append(Put(new, mine))
         while len(conversation.interactions) > self.max_kept:
-            self._forget(
-                conversation, min(conversation.interactions.values(), key=lambda i: i.order), changes
-            )
+            self._forget(conversation, conversation.earliest(), changes)
 
-    def on_reply(self, conversation: Conversation, reply: Heard, arrived: float, changes: Changes) -> None:
+    def on_reply(
+        self, conversation: Conversation, reply: ReceivedReply, arrived: float, changes: Changes
+    ) -> None:
         """Adds a reply: completes or amends its interaction's experience, or lets it wait."""
         changes.counts["replies"] += 1
         if reply.id in conversation.replies:
@@ -149,7 +145,7 @@ class Join:
         if target is not None and len(conversation.replies_of(target)) >= self.max_kept:
             changes.counts["excess"] += 1
             return
-        conversation.replies[reply.id] = replace(reply, until=max(reply.at, arrived) + self.window_s)
+        conversation.add_reply(replace(reply, until=max(reply.at, arrived) + self.window_s))
         if target is None:
             changes.counts["waiting"] += 1
             waiting = conversation.waiting()
@@ -183,27 +179,26 @@ class Join:
             else:
                 changes.effects.append(Retract(interaction))
 
-    def _close(self, conversation: Conversation, interaction: Known, changes: Changes) -> None:
+    def _close(
+        self, conversation: Conversation, interaction: TrackedInteraction, changes: Changes
+    ) -> TrackedInteraction:
         if not conversation.replies_of(interaction):
             changes.counts["no_reply"] += 1
             changes.effects.append(Put(interaction, ()))
-        conversation.interactions[interaction.id] = replace(interaction, body=None)
+        return conversation.close(interaction)
 
-    def _orphan(self, conversation: Conversation, reply: Heard, changes: Changes) -> None:
-        del conversation.replies[reply.id]
+    def _orphan(self, conversation: Conversation, reply: ReceivedReply, changes: Changes) -> None:
+        conversation.forget_reply(reply)
         changes.effects.append(Orphan(reply))
 
-    def _forget(self, conversation: Conversation, interaction: Known, changes: Changes) -> None:
+    def _forget(self, conversation: Conversation, interaction: TrackedInteraction, changes: Changes) -> None:
         if interaction.body is not None:
-            self._close(conversation, interaction, changes)
-            interaction = conversation.interactions[interaction.id]
-        for reply in conversation.replies_of(interaction):
-            del conversation.replies[reply.id]
-        del conversation.interactions[interaction.id]
+            interaction = self._close(conversation, interaction, changes)
+        conversation.forget_interaction(interaction)
 
     # -- readings and experiences --------------------------------------------------------------------------
 
-    def read(self, replies: Sequence[ReplyEvent]) -> list[Heard]:
+    def read(self, replies: Sequence[ReplyEvent]) -> list[ReceivedReply]:
         """Reads each reply once, for good: what it says is a function of the reply alone.
 
         Whether it switched the topic, or asks the same again, depends on the interaction as well, which may
@@ -217,12 +212,12 @@ class Join:
             for reply in replies
         ]
 
-    def _text(self, reply: ReplyEvent, read: TextReading) -> Heard:
+    def _text(self, reply: ReplyEvent, read: TextReading) -> ReceivedReply:
         feedback, otherwise, embedding = read.feedback(), None, reply.embedding
         if embedding is not None and not read.explicit:
             turns = {turn: read.feedback(turn) for turn in (Turn.SWITCHED, Turn.REPEATED)}
             otherwise = {str(t): self._reading(reply, f) for t, f in turns.items() if f != feedback} or None
-        return Heard(
+        return ReceivedReply(
             reply.reply_id,
             reply.occurred_at.timestamp(),
             reply.interaction_id,
@@ -231,10 +226,10 @@ class Join:
             embedding=embedding.tobytes() if otherwise and embedding is not None else None,
         )
 
-    def _rating(self, reply: ReplyEvent) -> Heard:
+    def _rating(self, reply: ReplyEvent) -> ReceivedReply:
         assert reply.rating is not None, "ReplyEvent requires it"
         reading = self._reading(reply, self.collector.from_rating(reply.rating))
-        return Heard(reply.reply_id, reply.occurred_at.timestamp(), reply.interaction_id, reading)
+        return ReceivedReply(reply.reply_id, reply.occurred_at.timestamp(), reply.interaction_id, reading)
 
     def _reading(self, reply: ReplyEvent, feedback: Feedback) -> dict[str, Any]:
         return {
@@ -244,7 +239,7 @@ class Join:
             "confidence": feedback.confidence,
             "signals": [
                 {
-                    "type": str(s.type),
+                    "type": s.type.value,
                     "strength": s.strength,
                     "reward": s.reward,
                     "evidence": s.evidence if self.store_text else "",
@@ -254,11 +249,29 @@ class Join:
             "extractor": feedback.extractor,
         }
 
-    def experience(self, body: bytes, replies: Iterable[Heard]) -> bytes:
-        """JSON of the `ExperienceEvent` that an interaction and its replies, in order, make."""
-        return self.compose(body, self.settle(body, replies))
+    def experience(
+        self, interaction: TrackedInteraction, body: bytes, replies: Iterable[ReceivedReply]
+    ) -> bytes:
+        """JSON of the `ExperienceEvent` that an interaction and its replies, in order, make.
 
-    def settle(self, body: bytes, replies: Iterable[Heard]) -> list[dict[str, Any]]:
+        Args:
+            body: the interaction's, also where the conversation has let go of it.
+        """
+        return self._compose(interaction.occurred_at, body, self._settled(body, replies))
+
+    def amended(self, stored: StoredExperience, replies: Iterable[ReceivedReply]) -> tuple[bytes, int] | None:
+        """A stored experience with more replies, and its revision; None when it has them all already."""
+        readings = {(moment(r["occurred_at"]), r["reply_id"]): r for r in stored.readings}
+        known = {reply_id for _, reply_id in readings}
+        new = [r for r in replies if r.id not in known]
+        if not new:
+            return None
+        body = bytes(stored.interaction)
+        readings |= zip((r.order for r in new), self._settled(body, new), strict=True)
+        in_order = [readings[order] for order in sorted(readings)]
+        return self._compose(stored.occurred_at, body, in_order), len(in_order)
+
+    def _settled(self, body: bytes, replies: Iterable[ReceivedReply]) -> list[dict[str, Any]]:
         """Each reply's reading, now that it is known what the interaction was about."""
         message = None
         readings = []
@@ -266,15 +279,13 @@ class Join:
             reading = reply.reading
             if reply.otherwise is not None and reply.embedding is not None:
                 if message is None:
-                    message = np.frombuffer(
-                        base64.b64decode(orjson.loads(body)["message"]["f16"]), dtype="<f2"
-                    ).astype(np.float32)
+                    message = message_of(body)
                 embedding = np.frombuffer(reply.embedding, dtype="<f2").astype(np.float32)
                 reading = reply.otherwise.get(turn_between(message, embedding), reading)
             readings.append(reading)
         return readings
 
-    def compose(self, body: bytes, readings: list[dict[str, Any]]) -> bytes:
+    def _compose(self, occurred_at: str, body: bytes, readings: list[dict[str, Any]]) -> bytes:
         """JSON of the `ExperienceEvent` that an interaction and settled readings, in order, make."""
         rewards = [r["reward"] for r in readings]
         chosen = readings
@@ -286,7 +297,6 @@ class Join:
                 "max": rewards.index(max(rewards)),
             }[self.aggregation]
             chosen = [readings[index]]
-        occurred_at = _occurred_at(body)
         head = {
             "schema_version": SCHEMA_VERSION,
             "occurred_at": occurred_at,
@@ -305,27 +315,7 @@ class Join:
         # The interaction's own bytes go in as they are: it was checked when it came.
         return orjson.dumps(head)[:-1] + b',"interaction":' + body + b"}"
 
-    def merged(self, stored: ExperienceEvent, replies: Iterable[Heard]) -> tuple[bytes, int] | None:
-        """A stored experience with more replies, and its revision; None when it has them all already."""
-        new = {r.id: r for r in replies if r.id not in stored.reply_ids}
-        if not new:
-            return None
-        body = stored.interaction.to_bytes()
-        settled = {r.reply_id: r.model_dump(mode="json") for r in stored.readings}
-        order = {r.reply_id: (r.occurred_at.timestamp(), r.reply_id) for r in stored.readings}
-        for reply in new.values():
-            settled[reply.id] = self.settle(body, [reply])[0]
-            order[reply.id] = reply.order
-        readings = [settled[reply_id] for reply_id in sorted(settled, key=order.__getitem__)]
-        return self.compose(body, readings), len(readings)
-
 
 def _iso(moment: datetime) -> str:
     # As pydantic writes it, so that a reading is the same bytes whether fresh or read back from replay.
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
-
-
-def _occurred_at(body: bytes) -> str:
-    # `to_bytes` writes the fields in their order: the version, then the time.
-    start = body.index(b'"occurred_at":"') + 15
-    return body[start : body.index(b'"', start)].decode()

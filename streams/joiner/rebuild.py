@@ -27,7 +27,8 @@ from redis.exceptions import LockError
 
 from cortex_core.errors import UnavailableError
 from streams.connections import async_redis_client, redis_client
-from streams.events import InteractionEvent, ReplyEvent
+from streams.events import ReplyEvent
+from streams.joiner.decode import Interaction
 from streams.joiner.effects import Engine, Task
 from streams.joiner.records import EventTime, extract_feedback, make_join, read
 from streams.joiner.states import MemoryStates, RedisStates, Save, Stored
@@ -38,7 +39,7 @@ from streams.replay_store import (
     ReplayKeys,
     ReplayWrite,
     ReplayWriter,
-    Wrote,
+    WriteResult,
     decode,
     model_ids,
 )
@@ -132,10 +133,10 @@ class _Writer(ReplayWriter):
         )
         self._only = model_id
 
-    async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[Wrote]:
+    async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[WriteResult]:
         mine = [w for w in writes if self._only in (None, w[0])]
         answers = iter(await super().write(mine))
-        return [next(answers) if self._only in (None, w[0]) else Wrote.SAME for w in writes]
+        return [next(answers) if self._only in (None, w[0]) else WriteResult.SAME for w in writes]
 
     @property
     def models(self) -> set[str]:
@@ -306,11 +307,11 @@ def _tasks(
 
     received = [
         it
-        for it in read(records, topics, refuse)
-        if since is None or isinstance(it.event, ReplyEvent) or it.event.occurred_at >= since
+        for it in read(records, topics, refuse, store_text=engine.rules.store_text)
+        if since is None or isinstance(it.event, ReplyEvent) or it.event.at >= since.timestamp()
     ]
     tasks = extract_feedback(received, engine.rules, refuse)
-    interactions = sum(isinstance(it.event, InteractionEvent) for it in received)
+    interactions = sum(isinstance(it.event, Interaction) for it in received)
     report.interactions += interactions
     report.replies += len(tasks) - interactions
     return tasks

@@ -11,8 +11,9 @@ from aiokafka import TopicPartition
 
 from cortex_core.errors import InputError
 from cortex_core.feedback_collector import DEFAULT_EXTRACTOR, FeedbackCollector
-from streams.events import InteractionEvent, ReplyEvent, parse
-from streams.joiner.conversation import Conversation, Heard
+from streams.events import ReplyEvent
+from streams.joiner.conversation import Conversation, ReceivedReply
+from streams.joiner.decode import Interaction, decode_interaction, decode_reply
 from streams.joiner.effects import Step, Task
 from streams.joiner.join import Changes, Join
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
@@ -27,15 +28,19 @@ class Received:
     """An event, and the record that it came in."""
 
     record: Any
-    event: InteractionEvent | ReplyEvent
+    event: Interaction | ReplyEvent
 
 
 Refuse = Callable[[Any, str], None]
 """Takes a record that cannot be joined, and the reason for its dead letter."""
 
 
-def read(records: Iterable[Any], topics: Topics, refuse: Refuse) -> list[Received]:
-    """The events in records of the two topics."""
+def read(records: Iterable[Any], topics: Topics, refuse: Refuse, *, store_text: bool) -> list[Received]:
+    """The events in records of the two topics.
+
+    Args:
+        store_text: whether interactions keep the user's message, where they have it.
+    """
     received = []
     for record in records:
         size = len(record.value or b"")
@@ -45,9 +50,10 @@ def read(records: Iterable[Any], topics: Topics, refuse: Refuse) -> list[Receive
                     f"the event has {size} bytes, at most {MAX_RECORD_BYTES - ROOM} can be joined"
                 )
             if record.topic == topics.interactions:
-                received.append(Received(record, parse(InteractionEvent, record.value)))
+                event = decode_interaction(record.value, store_text=store_text)
+                received.append(Received(record, event))
             else:
-                received.append(Received(record, parse(ReplyEvent, record.value)))
+                received.append(Received(record, decode_reply(record.value)))
         except InputError as error:
             refuse(record, str(error))
     return received
@@ -70,7 +76,7 @@ def extract_feedback(received: Sequence[Received], join: Join, refuse: Refuse) -
     tasks = []
     for it in received:
         arrived = it.record.timestamp / 1000
-        if isinstance(it.event, InteractionEvent):
+        if isinstance(it.event, Interaction):
             step: Step = partial(_interaction, join, it.event, arrived)
         elif id(it) in read:
             step = partial(_reply, join, read[id(it)], arrived)
@@ -80,19 +86,21 @@ def extract_feedback(received: Sequence[Received], join: Join, refuse: Refuse) -
     return tasks
 
 
-def _read(replies: Sequence[Received], join: Join) -> dict[int, Heard]:
-    heard = join.read([it.event for it in replies if isinstance(it.event, ReplyEvent)])
-    return dict(zip(map(id, replies), heard, strict=True))
+def _read(replies: Sequence[Received], join: Join) -> dict[int, ReceivedReply]:
+    events = [it.event for it in replies if isinstance(it.event, ReplyEvent)]
+    return dict(zip(map(id, replies), join.read(events), strict=True))
 
 
 def _interaction(
-    join: Join, event: InteractionEvent, arrived: float, conversation: Conversation, changes: Changes
+    join: Join, event: Interaction, arrived: float, conversation: Conversation, changes: Changes
 ) -> None:
     join.on_interaction(conversation, event, arrived, changes)
 
 
-def _reply(join: Join, heard: Heard, arrived: float, conversation: Conversation, changes: Changes) -> None:
-    join.on_reply(conversation, heard, arrived, changes)
+def _reply(
+    join: Join, reply: ReceivedReply, arrived: float, conversation: Conversation, changes: Changes
+) -> None:
+    join.on_reply(conversation, reply, arrived, changes)
 
 
 def make_join(settings: Settings, extractor: str | None = None) -> Join:

@@ -65,7 +65,7 @@ class MemoryStates:
 
     async def save(self, saves: Sequence[Save]) -> set[str]:
         for save in saves:
-            if save.after == Conversation():
+            if save.after.is_empty:
                 self.conversations.pop(save.conversation_id, None)
             else:
                 self.conversations[save.conversation_id] = save.after
@@ -88,13 +88,13 @@ class MemoryStates:
         return sorted((i for i, at in due.items() if at <= now), key=lambda i: (due[i], i))[:DUE_AT_ONCE]
 
 
-# KEYS: the conversation. ARGV: version wanted, milliseconds to live (0: for ever), number of fields to
-# delete, those, then field, value … to set; none to set deletes the conversation.
+# KEYS: the conversation. ARGV: version wanted, milliseconds to live (0: for ever; -1: it is deleted), number
+# of fields to delete, those, then field, value … to set.
 SAVE = """
 local key = KEYS[1]
 if (redis.call('HGET', key, 'v') or '0') ~= ARGV[1] then return 0 end
+if ARGV[2] == '-1' then redis.call('DEL', key) return 1 end
 local gone = tonumber(ARGV[3])
-if #ARGV == 3 + gone then redis.call('DEL', key) return 1 end
 for i = 4, 3 + gone do redis.call('HDEL', key, ARGV[i]) end
 for i = 4 + gone, #ARGV, 2 do redis.call('HSET', key, ARGV[i], ARGV[i+1]) end
 redis.call('HINCRBY', key, 'v', 1)
@@ -108,7 +108,7 @@ class RedisStates:
 
     Keys (braces are hash tags):
 
-        <prefix>:join:{<conversation_id>}   hash   v version, s what is known, b:<id> each open interaction
+        <prefix>:join:{<conversation_id>}   hash   v version, i:<id> each interaction, r:<id> each reply
         <prefix>:join-due:{<partition>}     zset   conversation_id by the time when something closes
 
     A conversation in which nothing is open expires by itself after `LATE_S` and the window.
@@ -120,7 +120,7 @@ class RedisStates:
         self._expiry_ms = int(1000 * (LATE_S + window_s + 3600))
         self._cache: OrderedDict[str, tuple[Stored, int]] = OrderedDict()
         self._cached_bytes = 0
-        self._sha: str | None = None
+        self._save = client.register_script(SAVE)
 
     def key(self, conversation_id: str) -> str:
         return f"{self._prefix}:join:{{{conversation_id}}}"
@@ -160,41 +160,40 @@ class RedisStates:
     async def save(self, saves: Sequence[Save]) -> set[str]:
         if not saves:
             return set()
-        import redis as redis_py  # noqa: PLC0415
-
-        if self._sha is None:
-            self._sha = str(await self._client.script_load(SAVE))
         pipe = self._client.pipeline(transaction=False)
+        due: dict[int, dict[str, float]] = {}
+        no_longer_due: dict[int, list[str]] = {}
         for save in saves:
-            pipe.evalsha(self._sha, 1, self.key(save.conversation_id), *self._arguments(save))
+            await self._save([self.key(save.conversation_id)], self._arguments(save), client=pipe)
             if save.due is None:
-                pipe.zrem(self.due_key(save.partition), save.conversation_id)
+                no_longer_due.setdefault(save.partition, []).append(save.conversation_id)
             else:
-                pipe.zadd(self.due_key(save.partition), {save.conversation_id: save.due})
-        try:
-            answers = await pipe.execute()
-        except redis_py.exceptions.NoScriptError:  # Redis was restarted
-            self._sha = None
-            raise
-        conflicts = {s.conversation_id for s, ok in zip(saves, answers[::2], strict=True) if not ok}
+                due.setdefault(save.partition, {})[save.conversation_id] = save.due
+        for partition, times in due.items():
+            pipe.zadd(self.due_key(partition), times)
+        for partition, ids in no_longer_due.items():
+            pipe.zrem(self.due_key(partition), *ids)
+        answers = (await pipe.execute())[: len(saves)]
+        conflicts = {s.conversation_id for s, ok in zip(saves, answers, strict=True) if not ok}
         for save in saves:
             if save.conversation_id not in conflicts:
-                empty = save.after == Conversation()
-                self._keep(save.conversation_id, Stored(0 if empty else save.before.version + 1, save.after))
+                version = 0 if save.after.is_empty else save.before.version + 1
+                self._keep(save.conversation_id, Stored(version, save.after))
         return conflicts
 
     def _arguments(self, save: Save) -> list[Any]:
-        if save.after == Conversation():
-            return [save.before.version, 0, 0]
-        fields, gone = save.after.dump(save.before.conversation if save.before.version else Conversation())
-        expiry_ms = self._expiry_ms if save.due is None else 0
-        return [
+        if save.after.is_empty:
+            return [save.before.version, -1, 0]
+        fields, gone = save.after.fields(whole=not save.before.version)
+        arguments: list[Any] = [
             save.before.version,
-            expiry_ms,
+            self._expiry_ms if save.due is None else 0,
             len(gone),
             *gone,
-            *(x for pair in fields.items() for x in pair),
         ]
+        for name, value in fields.items():
+            arguments += (name, value)
+        return arguments
 
     def _keep(self, conversation_id: str, stored: Stored) -> None:
         _, size = self._cache.pop(conversation_id, (None, 0))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cortex_core.feedback_collector import Aggregation, FeedbackCollector
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
 from streams.joiner.conversation import LATE_S, Conversation
+from streams.joiner.decode import StoredExperience, decode_experience, decode_interaction
 from streams.joiner.join import Changes, Join, Orphan, Put, Retract
 from streams.testing import T0, at, interaction, reply
 
@@ -28,6 +29,10 @@ def make_join(**changes: Any) -> Join:
     return Join(**options | changes)
 
 
+def stored(conversation: Conversation) -> dict[bytes, bytes]:
+    return {name.encode(): value for name, value in conversation.fields(whole=True)[0].items()}
+
+
 @dataclass
 class World:
     """The join with a replay that is a dictionary, as the joiner uses it."""
@@ -42,7 +47,8 @@ class World:
     def see(self, event: InteractionEvent | ReplyEvent) -> World:
         changes, work = Changes(), self.conversation.copy()
         if isinstance(event, InteractionEvent):
-            self.join.on_interaction(work, event, self.now, changes)
+            received = decode_interaction(event.to_bytes(), store_text=self.join.store_text)
+            self.join.on_interaction(work, received, self.now, changes)
         else:
             [reply] = self.join.read([event])
             self.join.on_reply(work, reply, self.now, changes)
@@ -56,25 +62,28 @@ class World:
 
     def _apply(self, work: Conversation, changes: Changes) -> World:
         # Through storage and back, so that nothing depends on what a stored conversation does not hold.
-        self.conversation = Conversation.load(work.dump(Conversation())[0])
+        self.conversation = Conversation.load(stored(work))
         for effect in changes.effects:
             match effect:
-                case Put(known, replies, force):
-                    body = known.body
-                    if body is None and known.id in self.replay:
-                        body = parse(ExperienceEvent, self.replay[known.id][1]).interaction.to_bytes()
+                case Put(it, replies, force):
+                    body = it.body
+                    if body is None and (kept := self._kept(it.id)):
+                        body = bytes(kept.interaction)
                     if body is not None:
-                        self._write(known.id, self.join.experience(body, replies), force)
-                case Retract(known):
-                    self.replay.pop(known.id, None)
-                case Orphan(heard):
-                    stored = self.replay.get(heard.names or "")
-                    merged = stored and self.join.merged(parse(ExperienceEvent, stored[1]), [heard])
-                    if merged and heard.names:
-                        self._write(heard.names, merged[0], False)
-                    changes.counts["orphans"] += not stored
+                        self._write(it.id, self.join.experience(it, body, replies), force)
+                case Retract(it):
+                    self.replay.pop(it.id, None)
+                case Orphan(reply):
+                    kept = self._kept(reply.names or "")
+                    amended = kept and self.join.amended(kept, [reply])
+                    if amended and reply.names:
+                        self._write(reply.names, amended[0], False)
+                    changes.counts["orphans"] += not kept
         self.totals.counts.update(changes.counts)
         return self
+
+    def _kept(self, entry_id: str) -> StoredExperience | None:
+        return decode_experience(self.replay[entry_id][1]) if entry_id in self.replay else None
 
     def _write(self, entry_id: str, value: bytes, force: bool) -> None:
         event = parse(ExperienceEvent, value)
@@ -185,9 +194,9 @@ def test_what_nobody_answers_closes_after_the_window() -> None:
 
 def test_a_clock_that_jumps_back_changes_nothing() -> None:
     world = World().see(interaction("i1")).timer(WINDOW)
-    before = (world.replay.copy(), world.conversation.dump(Conversation()))
+    before = (world.replay.copy(), stored(world.conversation))
     world.timer(0).timer(-1e9)
-    assert (world.replay, world.conversation.dump(Conversation())) == before
+    assert (world.replay, stored(world.conversation)) == before
 
 
 def test_the_same_event_twice_changes_nothing_and_is_counted() -> None:
@@ -195,10 +204,10 @@ def test_the_same_event_twice_changes_nothing_and_is_counted() -> None:
     world = World()
     for event in events:
         world.see(event)
-    before = (world.replay.copy(), world.conversation.dump(Conversation()))
+    before = (world.replay.copy(), stored(world.conversation))
     for event in events:
         world.see(event)
-    assert (world.replay, world.conversation.dump(Conversation())) == before
+    assert (world.replay, stored(world.conversation)) == before
     assert world.count("duplicates") == 3
     assert len(world.published) == 2
 
@@ -273,7 +282,7 @@ def test_text_is_kept_only_where_asked_for(store_text: bool) -> None:
     world = World(make_join(store_text=store_text)).see(interaction("i1", text="my secret"))
     world.see(reply("r1", "i1", text="Perfect, thanks, you saved me"))
     value = world.replay["i1"][1]
-    state = b"".join(world.conversation.dump(Conversation())[0].values())
+    state = b"".join(stored(world.conversation).values())
     for words in (b"my secret", b"Perfect"):
         assert (words in value) == store_text
         assert (words in state) == store_text
@@ -363,11 +372,30 @@ def test_the_same_set_of_events_makes_the_same_experiences_in_every_order(data: 
 def test_a_stored_conversation_comes_back_as_it_was(
     events: list[InteractionEvent | ReplyEvent], cut: int
 ) -> None:
-    world = World()
-    stored: dict[bytes, bytes] = {}
+    join, conversation = make_join(), Conversation()
+    fields: dict[bytes, bytes] = {}
     for n, event in enumerate(events):
-        before = world.conversation
-        (world.timer(cut * WINDOW / 3) if n == cut else world).see(event)
-        fields, gone = world.conversation.dump(before)
-        stored = {k: v for k, v in (stored | fields).items() if k not in gone}
-        assert Conversation.load(stored) == world.conversation
+        conversation, changes = conversation.copy(), Changes()
+        if n == cut:
+            join.on_timer(conversation, START + cut * WINDOW / 3, changes)
+        elif isinstance(event, InteractionEvent):
+            received = decode_interaction(event.to_bytes(), store_text=False)
+            join.on_interaction(conversation, received, START, changes)
+        else:
+            [reply] = join.read([event])
+            join.on_reply(conversation, reply, START, changes)
+        new, gone = conversation.fields()
+        fields = {k: v for k, v in fields.items() if k.decode() not in gone}
+        fields |= {name.encode(): value for name, value in new.items()}
+        assert fields == stored(conversation)
+        again = Conversation.load(fields)
+        assert again == conversation
+        assert again.size == conversation.size
+        for reply in conversation.replies.values():
+            assert again.target(reply) == conversation.target(reply)
+        for it in conversation.interactions.values():
+            mine = [r for r in conversation.replies.values() if conversation.target(r) is it]
+            assert conversation.replies_of(it) == tuple(sorted(mine, key=lambda r: r.order))
+            assert again.replies_of(it) == conversation.replies_of(it)
+        assert again.waiting() == conversation.waiting()
+        assert again.due(WINDOW) == conversation.due(WINDOW)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from cortex_core.feedback_collector import FeedbackCollector
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
 from streams.joiner.conversation import LATE_S, Conversation
+from streams.joiner.decode import decode_interaction
 from streams.joiner.effects import Engine, Task
 from streams.joiner.join import Changes, Join
 from streams.joiner.states import MemoryStates, RedisStates, Save, States
@@ -62,7 +63,7 @@ class Bench:
 
 
 def _interaction(join: Join, event: InteractionEvent, conversation: Conversation, changes: Changes) -> None:
-    join.on_interaction(conversation, event, START, changes)
+    join.on_interaction(conversation, decode_interaction(event.to_bytes(), store_text=False), START, changes)
 
 
 def _reply(join: Join, event: ReplyEvent, conversation: Conversation, changes: Changes) -> None:
@@ -245,7 +246,7 @@ async def test_a_stale_version_is_not_written(client: redis.asyncio.Redis, prefi
     [before] = (await states.load(["c"])).values()
     join = Join(window_s=WINDOW, aggregation="last", collector=FeedbackCollector())
     after = before.conversation.copy()
-    join.on_interaction(after, interaction("i1"), START, Changes())
+    _interaction(join, interaction("i1"), after, Changes())
     save = Save("c", 0, before, after, 1.0)
     assert await states.save([save]) == set()
     assert await states.save([save]) == {"c"}

@@ -62,6 +62,27 @@ async def test_acknowledged_is_there_in_order(settings: Settings) -> None:
         it.begin(topic, b"c", b"late")
 
 
+async def test_many_go_in_whole_batches_in_order(settings: Settings) -> None:
+    topic = Topics.of(settings).replies
+    keys = [b"c", b"d", b"e"]
+    async with publisher(settings) as (it, _):
+        sizes = [10] * 300 + [3_000_000, 10, 400_000, 400_000, 400_000, 999_990, 10]
+        sent = [(keys[n % 3], f"{n} ".encode().ljust(size, b".")) for n, size in enumerate(sizes)]
+        await it.send((topic, key, value) for key, value in sent)
+        await it.wait(it.begin(topic, b"c", b"alone"))
+        await it.send([])
+        found = await read_all(settings, topic)
+        for key in keys:
+            its = [r.value for r in found if r.key == key]
+            assert its == [v for k, v in [*sent, (b"c", b"alone")] if k == key]
+            assert len({r.partition for r in found if r.key == key}) == 1
+        with pytest.raises(InputError, match="at most"):
+            await it.send([(topic, b"c", b"small"), (topic, b"c", b"x" * (MAX_VALUE + 1))])
+        assert len(await values(settings)) == len(sent) + 1
+    with pytest.raises(UnavailableError, match="stopping"):
+        await it.send([(topic, b"c", b"late")])
+
+
 async def test_what_the_broker_refuses_costs_that_event_alone(settings: Settings) -> None:
     topic = Topics.of(settings).replies
     async with publisher(settings) as (it, states):
@@ -80,6 +101,9 @@ async def test_what_the_broker_refuses_costs_that_event_alone(settings: Settings
         assert "MessageSizeTooLargeError" in said
         assert "max.message.bytes" in said
         # A producer that was not replaced would now have a gap in its sequence, and be refused for ever.
+        await async_wait_for(lambda: it.away is None, what="a new producer")
+        with pytest.raises(InputError, match=r"max\.message\.bytes"):
+            await it.send([(topic, b"c", b"x" * 1_500)] * 2)
         await async_wait_for(lambda: it.away is None, what="a new producer")
         for i in range(3):
             await it.wait(it.begin(topic, b"c", f"after {i}".encode()))

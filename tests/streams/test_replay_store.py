@@ -10,8 +10,15 @@ import redis
 import redis.asyncio
 
 from cortex_core.replay_buffer import ReplayBuffer
-from streams.events import ExperienceEvent, Reading
-from streams.replay_store import RedisReplayBuffer, ReplayWrite, ReplayWriter, Wrote, model_ids, to_entry
+from streams.events import ExperienceEvent, Reading, parse
+from streams.replay_store import (
+    RedisReplayBuffer,
+    ReplayWrite,
+    ReplayWriter,
+    WriteResult,
+    model_ids,
+    to_entry,
+)
 from streams.testing import interaction
 from tests.contracts.replay_store_contract import MakeStore, ReplayStoreContract, entry, ids, same
 
@@ -71,7 +78,7 @@ def written(event: ExperienceEvent, *, force: bool = False) -> ReplayWrite:
 def test_an_experience_is_read_as_its_entry_and_kept_byte_for_byte(client: redis.Redis, prefix: str) -> None:
     store = RedisReplayBuffer(client, "m", prefix=prefix)
     event = experience("i1", reward=-0.3)
-    assert store.write([written(event)]) == [Wrote.CHANGED]
+    assert store.write([written(event)]) == [WriteResult.CHANGED]
     got = store.get("i1")
     assert got is not None
     assert same(got, event.to_entry(), atol=0)
@@ -94,15 +101,15 @@ def test_each_write_says_what_became_of_it(client: redis.Redis, prefix: str) -> 
         ]
     )
     assert answers == [
-        Wrote.CHANGED,
-        Wrote.SAME,
-        Wrote.STALE,
-        Wrote.CHANGED,
-        Wrote.TOO_OLD,
-        Wrote.CHANGED,
-        Wrote.SAME,
-        Wrote.CHANGED,
-        Wrote.SAME,
+        WriteResult.CHANGED,
+        WriteResult.SAME,
+        WriteResult.STALE,
+        WriteResult.CHANGED,
+        WriteResult.TOO_OLD,
+        WriteResult.CHANGED,
+        WriteResult.SAME,
+        WriteResult.CHANGED,
+        WriteResult.SAME,
     ]
     assert [(e.id, e.revision, e.reward) for e in store.entries()] == [("b", 1, -1.0)]
 
@@ -133,11 +140,11 @@ async def test_a_pipeline_of_many_models_answers_in_order(
         pairs = [("ab"[i % 2], written(experience(f"i{i}", i))) for i in range(500)]
         pairs += [("a", written(experience("i0", 0)))]
         answers = await writer.write(pairs)
-        assert answers == [Wrote.CHANGED] * 500 + [Wrote.SAME]
+        assert answers == [WriteResult.CHANGED] * 500 + [WriteResult.SAME]
         assert model_ids(client, prefix) == ["a", "b"]
         assert len(RedisReplayBuffer(client, "a", prefix=prefix)) == 250
         found = await writer.find([("a", "i2"), (None, "i3"), ("a", "i3"), (None, "never")])
-        assert [f and (f[0], f[1].interaction.interaction_id) for f in found] == [
+        assert [f and (f[0], parse(ExperienceEvent, f[1]).interaction.interaction_id) for f in found] == [
             ("a", "i2"),
             ("b", "i3"),
             None,

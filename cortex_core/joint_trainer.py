@@ -17,6 +17,7 @@ from cortex_core.errors import ConfigError, InputError
 from cortex_core.memory_gate import MemoryGate, Slate
 from cortex_core.metadata import metadata_features
 from cortex_core.model import CortexModel, summarize
+from cortex_core.online.optimizers import Adam
 from cortex_core.situation_encoder import SituationEncoder
 from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.strategy_selector import Belief, StrategySelector
@@ -158,7 +159,7 @@ class JointTrainer:
         data = self._collate(samples)
         modules = (self.encoder, self.gate, self.selector, self.estimator)
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=self.lr)
+        optimizer = Adam(parameters, lr=self.lr)
         steps = -(-len(samples) // self.batch_size)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * steps)
         order = np.random.default_rng(self.seed)

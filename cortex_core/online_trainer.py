@@ -29,6 +29,7 @@ from cortex_core.metadata import metadata_features
 from cortex_core.online import checkpoints
 from cortex_core.online.batches import Batch, collate, encode
 from cortex_core.online.degradation import GoodWeights, copy_weights, restore_weights
+from cortex_core.online.optimizers import SGD, Adam
 from cortex_core.online.posteriors import Posteriors, chosen_mean
 from cortex_core.online.progress import Progress, moving_average
 from cortex_core.online.update import InteractionOutcome, Losses, OnlineUpdate
@@ -116,10 +117,10 @@ class OnlineTrainer:
         self._parameters = [p for m in self._modules.values() for p in m.parameters() if p.requires_grad]
         special = [estimator.noise, gate.weight]
         others = [p for p in self._parameters if all(p is not q for q in special)]
-        self.optimizer = torch.optim.Adam(
+        self.optimizer = Adam(
             [{"params": others, "lr": lr}, {"params": [estimator.noise], "lr": NOISE_LR * lr}], fused=True
         )
-        self._gate_optimizer = torch.optim.SGD([gate.weight], lr=GATE_LR * lr)
+        self._gate_optimizer = SGD([gate.weight], lr=GATE_LR * lr)
         self._replay = replay
         self._posteriors = Posteriors(selector, gate, estimator, replay=replay)
         self._progress = Progress()

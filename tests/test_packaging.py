@@ -61,6 +61,16 @@ def test_the_learner_loads_no_worker_and_no_client() -> None:
     assert not loaded.intersection(("streams", "faust", "mode", "aiokafka", "redis", "fastapi"))
 
 
+def test_learning_loads_no_compiler() -> None:
+    """It would take longer to load than all the rest of a trainer, and 150 MB."""
+    loaded = modules_after(
+        "from streams.settings import Settings\nfrom streams.trainer.learner import warm_up\n"
+        "warm_up(Settings.load())"
+    )
+    assert "torch.optim" in loaded
+    assert not loaded.intersection(("torch._dynamo", "torch._inductor.compile_fx", "sympy"))
+
+
 def test_what_ships_for_tests_needs_no_test_framework() -> None:
     loaded = modules_after("import streams.testing")
     assert not loaded.intersection(("pytest", "tests", "testcontainers", *HEAVY))

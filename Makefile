@@ -29,8 +29,8 @@ up: $(SETUP)  ## Start everything on this machine; Ctrl-C stops all
 demo: $(SETUP)  ## Start everything with simulated users and show how it learns (ARGS='--seconds 60 --seed 7')
 	@$(BIN)/cortex demo $(ARGS)
 
-test: $(SETUP)  ## Run all tests, on a real Kafka and a real Redis (ARGS='tests/streams -k joiner')
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(SETUP)  ## Run all tests in two processes, on a real Kafka and a real Redis (ARGS='tests/streams -k joiner')
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 check: $(SETUP)  ## Check lint, formatting, types and import rules
 	$(BIN)/ruff check .

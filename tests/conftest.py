@@ -1,33 +1,69 @@
 """Fixtures for all tests. Integration tests run on a real Kafka and a real Redis, always; none is skipped.
 
 Both servers come from `CORTEX_TEST_KAFKA` and `CORTEX_TEST_REDIS_URL` when set, else from containers where
-Docker answers, else from the packages of the extra `embedded`. They start at most once in a run.
+Docker listens, else from the packages of the extra `embedded`. Each process of a run starts them at most
+once; the first lines of a run name them.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from streams import testing
 from streams.settings import Settings
+from streams.testing import servers
+
+SERVERS = pytest.StashKey[Path]()
+"""The folder of this process's servers."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    worker: dict[str, Any] | None = getattr(config, "workerinput", None)  # set in a process of pytest-xdist
+    if worker is None:
+        folder = tempfile.TemporaryDirectory(prefix="cortex-test-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        config.stash[SERVERS] = Path(folder.name)
+    else:
+        config.stash[SERVERS] = Path(worker["servers"]) / worker["workerid"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["servers"] = str(node.config.stash[SERVERS])
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    own, processes = config.stash[SERVERS], len(config.getoption("tx", None) or ())
+    folders = [own / f"gw{n}" for n in range(processes)] or [own]
+    urls = {servers.redis_url(folder) for folder in folders}
+    shown = {
+        f"Kafka: {servers.source(servers.KAFKA_VARIABLES)}": {servers.kafka_address(f) for f in folders},
+        f"Redis: {servers.source(servers.REDIS_VARIABLES)}": {
+            Settings.model_construct(redis_url=SecretStr(url)).redis_shown for url in urls
+        },
+    }
+    return [f"{server}, {', '.join(sorted(addresses))}" for server, addresses in shown.items()]
 
 
 @pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """host:port of a real Kafka, shared by the whole run."""
-    with testing.kafka_server(tmp_path_factory.mktemp("kafka")) as address:
+def kafka(pytestconfig: pytest.Config) -> Iterator[str]:
+    """host:port of a real Kafka, shared by all tests of this process."""
+    with testing.kafka_server(pytestconfig.stash[SERVERS]) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a real Redis, shared by the whole run."""
-    with testing.redis_server(tmp_path_factory.mktemp("redis")) as url:
+def redis_url(pytestconfig: pytest.Config) -> Iterator[str]:
+    """URL of a real Redis, shared by all tests of this process."""
+    with testing.redis_server(pytestconfig.stash[SERVERS]) as url:
         yield url
 
 
@@ -45,7 +81,7 @@ def settings(kafka: str, redis_url: str, tmp_path: Path) -> Iterator[Settings]:
         encoder="hashing",
         port=0,
         publish_interval_s=0.05,
-        shutdown_timeout_s=5,
+        shutdown_timeout_s=60,
     )
     yield own
     testing.end_spawned()

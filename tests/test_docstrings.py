@@ -254,7 +254,7 @@ def test_commands(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CORTEX_REDIS_URL", "redis://localhost:6379/0")
     for line in EXAMPLES[place].text.splitlines():
         command = [str(Path(sys.executable).parent / line.split()[0]), *line.split()[1:], "--help"]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+        subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("place", ALONE)
@@ -298,9 +298,9 @@ def test_worker_example(tmp_path: Path) -> None:
     worker = Child("example", [sys.executable, str(program)], tmp_path / "example.log")
     worker.start()
     try:
-        wait_for(lambda: "listening" in worker.log_text() or not worker.alive, what="the worker to listen")
+        wait_for(lambda: "listening" in worker.log_text() or not worker.alive, "the worker to listen")
         worker.signal(signal.SIGTERM)
-        wait_for(lambda: not worker.alive, what="the worker to stop")
+        wait_for(lambda: not worker.alive, "the worker to stop")
     finally:
         worker.kill()
     assert worker.returncode == 0, worker.log_text()

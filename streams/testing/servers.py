@@ -15,7 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from redis import Redis
 
 from streams.kafka.clients import started
-from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, EmbeddedServer, free_port
+from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, EmbeddedServer, remembered_port
 from streams.settings import Settings, default_cache_dir
 from streams.testing.waiting import wait_for
 
@@ -37,16 +37,17 @@ def kafka_server(folder: Path) -> Iterator[str]:
         docker.errors.DockerException: the Docker engine answers and cannot run the image.
         UnavailableError: the embedded server did not start.
     """
+    address = kafka_address(folder)
     match source(KAFKA_VARIABLES):
         case "environment":
-            yield _configured(KAFKA_VARIABLES)
+            yield address
         case "container":
-            port = free_port()
+            port = int(address.rpartition(":")[2])
             variables = {
                 "KAFKA_NODE_ID": "1",
                 "KAFKA_PROCESS_ROLES": "broker,controller",
                 "KAFKA_LISTENERS": f"PLAINTEXT://:{port},CONTROLLER://:9093",
-                "KAFKA_ADVERTISED_LISTENERS": f"PLAINTEXT://127.0.0.1:{port}",
+                "KAFKA_ADVERTISED_LISTENERS": f"PLAINTEXT://{address}",
                 "KAFKA_CONTROLLER_LISTENER_NAMES": "CONTROLLER",
                 "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
                 "KAFKA_CONTROLLER_QUORUM_VOTERS": "1@localhost:9093",
@@ -58,10 +59,7 @@ def kafka_server(folder: Path) -> Iterator[str]:
                 "KAFKA_AUTO_CREATE_TOPICS_ENABLE": "false",
             }
             with _container(KAFKA_IMAGE, {port: port}, variables):
-                address = f"127.0.0.1:{port}"
-                wait_for(
-                    lambda: asyncio.run(_kafka_answers(address)), 120, f"Kafka at {address}", every_s=0.2
-                )
+                wait_for(lambda: asyncio.run(_kafka_answers(address)), f"Kafka at {address}")
                 yield address
         case "embedded":
             kafka = EmbeddedKafka(folder, default_cache_dir())
@@ -72,19 +70,32 @@ def kafka_server(folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
     """URL of a Redis; otherwise like `kafka_server`."""
+    url = redis_url(folder)
     match source(REDIS_VARIABLES):
         case "environment":
-            yield _configured(REDIS_VARIABLES)
+            yield url
         case "container":
-            port = free_port()
-            url = f"redis://127.0.0.1:{port}/0"
-            with _container(REDIS_IMAGE, {6379: port}, {}):
-                wait_for(lambda: _redis_answers(url), 60, f"Redis at {url}")
+            with _container(REDIS_IMAGE, {6379: _port(folder, "redis")}, {}):
+                wait_for(lambda: _redis_answers(url), f"Redis at {url}")
                 yield url
         case "embedded":
             redis = EmbeddedRedis(folder)
             with _started(redis):
                 yield redis.url
+
+
+def kafka_address(folder: Path) -> str:
+    """host:port where `kafka_server(folder)` answers, also before it runs."""
+    return _configured(KAFKA_VARIABLES) or f"127.0.0.1:{_port(folder, 'kafka')}"
+
+
+def redis_url(folder: Path) -> str:
+    """URL where `redis_server(folder)` answers, also before it runs."""
+    return _configured(REDIS_VARIABLES) or f"redis://127.0.0.1:{_port(folder, 'redis')}/0"
+
+
+def _port(folder: Path, name: str) -> int:
+    return remembered_port(folder / name, name)  # where an embedded server looks for it
 
 
 def source(variables: Sequence[str]) -> Source:

@@ -9,10 +9,16 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar, overload
 
 T = TypeVar("T")
+PATIENCE_S = 120.0
+"""Far more than anything takes: a loaded machine is slow, and only what fails waits so long."""
 
 
 def wait_for(
-    predicate: Callable[[], T | None], timeout_s: float = 30.0, what: str = "it", every_s: float = 0.02
+    predicate: Callable[[], T | None],
+    what: str = "it",
+    *,
+    timeout_s: float = PATIENCE_S,
+    every_s: float = 0.02,
 ) -> T:
     """The first true value of `predicate()`; AssertionError naming `what` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
@@ -28,16 +34,21 @@ def wait_for(
 @overload
 async def async_wait_for(
     predicate: Callable[[], Awaitable[T | None]],
-    timeout_s: float = 30.0,
     what: str = "it",
+    *,
+    timeout_s: float = PATIENCE_S,
     every_s: float = 0.02,
 ) -> T: ...
 @overload
 async def async_wait_for(
-    predicate: Callable[[], T | None], timeout_s: float = 30.0, what: str = "it", every_s: float = 0.02
+    predicate: Callable[[], T | None],
+    what: str = "it",
+    *,
+    timeout_s: float = PATIENCE_S,
+    every_s: float = 0.02,
 ) -> T: ...
 async def async_wait_for(
-    predicate: Callable[[], object], timeout_s: float = 30.0, what: str = "it", every_s: float = 0.02
+    predicate: Callable[[], object], what: str = "it", *, timeout_s: float = PATIENCE_S, every_s: float = 0.02
 ) -> object:
     """Like `wait_for`, on an event loop; `predicate` may be async."""
     deadline = time.monotonic() + timeout_s

@@ -12,7 +12,7 @@ import httpx
 
 from streams.local.processes import Child
 from streams.settings import Settings
-from streams.testing.waiting import wait_for
+from streams.testing.waiting import PATIENCE_S, wait_for
 
 _spawned: list[WorkerProcess] = []
 
@@ -55,7 +55,7 @@ class WorkerProcess:
             assert self.alive, f"{self.name} {self._child.ending} before it listened:\n{self.log_text()}"
             return 0
 
-        return wait_for(listening, 30, f"{self.name} to listen")
+        return wait_for(listening, f"{self.name} to listen")
 
     @property
     def url(self) -> str:
@@ -66,9 +66,9 @@ class WorkerProcess:
         return self._child.log_text()
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10)
+        return httpx.get(self.url + path, timeout=PATIENCE_S)
 
-    def wait_ready(self, timeout_s: float = 60.0) -> WorkerProcess:
+    def wait_ready(self) -> WorkerProcess:
         """Returns once `/readyz` says yes."""
 
         def ready() -> bool:
@@ -76,7 +76,7 @@ class WorkerProcess:
             return self.get("/readyz").status_code == 200
 
         try:
-            wait_for(ready, timeout_s, f"{self.name} to be ready", every_s=0.05)
+            wait_for(ready, f"{self.name} to be ready", every_s=0.05)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self._child.log_tail(40)}") from error
         return self
@@ -88,7 +88,7 @@ class WorkerProcess:
         """kill -9."""
         self._child.kill()
 
-    def stop(self, timeout_s: float = 10.0) -> int:
+    def stop(self, timeout_s: float = PATIENCE_S) -> int:
         """SIGTERM; its exit code, which is -9 when it had to be killed."""
         asyncio.run(self._child.stop(timeout_s)) if not _loop_runs() else _in_thread(self._child, timeout_s)
         code = self.returncode

@@ -135,11 +135,10 @@ class WeightsWatch:
         """The newest version; there must be one."""
         return self.seen[model_id][-1]
 
-    async def learned(self, interactions: int, model_id: str = "m", timeout_s: float = 60) -> None:
+    async def learned(self, interactions: int, model_id: str = "m") -> None:
         """Waits until the newest version has learned so many experiences."""
         await async_wait_for(
             lambda: model_id in self.seen and self.newest(model_id).interactions >= interactions,
-            timeout_s,
             f"{model_id} to have learned {interactions} experiences",
         )
 

@@ -88,7 +88,7 @@ class Rounds:
             await self._send()
             await asyncio.wait({fault}, timeout=0.2)
         await fault
-        await async_wait_for(lambda: joined.all_committed(self.settings), 120, "all to be joined")
+        await async_wait_for(lambda: joined.all_committed(self.settings), "all to be joined")
         got = joined.summary(joined.replay(self.settings, self.client))
         difference = joined.Difference.of(got, joined.expected(self.events))
         return Round(name, len(self.events) - before, difference.lost, difference.doubled)
@@ -135,7 +135,7 @@ class Rounds:
         try:
             both_topics = 2 * self.settings.partitions
             await async_wait_for(
-                lambda: len(joined.partitions(other)) == both_topics, 60, "the other to own all partitions"
+                lambda: len(joined.partitions(other)) == both_topics, "the other to own all partitions"
             )
             await self._progress()
         finally:
@@ -152,7 +152,7 @@ class Rounds:
     async def _progress(self) -> None:
         """Returns once some more experiences have been made."""
         enough = self._experiences + self.rng.randrange(1, 40)
-        await async_wait_for(lambda: self._experiences >= enough, 60, "progress")
+        await async_wait_for(lambda: self._experiences >= enough, "progress")
 
     @property
     def _experiences(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 from collections.abc import AsyncIterator
@@ -96,8 +95,7 @@ async def served(settings: Settings) -> AsyncIterator[tuple[Service, httpx.Async
     transport = httpx.ASGITransport(app=app)
     async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
         try:
-            async with asyncio.timeout(60):
-                await service.start()
+            await service.start()
             yield service, http
         finally:
             await service.stop()
@@ -108,7 +106,7 @@ async def listening(settings: Settings) -> AsyncIterator[str]:
     """The url of a service that is ready, on a real socket of this process."""
     service, worker = Service(settings), Worker("inference", settings, DEPENDENCIES)
     try:
-        async with worker.serving(create_app(service, worker)) as port, asyncio.timeout(150):
+        async with worker.serving(create_app(service, worker)) as port:
             await service.start()
             yield f"http://127.0.0.1:{port}"
     finally:

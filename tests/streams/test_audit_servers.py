@@ -89,9 +89,9 @@ def test_what_a_joiner_made_is_clean_until_somebody_meddles(settings: Settings, 
     assert report(settings)["counts"]["uncommitted"] == len(events) + 5 + len(fresh) + 1
 
     joiner = spawn_worker("joiner", settings).wait_ready()
-    wait_for(lambda: report(settings)["counts"]["expired"] >= 1, 30, "the windows to close", every_s=0.5)
+    wait_for(lambda: report(settings)["counts"]["expired"] >= 1, "the windows to close", every_s=0.5)
     wait_for(
-        lambda: (c := report(settings)["counts"])["uncommitted"] + c["open"] == 0, 30, "the rest", every_s=0.5
+        lambda: (c := report(settings)["counts"])["uncommitted"] + c["open"] == 0, "the rest", every_s=0.5
     )
     asyncio.run(publish_versions(settings, 1, 2, 3))
     done = audit(settings)

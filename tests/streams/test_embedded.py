@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import socket
@@ -63,7 +62,7 @@ async def test_kafka_keeps_its_records_and_its_address_through_kill_and_restart(
         await consumer.start()
         try:
             consumer.assign([TopicPartition("letters", 0)])
-            values = [(await asyncio.wait_for(consumer.getone(), 20)).value for _ in range(100)]
+            values = [(await consumer.getone()).value for _ in range(100)]
         finally:
             await consumer.stop()
         assert values == [b"%d" % n for n in range(100)]
@@ -166,7 +165,7 @@ def test_a_killed_parent_leaves_no_server_behind(tmp_path: Path) -> None:
         pid = int(parent.stdout.readline())
         assert not gone(pid)
         parent.kill()
-    wait_for(lambda: gone(pid), 5, "the server's end")
+    wait_for(lambda: gone(pid), "the server's end")
 
 
 def test_without_the_kernels_help_a_watcher_ends_the_child(tmp_path: Path) -> None:
@@ -184,9 +183,9 @@ def test_without_the_kernels_help_a_watcher_ends_the_child(tmp_path: Path) -> No
     with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        [watcher] = wait_for(psutil.Process(pid).children, 5, "the watcher")
+        [watcher] = wait_for(psutil.Process(pid).children, "the watcher")
         parent.kill()
-        wait_for(lambda: gone(pid) and gone(watcher.pid), 5, "the end of child and watcher")
+        wait_for(lambda: gone(pid) and gone(watcher.pid), "the end of child and watcher")
 
 
 async def test_child_is_killed_when_it_ignores_sigterm(tmp_path: Path) -> None:
@@ -194,18 +193,18 @@ async def test_child_is_killed_when_it_ignores_sigterm(tmp_path: Path) -> None:
         "deaf", ["/bin/sh", "-c", "trap '' TERM; echo on; while :; do sleep 1; done"], tmp_path / "x.log"
     )
     child.start()
-    wait_for(lambda: "on" in child.log_text(), 5, "the trap")
+    wait_for(lambda: "on" in child.log_text(), "the trap")
     started = psutil.Process(child.pid).children()
     assert os.getsid(child.pid) == child.pid  # Ctrl-C in our terminal does not reach it
     assert await child.stop(grace_s=0.2) is False
     assert child.ending == "was killed by SIGKILL"
-    wait_for(lambda: all(gone(p.pid) for p in started), 5, "the end of all that it started")
+    wait_for(lambda: all(gone(p.pid) for p in started), "the end of all that it started")
 
 
 async def test_child_that_cannot_run_says_so(tmp_path: Path) -> None:
     child = Child("none", ["/no/such/program"], tmp_path / "x.log")
     child.start()
-    wait_for(lambda: not child.alive, 5, "its end")
+    wait_for(lambda: not child.alive, "its end")
     assert "cannot run /no/such/program" in child.log_tail()
     assert child.ending == "exited with 1"
     assert await child.stop() is True
@@ -216,10 +215,10 @@ def test_a_log_is_rotated_while_it_is_written(tmp_path: Path) -> None:
     child = Child("chatty", ["/bin/sh", "-c", "while :; do echo 0123456789; sleep 0.001; done"], log)
     child.start()
     try:
-        wait_for(lambda: log.stat().st_size > 2_000, 10, "two kilobytes")
+        wait_for(lambda: log.stat().st_size > 2_000, "two kilobytes")
         child.rotate_log(limit=1_000)
         assert log.with_suffix(".log.1").stat().st_size > 2_000
-        wait_for(lambda: 0 < log.stat().st_size < 2_000, 10, "the new log")
+        wait_for(lambda: 0 < log.stat().st_size < 2_000, "the new log")
         assert log.read_bytes().startswith(b"0")  # it goes on at the beginning, with no hole
     finally:
         child.kill()

@@ -54,7 +54,7 @@ async def embedder(capacity: int = 100) -> AsyncIterator[tuple[Embedder, Watched
 
 async def under_way(encoder: Watched) -> None:
     """Returns once the encoder holds a first batch."""
-    await async_wait_for(lambda: encoder.batches, what="a first batch")
+    await async_wait_for(lambda: encoder.batches, "a first batch")
 
 
 async def test_vectors_come_in_order_and_are_what_float16_holds() -> None:

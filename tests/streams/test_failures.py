@@ -84,7 +84,7 @@ def unable_to_save(url: str) -> None:
         client.config_set("dbfilename", "taken")
         client.config_set("save", "3600 1")
         client.bgsave()
-        wait_for(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", what="it to fail")
+        wait_for(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", "it to fail")
 
 
 @pytest.mark.parametrize("condition", [demoted, stale, full, alone, unable_to_save])
@@ -128,7 +128,7 @@ async def test_a_script_that_runs_for_ever_is_transient(at: Settings) -> None:
             return error
         return None
 
-    busy = wait_for(answer, what="BUSY")
+    busy = wait_for(answer, "BUSY")
     administer(at.redis_address, "SCRIPT", "KILL")
     endless.join()
     assert str(busy).startswith("BUSY")
@@ -309,7 +309,7 @@ async def test_retry_waits_for_a_server_and_says_what_it_answered(at: Settings) 
     waiting = asyncio.create_task(
         retry(lambda: client.set("k", "v"), at, lambda need, why: said.append((need, why)))
     )
-    await async_wait_for(lambda: len(said) >= 2, what="two failures")
+    await async_wait_for(lambda: len(said) >= 2, "two failures")
     administer(at.redis_address, "REPLICAOF", "NO", "ONE")
     assert await waiting
     await client.aclose()

@@ -167,11 +167,11 @@ async def test_rollbacks_of_models_that_do_not_exist_load_nothing(settings: Sett
         def refused() -> bool:
             return trainer.count("cortex_trainer_refused_total", kind="rollback") == len(names) + 1
 
-        await async_wait_for(refused, what="the rollbacks to be refused")
+        await async_wait_for(refused, "the rollbacks to be refused")
         assert not any(map(trainer.loaded, names))
         # A model that is born after it was asked for starts at version 1, and learns.
         await publish_experiences(settings, [experience("e2", model_id=names[0])])
-        await async_wait_for(lambda: watch.seen.get(names[0]), what="its first version")
+        await async_wait_for(lambda: watch.seen.get(names[0]), "its first version")
         assert [m.reason for m in watch.seen[names[0]]] == ["train"]
     # Nothing of that is done by the next trainer, either: 99 is refused although the model is there.
     async with watching(settings) as watch, running(settings) as trainer:

@@ -406,20 +406,18 @@ async def test_weights_are_followed_and_refused_ones_change_nothing(settings: Se
         assert (await http.get("/v1/models/default")).json()["versions"] == []
         good = version(settings, 1)
         await publish_versions(settings, good)
-        await async_wait_for(lambda: _serves(http, 1), what="version 1")
+        await async_wait_for(lambda: _serves(http, 1), "version 1")
         await decides_with(1)
 
         forged = version(settings, 2)
         damaged = replace(forged, payload=forged.payload[:-4] + b"\x00\x00\x80\x7f")
         narrow = version(settings.model_copy(update={"text_dim": 64}), 3)
         await publish_versions(settings, damaged, narrow)
-        await async_wait_for(
-            lambda: service.refused == {"damaged": 1, "unusable": 1}, what="both to be refused"
-        )
+        await async_wait_for(lambda: service.refused == {"damaged": 1, "unusable": 1}, "both to be refused")
         await decides_with(1)
 
         await publish_versions(settings, version(settings, 4))
-        await async_wait_for(lambda: _serves(http, 4), what="version 4")
+        await async_wait_for(lambda: _serves(http, 4), "version 4")
         await decides_with(4)
         detail = (await http.get("/v1/models/default")).json()
         applied = [(v["version"], v["consumed"]) for v in detail["versions"]]
@@ -459,7 +457,7 @@ async def test_few_models_in_memory_all_served(settings: Settings) -> None:
         assert sum(m["in_memory"] for m in listed) == 2
         # A version that comes while its model is away is the one served when it is asked for.
         await publish_versions(settings, version(settings, 9, "model-3"))
-        await async_wait_for(lambda: _listed(http, "model-3", 9), what="version 9")
+        await async_wait_for(lambda: _listed(http, "model-3", 9), "version 9")
         assert (await decided(http, "model-3"))[0] == 9
         for event in await interactions(settings):
             model = CortexModel.create(model_config(settings), event.model_id)

@@ -13,6 +13,7 @@ from cortex_core.model import CortexModel
 from streams.local.embedded import EmbeddedKafka, free_port
 from streams.settings import Settings, default_cache_dir
 from streams.testing import async_wait_for, spawn_worker
+from streams.testing.waiting import PATIENCE_S
 from streams.weights.architecture import model_config
 from tests.streams.serving import (
     body,
@@ -36,7 +37,7 @@ class Load:
         self.broken: list[str] = []
         """connections that were refused or cut"""
         self._stop = asyncio.Event()
-        self._http = httpx.AsyncClient(base_url=url, timeout=20)
+        self._http = httpx.AsyncClient(base_url=url, timeout=PATIENCE_S)
         self._tasks = [asyncio.create_task(self._agent(n)) for n in range(agents)]
 
     async def __aenter__(self) -> Load:
@@ -81,15 +82,15 @@ async def test_swaps_and_sigterm_under_load(settings: Settings) -> None:
     """Thirty versions without a failed request, then SIGTERM without losing anything acknowledged."""
     worker = spawn_worker("inference", settings, shutdown_timeout_s=30).wait_ready()
     async with Load(worker.url, agents=8) as load:
-        await async_wait_for(lambda: len(load.acknowledged) > 20, what="decisions before the first version")
+        await async_wait_for(lambda: len(load.acknowledged) > 20, "decisions before the first version")
         await publish_versions(settings, *(version(settings, n) for n in range(1, 31)))
-        await async_wait_for(lambda: 30 in load.acknowledged.values(), 60, "decisions by version 30")
+        await async_wait_for(lambda: 30 in load.acknowledged.values(), "decisions by version 30")
         assert not load.broken
         assert set(load.statuses) == {200, 202}
         assert "cortex_weights_refused_total" in worker.get("/metrics").text
 
         worker.signal(signal.SIGTERM)
-        await async_wait_for(lambda: not worker.alive, 40, "the worker to end")
+        await async_wait_for(lambda: not worker.alive, "the worker to end")
         await load.finish()
     assert worker.returncode == 0, worker.log_text()
     assert set(load.statuses) <= {200, 202, 503}
@@ -117,7 +118,7 @@ async def test_alone_against_nothing_it_says_which_address(settings: Settings) -
     address = f"127.0.0.1:{free_port()}"
     worker = spawn_worker("inference", settings, kafka=address, shutdown_timeout_s=30)
     async with httpx.AsyncClient(base_url=worker.url) as http:
-        await async_wait_for(lambda: _missing(http, address), what="/readyz to name the address")
+        await async_wait_for(lambda: _missing(http, address), "/readyz to name the address")
         assert (await http.get("/healthz")).status_code == 200
         assert (await http.get("/readyz")).status_code == 503
         answer = await http.post("/v1/decide", json=body())
@@ -139,7 +140,7 @@ async def test_kafka_that_dies_and_comes_back(settings: Settings) -> None:
     own = settings.model_copy(update={"kafka": broker.address})
     try:
         worker = spawn_worker("inference", own, publish_timeout_s=1, shutdown_timeout_s=30).wait_ready()
-        async with httpx.AsyncClient(base_url=worker.url, timeout=20) as http:
+        async with httpx.AsyncClient(base_url=worker.url, timeout=PATIENCE_S) as http:
             first = await http.post("/v1/decide", json=body(interaction_id="before"))
             assert first.status_code == 200
             assert broker.child is not None
@@ -153,7 +154,7 @@ async def test_kafka_that_dies_and_comes_back(settings: Settings) -> None:
             assert refused.status_code == 503
 
             await broker.start()
-            await async_wait_for(lambda: _ready(http), 60, "the worker to be ready again")
+            await async_wait_for(lambda: _ready(http), "the worker to be ready again")
             for id_ in ("before", "meanwhile", "refused", "after"):
                 again = await http.post("/v1/decide", json=body(interaction_id=id_))
                 assert again.status_code == 200, again.text
@@ -179,7 +180,7 @@ async def test_a_body_too_large_is_refused_before_it_is_read(settings: Settings)
         "POST /v1/decide HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         f"Content-Length: {10**9}\r\n\r\n"
     )
-    async with listening(settings) as url, asyncio.timeout(20):
+    async with listening(settings) as url:
         port = int(url.rpartition(":")[2])
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(head.encode())  # and not one byte of the body

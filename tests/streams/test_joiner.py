@@ -63,10 +63,10 @@ async def test_events_become_experiences(settings: Settings, client: redis.Redis
             (topics.interactions, b"big", b"x" * 7_500_000),
         ],
     )
-    await async_wait_for(lambda: replay(settings, client), 20, "the first experience")
+    await async_wait_for(lambda: replay(settings, client), "the first experience")
     await send(settings, [reply("r2", occurred_at=now + timedelta(seconds=2), text="No, that is wrong!")])
-    await async_wait_for(lambda: replay(settings, client)["i1"].revision == 2, 20, "the amendment")
-    await async_wait_for(lambda: all_committed(settings), 20, "the commit")
+    await async_wait_for(lambda: replay(settings, client)["i1"].revision == 2, "the amendment")
+    await async_wait_for(lambda: all_committed(settings), "the commit")
 
     assert summary(replay(settings, client)) == {"i1": (2, ("r1", "r2"))}
     check_published(await read_all(settings, topics.experiences), replay(settings, client))
@@ -87,13 +87,13 @@ async def test_silence_becomes_no_reply_and_a_late_reply_amends_it(
     joiner = spawn_worker("joiner", settings, join_window_s=0.5).wait_ready()
     now = utc_now()
     await send(settings, [interaction("i1", occurred_at=now), reply("lost", "never", "d", occurred_at=now)])
-    await async_wait_for(lambda: replay(settings, client), 20, "the window to close")
+    await async_wait_for(lambda: replay(settings, client), "the window to close")
     assert [(e.revision, e.outcome) for e in replay(settings, client).values()] == [(0, "no_reply")]
-    await async_wait_for(lambda: outcome(joiner, "orphans") == 1, 20, "the orphan")
+    await async_wait_for(lambda: outcome(joiner, "orphans") == 1, "the orphan")
     await send(settings, [reply("late", "i1", occurred_at=utc_now() + timedelta(seconds=1))])
-    await async_wait_for(lambda: replay(settings, client)["i1"].revision == 1, 20, "the late amendment")
-    await async_wait_for(lambda: outcome(joiner, "late") == 1, 20, "the count")
-    await async_wait_for(lambda: all_committed(settings), 20, "the commit")
+    await async_wait_for(lambda: replay(settings, client)["i1"].revision == 1, "the late amendment")
+    await async_wait_for(lambda: outcome(joiner, "late") == 1, "the count")
+    await async_wait_for(lambda: all_committed(settings), "the commit")
     check_published(await read_all(settings, Topics.of(settings).experiences), replay(settings, client))
     join_keys = client.keys(f"{settings.topic_prefix}:join:*")
     assert len(join_keys) == 1
@@ -103,18 +103,18 @@ async def test_silence_becomes_no_reply_and_a_late_reply_amends_it(
 async def test_it_waits_for_redis_says_so_and_skips_nothing(settings: Settings, client: redis.Redis) -> None:
     joiner = spawn_worker("joiner", settings).wait_ready()
     await send(settings, conversation(1))
-    await async_wait_for(lambda: all_committed(settings), 30, "the first events")
+    await async_wait_for(lambda: all_committed(settings), "the first events")
     wanted = expected(conversation(1) + conversation(2))
     client.config_set("maxmemory", "1")  # every write is refused from here on
     try:
         await send(settings, conversation(2))
         body = await async_wait_for(
-            lambda: (r := joiner.get("/readyz")).status_code == 503 and r.json(), 20, "/readyz to say no"
+            lambda: (r := joiner.get("/readyz")).status_code == 503 and r.json(), "/readyz to say no"
         )
         assert settings.redis_shown in body["missing"]["redis"]
         assert not await all_committed(settings)
     finally:
         client.config_set("maxmemory", "0")
-    await async_wait_for(lambda: all_committed(settings), 30, "the rest")
+    await async_wait_for(lambda: all_committed(settings), "the rest")
     joiner.wait_ready()
     assert summary(replay(settings, client)) == wanted

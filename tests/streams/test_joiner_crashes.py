@@ -61,10 +61,10 @@ async def test_kill_9_in_the_middle_loses_nothing_and_doubles_nothing(
         await send(settings, half)
         seen = len(replay(settings, client))
         more = partial(holds_more_than, settings, client, seen + 5)
-        await async_wait_for(more, 30, "progress")
+        await async_wait_for(more, "progress")
         joiner.kill()
         joiner = spawn_worker("joiner", settings, join_batch=7)
-    await async_wait_for(lambda: all_committed(settings), 60, "all to be joined")
+    await async_wait_for(lambda: all_committed(settings), "all to be joined")
     got = replay(settings, client)
     assert summary(got) == expected(events)
     check_published(await read_all(settings, Topics.of(settings).experiences), got, movable(events))
@@ -78,7 +78,7 @@ async def test_two_joiners_share_and_one_takes_over_when_the_other_is_killed(
     first.wait_ready()
     second.wait_ready()
     await async_wait_for(
-        lambda: len(partitions(first)) == len(partitions(second)) == 2, 30, "the partitions to be shared"
+        lambda: len(partitions(first)) == len(partitions(second)) == 2, "the partitions to be shared"
     )
     topics = Topics.of(settings)
     for mine in (partitions(first), partitions(second)):  # one partition, of both topics
@@ -89,7 +89,7 @@ async def test_two_joiners_share_and_one_takes_over_when_the_other_is_killed(
     await send(settings, events[:half])
     first.kill()
     await send(settings, events[half:])
-    await async_wait_for(lambda: all_committed(settings), 60, "the other to take over")
+    await async_wait_for(lambda: all_committed(settings), "the other to take over")
     assert second.alive
     got = replay(settings, client)
     assert summary(got) == expected(events)
@@ -114,9 +114,9 @@ async def test_rebalances_in_the_middle_lose_nothing(settings: Settings, client:
         )
         sending = asyncio.create_task(send(settings, part))
         async with started(guest):
-            await async_wait_for(guest.assignment, 20, "the guest's share")
+            await async_wait_for(guest.assignment, "the guest's share")
             await sending
-    await async_wait_for(lambda: all_committed(settings), 60, "all to be joined")
+    await async_wait_for(lambda: all_committed(settings), "all to be joined")
     await joiner.stop()
     got = replay(settings, client)
     assert summary(got) == expected(events)

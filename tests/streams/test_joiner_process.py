@@ -55,7 +55,6 @@ def run_python(*arguments: str, settings: Settings, unset: str | None = None) ->
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -73,7 +72,7 @@ async def test_sigterm_finishes_the_batch_commits_it_and_leaves_the_group(
     joiner = spawn_worker("joiner", settings, join_batch=20).wait_ready()
     events = [event for n in range(300) for event in conversation(n, named=n % 2 == 0)]
     sending = asyncio.create_task(send(settings, events))
-    await async_wait_for(lambda: len(replay(settings, client)) > 20, 30, "progress")
+    await async_wait_for(lambda: len(replay(settings, client)) > 20, "progress")
     assert await asyncio.to_thread(joiner.stop, settings.shutdown_timeout_s) == 0
     await sending
     topics = Topics.of(settings)
@@ -100,7 +99,7 @@ async def test_it_says_what_is_missing_and_ends_while_it_waits(settings: Setting
         away = {"kafka": address} if server == "kafka" else {"redis_url": SecretStr(f"redis://{address}/0")}
         worker = Worker("joiner", settings.model_copy(update=away))
         running = asyncio.create_task(run(worker))
-        await async_wait_for(lambda: address in worker.missing[server], 20, "it to say so")
+        await async_wait_for(lambda: address in worker.missing[server], "it to say so")
         worker.stopping.set()
         async with asyncio.timeout(settings.shutdown_timeout_s):
             await running
@@ -168,7 +167,7 @@ async def test_faust_s_signals_tell_of_rebalances(settings: Settings) -> None:
     try:
         assert told == [("revoked", set()), ("assigned", every)]
         async with started(guest):
-            await async_wait_for(lambda: len(told) == 4, 20, "the rebalance")
+            await async_wait_for(lambda: len(told) == 4, "the rebalance")
             assert told[2:] == [("revoked", every), ("assigned", every - guest.assignment())]
     finally:
         await app.stop()
@@ -217,9 +216,9 @@ async def test_a_commit_that_fails_in_a_rebalance_stops_nobody(
         records = await read_all(settings, topics.interactions) + await read_all(settings, topics.replies)
         ends = Counter((record.topic, record.partition) for record in records)
         async with started(guest):
-            await async_wait_for(guest.assignment, 20, "the rebalance")
-            await async_wait_for(its_share_is_committed, 20, "it to go on with what is left to it")
-        await async_wait_for(lambda: all_committed(settings), 20, "all to be joined")
+            await async_wait_for(guest.assignment, "the rebalance")
+            await async_wait_for(its_share_is_committed, "it to go on with what is left to it")
+        await async_wait_for(lambda: all_committed(settings), "all to be joined")
         assert summary(replay(settings, client)) == expected(events)
     finally:
         await app.stop()
@@ -230,7 +229,7 @@ async def test_faust_s_own_command_runs_it_too(settings: Settings, client: redis
     worker = faust_worker(settings, log)
     try:
         await send(settings, conversation(3))
-        await async_wait_for(lambda: all_committed(settings), 30, "the events to be joined")
+        await async_wait_for(lambda: all_committed(settings), "the events to be joined")
         assert summary(replay(settings, client)) == expected(conversation(3))
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(15) == 0, log.read_text()

@@ -49,7 +49,7 @@ async def leaving_nothing() -> AsyncIterator[None]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always", ResourceWarning)
         yield
-        await async_wait_for(lambda: asyncio.all_tasks() == before, what="all its tasks to end")
+        await async_wait_for(lambda: asyncio.all_tasks() == before, "all its tasks to end")
         gc.collect()
     assert [str(w.message) for w in seen] == []
 

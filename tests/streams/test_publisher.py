@@ -97,14 +97,14 @@ async def test_what_the_broker_refuses_costs_that_event_alone(settings: Settings
             return ""
 
         # The new limit takes a moment to reach the log.
-        said = await async_wait_for(refused, what="the broker to refuse")
+        said = await async_wait_for(refused, "the broker to refuse")
         assert "MessageSizeTooLargeError" in said
         assert "max.message.bytes" in said
         # A producer that was not replaced would now have a gap in its sequence, and be refused for ever.
-        await async_wait_for(lambda: it.away is None, what="a new producer")
+        await async_wait_for(lambda: it.away is None, "a new producer")
         with pytest.raises(InputError, match=r"max\.message\.bytes"):
             await it.send([(topic, b"c", b"x" * 1_500)] * 2)
-        await async_wait_for(lambda: it.away is None, what="a new producer")
+        await async_wait_for(lambda: it.away is None, "a new producer")
         for i in range(3):
             await it.wait(it.begin(topic, b"c", f"after {i}".encode()))
         assert states[-1] is None

@@ -65,11 +65,11 @@ async def live(settings: Settings, events: list[Event]) -> None:
         lags = [await lag(settings, settings.joiner_group, t) for t in (topics.interactions, topics.replies)]
         return lags == [0, 0] and 'outcome="no_reply"' in joiner.get("/metrics").text
 
-    await async_wait_for(idle, 30, "the joiner", every_s=0.1)
+    await async_wait_for(idle, "the joiner", every_s=0.1)
     with redis.Redis.from_url(settings.redis_address) as client:
         due = [f"{settings.topic_prefix}:join-due:{{{p}}}" for p in range(settings.partitions)]
         old = NOW.timestamp() - 100
-        await async_wait_for(lambda: not any(client.zcount(key, 0, old) for key in due), 30, "the timer")
+        await async_wait_for(lambda: not any(client.zcount(key, 0, old) for key in due), "the timer")
     assert joiner.stop() == 0
 
 
@@ -120,7 +120,7 @@ async def test_a_rebuild_equals_what_live_processing_built(settings: Settings, c
     def has_it() -> bool:
         return any(b'"after"' in (value or b"") for _, value in buffers(settings, client)[last.model_id])
 
-    await async_wait_for(has_it, 30, "a reply to what was restored")
+    await async_wait_for(has_it, "a reply to what was restored")
     assert joiner.stop() == 0
 
 

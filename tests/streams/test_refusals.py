@@ -73,7 +73,7 @@ def test_a_wrong_password_ends_workers_and_commands_with_the_setting_to_mend(
         workers = [spawn_worker(name, refused) for name in ("joiner", "trainer")]
         rebuild = command(refused, "rebuild", "--from", "beginning")
         for worker in workers:
-            wait_for(lambda: worker.returncode is not None, 60, f"the {worker.name} to end")  # noqa: B023
+            wait_for(lambda: worker.returncode is not None, f"the {worker.name} to end")  # noqa: B023
         says = f"CORTEX_REDIS_URL {refused.redis_shown}: the server refused the password"
         for worker in workers:
             assert worker.returncode == 2, worker.log_text()
@@ -95,12 +95,12 @@ async def test_a_joiner_waits_for_a_demoted_primary_and_goes_on(settings: Settin
 
     with demoted(own_url):
         await send(its, events)
-        why = await async_wait_for(lambda: asyncio.to_thread(missing), 30, "the joiner to wait")
+        why = await async_wait_for(lambda: asyncio.to_thread(missing), "the joiner to wait")
         assert f"Redis at {its.redis_shown} cannot serve now" in why
         assert "READONLY" in why
 
-    await async_wait_for(lambda: joined(its) == 5, 20, "all to be joined")
-    await async_wait_for(lambda: asyncio.to_thread(lambda: not missing()), 20, "the joiner to be ready")
+    await async_wait_for(lambda: joined(its) == 5, "all to be joined")
+    await async_wait_for(lambda: asyncio.to_thread(lambda: not missing()), "the joiner to be ready")
     assert joiner.alive
     assert await read_all(its, Topics.of(its).dead_letters) == []
 
@@ -122,9 +122,9 @@ async def test_a_key_of_another_type_costs_the_joiner_its_model_alone(
             )
         ],
     )
-    await async_wait_for(lambda: joined(settings, "free") == 2, 30, "the other model's to be joined")
+    await async_wait_for(lambda: joined(settings, "free") == 2, "the other model's to be joined")
 
-    [letter] = await async_wait_for(lambda: dead_letters(settings), 30, "the dead letter", 0.2)
+    [letter] = await async_wait_for(lambda: dead_letters(settings), "the dead letter", every_s=0.2)
     assert "WRONGTYPE" in letter.reason
     assert joiner.get("/readyz").status_code == 200
 
@@ -139,10 +139,10 @@ async def test_a_key_of_another_type_costs_the_trainer_its_model_alone(settings:
         await publish_experiences(settings, [experience("e2", model_id="free")])
         await watch.learned(1, "free")
 
-        [letter] = await async_wait_for(lambda: dead_letters(settings), 60, "the dead letter", 0.2)
+        [letter] = await async_wait_for(lambda: dead_letters(settings), "the dead letter", every_s=0.2)
         assert "WRONGTYPE" in letter.reason
         assert letter.worker == "trainer"
-        await async_wait_for(lambda: not trainer.worker.missing, 30, "the trainer to be ready again")
+        await async_wait_for(lambda: not trainer.worker.missing, "the trainer to be ready again")
 
 
 async def test_a_trainer_goes_on_where_its_redis_is_demoted_and_promoted(
@@ -164,7 +164,7 @@ async def test_a_trainer_goes_on_where_its_redis_is_demoted_and_promoted(
             assert watch.newest().version not in saved()
         await publish_experiences(its, [experience("e3")])
         await watch.learned(3)
-        await async_wait_for(lambda: watch.newest().version in saved(), 20, "the optimizer to be saved again")
+        await async_wait_for(lambda: watch.newest().version in saved(), "the optimizer to be saved again")
 
 
 async def test_a_redis_that_is_full_is_waited_for(settings: Settings, own_url: str) -> None:
@@ -177,10 +177,10 @@ async def test_a_redis_that_is_full_is_waited_for(settings: Settings, own_url: s
         def missing() -> str:
             return str(joiner.get("/readyz").json()["missing"].get("redis", ""))
 
-        assert "OOM" in await async_wait_for(lambda: asyncio.to_thread(missing), 30, "the joiner to wait")
+        assert "OOM" in await async_wait_for(lambda: asyncio.to_thread(missing), "the joiner to wait")
     finally:
         administer(own_url, "CONFIG", "SET", "maxmemory", 0)
-    await async_wait_for(lambda: joined(its) == 1, 20, "it to be joined")
+    await async_wait_for(lambda: joined(its) == 1, "it to be joined")
 
 
 def test_status_says_what_redis_refused_and_fails(settings: Settings, tmp_path: Path) -> None:

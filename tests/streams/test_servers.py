@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socketserver
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -78,3 +82,24 @@ def test_a_configured_server_is_used_before_any_other(
     monkeypatch.setenv(REDIS_VARIABLES[0], "redis://:secret@elsewhere:6379/0")
     with redis_server(tmp_path) as url:
         assert url == "redis://:secret@elsewhere:6379/0"
+
+
+def test_a_run_names_its_servers_first_and_shows_no_secret() -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-n", "2", "tests/test_docs.py"],
+        cwd=Path(__file__).parent.parent.parent,
+        env={
+            **os.environ,
+            "CORTEX_TEST_KAFKA": "",
+            "CORTEX_TEST_REDIS_URL": "redis://me:secret@elsewhere:6379/0",
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    first = said.splitlines()[:5]
+    assert "Redis: environment, redis://elsewhere:6379/0" in first
+    assert any(
+        re.fullmatch(r"Kafka: (embedded|container), 127.0.0.1:\d+, 127.0.0.1:\d+", line) for line in first
+    )
+    assert "secret" not in said

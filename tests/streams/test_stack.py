@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -54,7 +53,7 @@ class Up:
             mine = content.get("pid") == self.process.pid and "kafka" in content
             return content if mine else {}
 
-        return wait_for(up, 120, "the stack")
+        return wait_for(up, "the stack")
 
     def children(self) -> list[int]:
         return [p.pid for p in psutil.Process(self.process.pid).children(recursive=True)]
@@ -89,7 +88,7 @@ def test_one_command_brings_up_everything_and_sigterm_ends_it_all(
     assert len(children) >= 5
 
     it.process.send_signal(signal.SIGTERM)
-    assert it.process.wait(timeout=10) == 0, it.said()
+    assert it.process.wait() == 0, it.said()
     assert all(gone(pid) for pid in children)
     assert not it.file.exists()
     said = it.said()
@@ -107,9 +106,9 @@ def test_one_command_brings_up_everything_and_sigterm_ends_it_all(
 
 def test_ctrl_c_while_it_starts_ends_it_all(up: Callable[..., Up], settings: Settings) -> None:
     it = up("--kafka", settings.kafka_address, "--redis", settings.redis_address, "--joiners", "0")
-    children = wait_for(it.children, 30, "its first worker")
+    children = wait_for(it.children, "its first worker")
     os.killpg(it.process.pid, signal.SIGINT)  # as a terminal does, to all of the group
-    assert it.process.wait(timeout=10) == 0, it.said()
+    assert it.process.wait() == 0, it.said()
     assert all(gone(pid) for pid in children)
     assert "Traceback" not in it.said()
 
@@ -125,7 +124,7 @@ def test_a_killed_supervisor_leaves_nothing_behind_and_its_folder_usable(
         client.set("kept", "1")
     it.process.kill()
     it.process.wait()
-    wait_for(lambda: gone(redis["pid"]), 5, "the server's end")
+    wait_for(lambda: gone(redis["pid"]), "the server's end")
 
     again = up(*flags)
     assert again.stack()["servers"]["redis"]["port"] == redis["port"]
@@ -168,7 +167,7 @@ async def test_servers_that_are_killed_come_back_with_their_data(tmp_path: Path)
             assert server.child is not None
             os.kill(server.child.pid, signal.SIGKILL)
         both = {"kafka has restarted", "redis has restarted"}
-        await async_wait_for(lambda: both <= set(said), 60, "both servers again")
+        await async_wait_for(lambda: both <= set(said), "both servers again")
 
         for server in stack.servers:
             assert f"{server.name} was killed by SIGKILL; restarting it" in said
@@ -179,7 +178,7 @@ async def test_servers_that_are_killed_come_back_with_their_data(tmp_path: Path)
         await consumer.start()
         try:
             consumer.assign([TopicPartition(topic, 0)])
-            assert (await asyncio.wait_for(consumer.getone(), 20)).value == b"said"
+            assert (await consumer.getone()).value == b"said"
         finally:
             await consumer.stop()
     assert not any(server.alive for server in stack.servers)
@@ -200,7 +199,7 @@ async def test_a_worker_that_is_killed_is_started_again_at_its_port(settings: Se
             except httpx.HTTPError:
                 return False
 
-        await async_wait_for(ready, 60, "the worker again", every_s=0.1)
+        await async_wait_for(ready, "the worker again", every_s=0.1)
         assert "inference-1 was killed by SIGKILL; restarting it" in said
         assert stack.inference_urls == [url]
         assert settings.running_stack()["workers"]["inference-1"]["pid"] == worker.child.pid

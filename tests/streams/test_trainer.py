@@ -85,10 +85,10 @@ async def test_killed_in_mid_stream_another_does_all_and_each_experience_is_lear
     victim = spawn_worker("trainer", settings)
     await asyncio.to_thread(victim.wait_ready)
     async with running(settings) as heir:
-        await async_wait_for(lambda: heir.partitions() == 2, 30, "the two to share the four partitions")
+        await async_wait_for(lambda: heir.partitions() == 2, "the two to share the four partitions")
         sending = asyncio.create_task(publish_experiences(settings, events, every_s=0.01))
         theirs = {m for m in distinct if not heir.trainer._owned.keys() & _home(settings, m)}
-        await async_wait_for(lambda: theirs & watch.seen.keys(), what="the victim to publish something")
+        await async_wait_for(lambda: theirs & watch.seen.keys(), "the victim to publish something")
         victim.kill()
         await sending
         for m, all_names in distinct.items():
@@ -116,18 +116,18 @@ async def test_a_trainer_that_comes_back_from_the_dead_is_fenced(
     # These are learned by the zombie and not yet published when it is stopped.
     await publish_experiences(settings, [experience(f"e{i}") for i in range(1, 4)])
     counted = 'cortex_trainer_experiences_total{model_id="m",outcome="learned"} 4.0'
-    await async_wait_for(lambda: counted in zombie.get("/metrics").text, what="the zombie to learn them")
+    await async_wait_for(lambda: counted in zombie.get("/metrics").text, "the zombie to learn them")
     os.kill(zombie.pid, signal.SIGSTOP)
     try:
         async with running(settings) as heir:
-            await async_wait_for(lambda: heir.partitions() == 4, 30, "the heir to own all")
+            await async_wait_for(lambda: heir.partitions() == 4, "the heir to own all")
             await watch.learned(4)
             os.kill(zombie.pid, signal.SIGCONT)
             more = [experience(f"e{i}") for i in range(4, 40)]
             await publish_experiences(settings, more, every_s=0.05)
             await watch.learned(40)
             await asyncio.to_thread(zombie.wait_ready)
-            await async_wait_for(lambda: heir.partitions() == 2, 30, "the two to share")
+            await async_wait_for(lambda: heir.partitions() == 2, "the two to share")
     finally:
         os.kill(zombie.pid, signal.SIGCONT)
     await publish_experiences(settings, [experience("e40")])
@@ -165,7 +165,7 @@ async def test_a_failure_at_any_point_of_publishing_changes_nothing(
         await publish_experiences(settings, events, every_s=0.02)
         for m in ("m0", "m1", "m2"):
             await watch.learned(10, m)
-        await async_wait_for(lambda: trainer.partitions() == 4, what="all partitions to be open again")
+        await async_wait_for(lambda: trainer.partitions() == 4, "all partitions to be open again")
         assert trainer.count("cortex_trainer_failures_total") > 0
         monkeypatch.undo()
     await watch.check()
@@ -198,7 +198,7 @@ async def test_silence_is_counted_and_teaches_nothing(settings: Settings, watch:
     async with running(settings) as trainer:
         silence = experience("e1", revision=0)
         await publish_experiences(settings, [silence])
-        await async_wait_for(lambda: trainer.outcomes("no_reply") == 1, what="it to be counted")
+        await async_wait_for(lambda: trainer.outcomes("no_reply") == 1, "it to be counted")
     assert await committed(settings) == ends(settings, [silence])
     await watch.follower.catch_up()
     assert watch.seen == {}
@@ -256,8 +256,8 @@ async def test_unreachable_servers_are_named(settings: Settings) -> None:
     )
     it = Running(away)
     task = asyncio.create_task(it.trainer.run())
-    await async_wait_for(lambda: "127.0.0.1:1" in it.worker.missing["kafka"], what="Kafka's address")
-    await async_wait_for(lambda: "127.0.0.1:2" in it.worker.missing["redis"], what="Redis's address")
+    await async_wait_for(lambda: "127.0.0.1:1" in it.worker.missing["kafka"], "Kafka's address")
+    await async_wait_for(lambda: "127.0.0.1:2" in it.worker.missing["redis"], "Redis's address")
     assert "secret" not in str(it.worker.missing)
     it.worker.stopping.set()
     await task
@@ -280,15 +280,15 @@ async def test_kafka_and_redis_may_go_away_in_mid_stream(tmp_path: Path, setting
 
             kill(kafka)
             await async_wait_for(
-                lambda: kafka.address in trainer.worker.missing.get("kafka", ""), 60, "Kafka missed"
+                lambda: kafka.address in trainer.worker.missing.get("kafka", ""), "Kafka missed"
             )
             await kafka.start()
             await publish_experiences(own, [experience(f"e{i}") for i in range(5, 10)])
-            await watch.learned(10, timeout_s=90)
+            await watch.learned(10)
 
             kill(store)
             await async_wait_for(
-                lambda: store.url[8:] in trainer.worker.missing.get("redis", ""), 60, "Redis missed"
+                lambda: store.url[8:] in trainer.worker.missing.get("redis", ""), "Redis missed"
             )
             producer = AIOKafkaProducer(**kafka_client_options(own))
             await producer.start()
@@ -298,8 +298,8 @@ async def test_kafka_and_redis_may_go_away_in_mid_stream(tmp_path: Path, setting
                 )
             await producer.stop()
             await store.start()
-            await watch.learned(15, timeout_s=90)
-            await async_wait_for(lambda: not trainer.worker.missing, 60, "the trainer to be ready again")
+            await watch.learned(15)
+            await async_wait_for(lambda: not trainer.worker.missing, "the trainer to be ready again")
             await watch.check()
             assert watch.newest().interactions == 15
     finally:

@@ -54,7 +54,7 @@ async def test_a_rollback_is_a_new_version_with_the_old_bytes_and_happens_once(
             await watch.learned(n)
         first, *_, third = watch.seen["m"]
         await send_control(settings, "rollback", "m", first.version, "it went wrong")
-        await async_wait_for(lambda: watch.newest().version == 4, what="the rollback")
+        await async_wait_for(lambda: watch.newest().version == 4, "the rollback")
         assert watch.newest().sha256 == first.sha256 != third.sha256
         assert watch.newest().reason == "rollback"
         assert watch.newest().interactions == 3
@@ -79,7 +79,7 @@ async def test_a_rollback_asked_for_while_no_trainer_runs_is_done_by_the_next(
     event = await send_control(settings, "rollback", "m")
     assert event.version == 1
     async with running(settings):
-        await async_wait_for(lambda: watch.newest().version == 3, what="the rollback")
+        await async_wait_for(lambda: watch.newest().version == 3, "the rollback")
     assert watch.newest().sha256 == watch.seen["m"][0].sha256
 
 
@@ -96,7 +96,7 @@ async def test_versions_that_are_not_kept_are_refused_with_those_that_are(
         # Sent past the check, as by a foreign tool: refused by the trainer, which goes on.
         await send_event(settings, action="rollback", version=9)
         await async_wait_for(
-            lambda: trainer.count("cortex_trainer_refused_total", kind="rollback") == 1, what="the refusal"
+            lambda: trainer.count("cortex_trainer_refused_total", kind="rollback") == 1, "the refusal"
         )
         await publish_experiences(settings, [experience("e2")])
         await watch.learned(2)
@@ -121,7 +121,7 @@ async def test_a_model_on_hold_learns_nothing_and_then_all_of_it(
         await publish_experiences(settings, [experience("e0")])
         await watch.learned(1)
         await send_control(settings, hold, "m")
-        await async_wait_for(lambda: trainer.trainer._controls.of("m").held, what="the trainer to know")
+        await async_wait_for(lambda: trainer.trainer._controls.of("m").held, "the trainer to know")
         await publish_experiences(settings, [experience(f"e{i}") for i in range(1, 6)])
         await publish_experiences(settings, [experience(f"o{i}", model_id=other) for i in range(5)])
         await watch.learned(5, other)
@@ -156,9 +156,9 @@ async def test_what_is_pending_when_a_model_is_pinned_is_not_published(
         await publish_experiences(settings, [experience("e0")])
         await watch.learned(1)
         await publish_experiences(settings, [experience("e1"), experience("e2")])
-        await async_wait_for(lambda: trainer.outcomes("learned") == 3, what="two to be pending")
+        await async_wait_for(lambda: trainer.outcomes("learned") == 3, "two to be pending")
         await send_control(settings, "pin", "m", 1)
-        await async_wait_for(lambda: not trainer.loaded("m"), what="the trainer to let go")
+        await async_wait_for(lambda: not trainer.loaded("m"), "the trainer to let go")
     await watch.follower.catch_up()
     assert watch.newest().version == 1
     await send_control(settings, "unpin", "m")
@@ -231,7 +231,7 @@ async def test_weights_that_are_not_finite_never_leave(
         await watch.learned(1)
         await publish_experiences(settings, [experience("e2")])
         await async_wait_for(
-            lambda: trainer.count("cortex_trainer_refused_total", kind="not_finite") == 1, what="the refusal"
+            lambda: trainer.count("cortex_trainer_refused_total", kind="not_finite") == 1, "the refusal"
         )
         monkeypatch.undo()
         await publish_experiences(settings, [experience("e3")])

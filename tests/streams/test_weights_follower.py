@@ -69,7 +69,7 @@ async def test_a_follower_starts_with_the_newest_and_then_gets_each(settings: Se
         await put(producer, settings, *(snapshot(v, "a") for v in (1, 2, 3)), snapshot(1, "b"))
         async with WeightsFollower(settings, swaps, keep_resume=True) as follower:
             await follower.until_caught_up()
-            await async_wait_for(lambda: len(swaps.seen) == 2, what="the newest of both models")
+            await async_wait_for(lambda: len(swaps.seen) == 2, "the newest of both models")
             assert sorted(swaps.seen) == [("a", 3), ("b", 1)]
             await put(producer, settings, snapshot(4, "a"), snapshot(5, "a"))
             await follower.catch_up()
@@ -287,5 +287,5 @@ async def test_an_unreachable_broker_is_named_and_waited_for(settings: Settings)
     said: list[str | None] = []
     away = settings.model_copy(update={"kafka": "127.0.0.1:1"})
     async with WeightsFollower(away, on_state=said.append) as follower:
-        await async_wait_for(lambda: any(s and "127.0.0.1:1" in s for s in said), what="the address")
+        await async_wait_for(lambda: any(s and "127.0.0.1:1" in s for s in said), "the address")
         assert not follower.caught_up.is_set()

@@ -73,7 +73,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
             assert not task.done(), task.result()
             return not it.worker.missing
 
-        await async_wait_for(ready, 60, "the trainer to be ready")
+        await async_wait_for(ready, "the trainer to be ready")
         yield it
     finally:
         it.worker.stopping.set()  # `stop()` would also set the timer that ends this process
@@ -84,4 +84,4 @@ async def all_committed(settings: Settings, wanted: dict[int, int]) -> None:
     async def reached() -> bool:
         return await committed(settings) == wanted
 
-    await async_wait_for(reached, 30, f"the group to have committed {wanted}", 0.1)
+    await async_wait_for(reached, f"the group to have committed {wanted}", every_s=0.1)

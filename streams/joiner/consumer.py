@@ -29,6 +29,7 @@ from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import ConsumerStoppedError, IllegalStateError, KafkaError
 from faust import Topic
 from faust.tables.manager import TableManager
+from faust.transport.consumer import ConsumerThread
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from mode import Service
@@ -96,10 +97,10 @@ class BatchThread(driver.AIOKafkaConsumerThread):
         return await start(consumer)
 
     async def on_thread_stop(self) -> None:
-        consumer, self._consumer = self._consumer, None
-        await super().on_thread_stop()
-        if consumer is not None:
-            await stop(consumer)
+        # Not the driver's, which stops the client without a limit.
+        await ConsumerThread.on_thread_stop(self)
+        if self._consumer is not None:
+            await stop(self._consumer)
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
         # Before anything is awaited, and so before anything of the next assignment can be fetched.
@@ -158,6 +159,8 @@ class BatchThread(driver.AIOKafkaConsumerThread):
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
                     ends = await self._consumer.end_offsets(assigned) if assigned else {}
                     done = {tp: await self._consumer.committed(tp) or 0 for tp in assigned}
+            except ConsumerStoppedError:
+                return
             except (KafkaError, OSError) as error:
                 why = f"Kafka at {self.settings.kafka_address} does not answer ({type(error).__name__})"
                 self._unavailable("kafka", why)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import redis
+from aiokafka import AIOKafkaConsumer
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse, utc_now
+from streams.joiner.app import JoinerApp, create_app
+from streams.kafka.clients import started
 from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
-from streams.testing import WorkerProcess, interaction, reply
+from streams.testing import WorkerProcess, async_wait_for, interaction, reply
+from streams.worker import Worker
 from tests.streams.kafka_helpers import lag
 
 Events = Sequence[InteractionEvent | ReplyEvent]
@@ -123,6 +129,36 @@ def check_published(
         if key[0] in may_move and not event.revision and key[0] not in wanted:
             del last[key[0]]  # its one reply was another's: it is open again, and replay has it no more
     assert last == {i: e.to_bytes() for i, e in wanted.items()}
+
+
+@contextlib.asynccontextmanager
+async def joining(settings: Settings, **changes: Any) -> AsyncIterator[JoinerApp]:
+    """A joiner in this process: a tenth of what a process of its own takes to start."""
+    settings = settings.model_copy(update=changes)
+    app = create_app(settings, Worker("joiner", settings))
+    await app.start()
+    try:
+        yield app
+    finally:
+        await app.stop()
+
+
+@contextlib.asynccontextmanager
+async def guest(settings: Settings) -> AsyncIterator[AIOKafkaConsumer]:
+    """Another member of the joiners' group, once it has its share of the partitions; it commits nothing."""
+    topics = Topics.of(settings)
+    consumer = AIOKafkaConsumer(
+        topics.interactions,
+        topics.replies,
+        bootstrap_servers=settings.kafka_address,
+        group_id=settings.joiner_group,
+        partition_assignment_strategy=[RangePartitionAssignor],
+        enable_auto_commit=False,
+        heartbeat_interval_ms=200,
+    )
+    async with started(consumer):
+        await async_wait_for(consumer.assignment, "the guest's share")
+        yield consumer
 
 
 def partitions(joiner: WorkerProcess) -> set[tuple[str, str]]:

@@ -1,21 +1,24 @@
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
 import redis
+from prometheus_client import REGISTRY
 
 from streams.events import DeadLetter, parse, utc_now
 from streams.kafka.topics import Topics
 from streams.settings import Settings
-from streams.testing import WorkerProcess, async_wait_for, interaction, reply, send, spawn_worker
+from streams.testing import async_wait_for, interaction, reply, send
 from tests.streams.joined import (
     all_committed,
     check_published,
     conversation,
     expected,
+    joining,
     quick,
     replay,
     summary,
@@ -36,37 +39,46 @@ def client(settings: Settings) -> Iterator[redis.Redis]:
         yield it
 
 
-def metric(worker: WorkerProcess, name: str, **labels: str) -> float:
-    wanted = "".join(f'{k}="{v}"' for k, v in labels.items())
-    lines = worker.get("/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name) and wanted in line)
+@pytest.fixture
+def counted() -> Callable[..., float]:
+    """What a joiner's metric has been counted up by since the test began."""
+    before = {(s.name, *sorted(s.labels.items())): s.value for m in REGISTRY.collect() for s in m.samples}
+
+    def difference(name: str, **labels: str) -> float:
+        return sum(
+            sample.value - before.get((sample.name, *sorted(sample.labels.items())), 0.0)
+            for metric in REGISTRY.collect()
+            for sample in metric.samples
+            if sample.name == f"cortex_joiner_{name}" and labels.items() <= sample.labels.items()
+        )
+
+    return difference
 
 
-def outcome(worker: WorkerProcess, name: str) -> float:
-    return metric(worker, "cortex_joiner_outcomes_total", outcome=name)
-
-
-async def test_events_become_experiences(settings: Settings, client: redis.Redis) -> None:
-    joiner = spawn_worker("joiner", settings).wait_ready()
+async def test_events_become_experiences(
+    settings: Settings, client: redis.Redis, counted: Callable[..., float]
+) -> None:
     topics = Topics.of(settings)
     now = utc_now()
-    await send(
-        settings,
-        [
-            reply("r1", "i1", occurred_at=now + timedelta(seconds=1)),
-            interaction("i1", occurred_at=now),
-            interaction("i1", occurred_at=now),
-            interaction("i2", "other", occurred_at=now),
-            (topics.replies, b"c", b"no json"),
-            (topics.interactions, None, b'{"schema_version": 99}'),
-            (topics.replies, b"c", None),
-            (topics.interactions, b"big", b"x" * 7_500_000),
-        ],
-    )
-    await async_wait_for(lambda: replay(settings, client), "the first experience")
-    await send(settings, [reply("r2", occurred_at=now + timedelta(seconds=2), text="No, that is wrong!")])
-    await async_wait_for(lambda: replay(settings, client)["i1"].revision == 2, "the amendment")
-    await async_wait_for(lambda: all_committed(settings), "the commit")
+    async with joining(settings):
+        await send(
+            settings,
+            [
+                reply("r1", "i1", occurred_at=now + timedelta(seconds=1)),
+                interaction("i1", occurred_at=now),
+                interaction("i1", occurred_at=now),
+                interaction("i2", "other", occurred_at=now),
+                (topics.replies, b"c", b"no json"),
+                (topics.interactions, None, b'{"schema_version": 99}'),
+                (topics.replies, b"c", None),
+                (topics.interactions, b"big", b"x" * 7_500_000),
+            ],
+        )
+        await async_wait_for(lambda: replay(settings, client), "the first experience")
+        at = now + timedelta(seconds=2)
+        await send(settings, [reply("r2", occurred_at=at, text="No, that is wrong!")])
+        await async_wait_for(lambda: replay(settings, client)["i1"].revision == 2, "the amendment")
+        await async_wait_for(lambda: all_committed(settings), "the commit")
 
     assert summary(replay(settings, client)) == {"i1": (2, ("r1", "r2"))}
     check_published(await read_all(settings, topics.experiences), replay(settings, client))
@@ -74,26 +86,26 @@ async def test_events_become_experiences(settings: Settings, client: redis.Redis
     assert Counter(letter.topic for letter in letters) == {topics.replies: 2, topics.interactions: 2}
     assert {letter.raw_at_source for letter in letters if "7500000 bytes" in letter.reason} == {True}
     assert any("schema_version 99" in letter.reason for letter in letters)
-    assert outcome(joiner, "duplicates") == 1
-    assert outcome(joiner, "amended") == 1
-    assert metric(joiner, "cortex_joiner_dead_letters_total") == 4
-    assert metric(joiner, "cortex_joiner_events_total", kind="interactions") == 3
-    assert joiner.stop() == 0
+    assert counted("outcomes_total", outcome="duplicates") == 1
+    assert counted("outcomes_total", outcome="amended") == 1
+    assert counted("dead_letters_total") == 4
+    assert counted("events_total", kind="interactions") == 3
 
 
 async def test_silence_becomes_no_reply_and_a_late_reply_amends_it(
-    settings: Settings, client: redis.Redis
+    settings: Settings, client: redis.Redis, counted: Callable[..., float]
 ) -> None:
-    joiner = spawn_worker("joiner", settings, join_window_s=0.5).wait_ready()
     now = utc_now()
-    await send(settings, [interaction("i1", occurred_at=now), reply("lost", "never", "d", occurred_at=now)])
-    await async_wait_for(lambda: replay(settings, client), "the window to close")
-    assert [(e.revision, e.outcome) for e in replay(settings, client).values()] == [(0, "no_reply")]
-    await async_wait_for(lambda: outcome(joiner, "orphans") == 1, "the orphan")
-    await send(settings, [reply("late", "i1", occurred_at=utc_now() + timedelta(seconds=1))])
-    await async_wait_for(lambda: replay(settings, client)["i1"].revision == 1, "the late amendment")
-    await async_wait_for(lambda: outcome(joiner, "late") == 1, "the count")
-    await async_wait_for(lambda: all_committed(settings), "the commit")
+    async with joining(settings, join_window_s=0.5):
+        lost = reply("lost", "never", "d", occurred_at=now)
+        await send(settings, [interaction("i1", occurred_at=now), lost])
+        await async_wait_for(lambda: replay(settings, client), "the window to close")
+        assert [(e.revision, e.outcome) for e in replay(settings, client).values()] == [(0, "no_reply")]
+        await async_wait_for(lambda: counted("outcomes_total", outcome="orphans") == 1, "the orphan")
+        await send(settings, [reply("late", "i1", occurred_at=utc_now() + timedelta(seconds=1))])
+        await async_wait_for(lambda: replay(settings, client)["i1"].revision == 1, "the late amendment")
+        await async_wait_for(lambda: counted("outcomes_total", outcome="late") == 1, "the count")
+        await async_wait_for(lambda: all_committed(settings), "the commit")
     check_published(await read_all(settings, Topics.of(settings).experiences), replay(settings, client))
     join_keys = client.keys(f"{settings.topic_prefix}:join:*")
     assert len(join_keys) == 1
@@ -101,20 +113,22 @@ async def test_silence_becomes_no_reply_and_a_late_reply_amends_it(
 
 
 async def test_it_waits_for_redis_says_so_and_skips_nothing(settings: Settings, client: redis.Redis) -> None:
-    joiner = spawn_worker("joiner", settings).wait_ready()
-    await send(settings, conversation(1))
-    await async_wait_for(lambda: all_committed(settings), "the first events")
-    wanted = expected(conversation(1) + conversation(2))
-    client.config_set("maxmemory", "1")  # every write is refused from here on
-    try:
-        await send(settings, conversation(2))
-        body = await async_wait_for(
-            lambda: (r := joiner.get("/readyz")).status_code == 503 and r.json(), "/readyz to say no"
-        )
-        assert settings.redis_shown in body["missing"]["redis"]
-        assert not await all_committed(settings)
-    finally:
-        client.config_set("maxmemory", "0")
-    await async_wait_for(lambda: all_committed(settings), "the rest")
-    joiner.wait_ready()
-    assert summary(replay(settings, client)) == wanted
+    async with joining(settings) as joiner:
+        await send(settings, conversation(1))
+        await async_wait_for(lambda: all_committed(settings), "the first events")
+        wanted = expected(conversation(1) + conversation(2))
+        generation = joiner.consumer_generation_id
+        client.config_set("maxmemory", "1")  # every write is refused from here on
+        try:
+            await send(settings, conversation(2))
+            missing = await async_wait_for(lambda: joiner.worker.missing, "it to say so")
+            assert settings.redis_shown in missing["redis"]
+            end = time.monotonic() + 2 * settings.session_timeout_s
+            await async_wait_for(lambda: time.monotonic() > end, "its session to pass")
+            assert not await all_committed(settings)
+        finally:
+            client.config_set("maxmemory", "0")
+        await async_wait_for(lambda: all_committed(settings), "the rest")
+        assert not joiner.worker.missing
+        assert joiner.consumer_generation_id == generation, "it has kept its place in the group"
+        assert summary(replay(settings, client)) == wanted

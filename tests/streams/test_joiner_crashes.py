@@ -5,24 +5,20 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 import redis
-from aiokafka import AIOKafkaConsumer
-from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 
-from streams.joiner.app import create_app
-from streams.kafka.clients import started
 from streams.kafka.topics import Topics
 from streams.settings import Settings
 from streams.testing import async_wait_for, send, spawn_worker
-from streams.worker import Worker
 from tests.streams.joined import (
     all_committed,
     check_published,
     conversation,
     expected,
+    guest,
+    joining,
     movable,
     partitions,
     quick,
@@ -40,11 +36,6 @@ def settings(settings: Settings) -> Settings:
     return quick(settings)
 
 
-def holds_more_than(settings: Settings, client: redis.Redis, count: int) -> bool:
-    """Whether replay holds more entries than that."""
-    return len(replay(settings, client)) > count
-
-
 @pytest.fixture
 def client(settings: Settings) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(settings.redis_address) as it:
@@ -60,8 +51,11 @@ async def test_kill_9_in_the_middle_loses_nothing_and_doubles_nothing(
     for half in (events[::2], events[1::2]):
         await send(settings, half)
         seen = len(replay(settings, client))
-        more = partial(holds_more_than, settings, client, seen + 5)
-        await async_wait_for(more, "progress")
+        await async_wait_for(
+            lambda seen=seen: len(replay(settings, client)) > seen + 5,  # type: ignore[misc]
+            30,
+            "progress",
+        )
         joiner.kill()
         joiner = spawn_worker("joiner", settings, join_batch=7)
     await async_wait_for(lambda: all_committed(settings), "all to be joined")
@@ -98,26 +92,13 @@ async def test_two_joiners_share_and_one_takes_over_when_the_other_is_killed(
 
 async def test_rebalances_in_the_middle_lose_nothing(settings: Settings, client: redis.Redis) -> None:
     topics = Topics.of(settings)
-    joiner = create_app(settings.model_copy(update={"join_batch": 5}), Worker("joiner", settings))
-    await joiner.start()
     events = [event for n in range(60) for event in conversation(n, named=n % 2 == 0)]
-    for part in [events[n::5] for n in range(5)]:
-        # Another member takes half of the partitions for a moment, and commits nothing.
-        guest = AIOKafkaConsumer(
-            topics.interactions,
-            topics.replies,
-            bootstrap_servers=settings.kafka_address,
-            group_id=settings.joiner_group,
-            partition_assignment_strategy=[RangePartitionAssignor],
-            enable_auto_commit=False,
-            heartbeat_interval_ms=200,
-        )
-        sending = asyncio.create_task(send(settings, part))
-        async with started(guest):
-            await async_wait_for(guest.assignment, "the guest's share")
-            await sending
-    await async_wait_for(lambda: all_committed(settings), "all to be joined")
-    await joiner.stop()
+    async with joining(settings, join_batch=5):
+        for part in [events[n::5] for n in range(5)]:
+            sending = asyncio.create_task(send(settings, part))
+            async with guest(settings):  # it takes half of the partitions for a moment, and commits nothing
+                await sending
+        await async_wait_for(lambda: all_committed(settings), "all to be joined")
     got = replay(settings, client)
     assert summary(got) == expected(events)
     check_published(await read_all(settings, topics.experiences), got, movable(events))

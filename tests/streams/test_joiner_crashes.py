@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import redis
@@ -47,15 +48,15 @@ async def test_kill_9_in_the_middle_loses_nothing_and_doubles_nothing(
 ) -> None:
     events = [event for n in range(80) for event in conversation(n, named=n % 2 == 0)]
     random.Random(1).shuffle(events)
+
+    def progressed(seen: int) -> bool:
+        return len(replay(settings, client)) > seen + 5
+
     joiner = spawn_worker("joiner", settings, join_batch=7).wait_ready()
     for half in (events[::2], events[1::2]):
         await send(settings, half)
         seen = len(replay(settings, client))
-        await async_wait_for(
-            lambda seen=seen: len(replay(settings, client)) > seen + 5,  # type: ignore[misc]
-            30,
-            "progress",
-        )
+        await async_wait_for(partial(progressed, seen), "progress")
         joiner.kill()
         joiner = spawn_worker("joiner", settings, join_batch=7)
     await async_wait_for(lambda: all_committed(settings), "all to be joined")

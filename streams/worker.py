@@ -145,7 +145,7 @@ class Worker:
             return JSONResponse(body, status_code=200 if ok else 503)
 
         # Starlette treats a function as a request handler, and any other callable as an ASGI app.
-        metrics = make_asgi_app().__call__  # type: ignore[operator]
+        metrics = make_asgi_app().__call__  # type: ignore[operator]  # untyped
         return [
             Route("/healthz", healthz),
             Route("/readyz", readyz),

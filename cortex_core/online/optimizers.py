@@ -17,18 +17,18 @@ class Adam(torch.optim.Adam):
     """`torch.optim.Adam`."""
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not used
         """One step down the gradients."""
-        torch.optim.Adam.step.__wrapped__(self)  # type: ignore[attr-defined]
+        torch.optim.Adam.step.__wrapped__(self)  # type: ignore[attr-defined]  # the decorator's
 
 
 class SGD(torch.optim.SGD):
     """`torch.optim.SGD`."""
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not used
         """One step down the gradients."""
-        torch.optim.SGD.step.__wrapped__(self)  # type: ignore[attr-defined]
+        torch.optim.SGD.step.__wrapped__(self)  # type: ignore[attr-defined]  # the decorator's
 
 
 for _optimizer in (Adam, SGD):

@@ -88,7 +88,7 @@ class Conversation:
             return NotImplemented
         return self.interactions == other.interactions and self.replies == other.replies
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # as Python has it
 
     def copy(self) -> Conversation:
         """One that may change without this one; its values are immutable and shared."""

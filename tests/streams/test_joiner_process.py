@@ -86,7 +86,10 @@ async def test_sigterm_finishes_the_batch_commits_it_and_leaves_the_group(
     for record in await read_all(settings, topics.interactions) + await read_all(settings, topics.replies):
         is_interaction = record.topic == topics.interactions
         if record.offset < committed[record.topic, record.partition]:
-            done.append(parse(InteractionEvent if is_interaction else ReplyEvent, record.value))  # type: ignore[arg-type]
+            kind: type[InteractionEvent] | type[ReplyEvent] = (
+                InteractionEvent if is_interaction else ReplyEvent
+            )
+            done.append(parse(kind, record.value))
     assert 20 < len(done) < len(events)
     assert summary(replay(settings, client)) == expected(done), "committed and done are the same"
 

@@ -32,6 +32,7 @@ from streams.connections import kafka_client_options
 from streams.demo.view import Frame
 from streams.inference.api import DecideRequest, ReplyRequest
 from streams.joiner.batch import Batch
+from streams.joiner.decode import decode_interaction, decode_reply
 from streams.kafka.topics import Topics
 from streams.local.embedded import redis_program
 from streams.local.processes import Child
@@ -133,7 +134,13 @@ def of_online_trainer() -> dict[str, Any]:
 
 def of_join() -> dict[str, Any]:
     asked, said = testing.interaction("i-1"), testing.reply("r-1", "i-1")
-    return {"interaction": asked, "reply": said, "arrived": 1.0, "now": 2.0}
+    return {
+        "decode_interaction": decode_interaction,
+        "value": asked.to_bytes(),
+        "reply": decode_reply(said.to_bytes()),
+        "arrived": 1.0,
+        "now": 2.0,
+    }
 
 
 class Solitary:
@@ -184,6 +191,10 @@ ALONE: dict[str, Callable[[], dict[str, Any]]] = {
     "streams.demo.users": lambda: {"index": 3, "strategy_id": "step_by_step", "memory_ids": ("m1",)},
     "streams.demo.view.View": lambda: {"console": Console(file=io.StringIO()), "frame": Frame()},
     "streams.joiner.batch": lambda: {"batch": Batch(Solitary(), 1, [], {})},
+    "streams.joiner.decode": lambda: {
+        "interaction_bytes": testing.interaction("i-1").to_bytes(),
+        "reply_bytes": testing.reply("r-1").to_bytes(),
+    },
     "streams.joiner.join": of_join,
     "streams.local.embedded": lambda: {"data": Path("data")},
     "streams.local.processes.Child": lambda: {"program": redis_program(), "data": Path("data")},
@@ -209,6 +220,7 @@ ON_SERVERS: dict[str, Callable[[Settings], dict[str, Any]]] = {
         "topic": Topics.of(settings).replies,
         "key": b"c-1",
         "value": testing.reply("r-2").to_bytes(),
+        "messages": [(Topics.of(settings).replies, b"c-1", testing.reply("r-3").to_bytes())],
     },
     "streams.kafka.reader": lambda settings: {"topic": Topics.of(settings).replies},
     "streams.local.stack": lambda _: {},

@@ -1,8 +1,8 @@
 """Events for the join, decoded without a pydantic model where they are as every producer of ours writes them.
 
-    interaction = decode_interaction(record.value, store_text=False)
+    interaction = decode_interaction(interaction_bytes, store_text=False)
     interaction.body              # the bytes that came, or, where those cannot be kept, canonical ones
-    reply = decode_reply(record.value)
+    reply = decode_reply(reply_bytes)
 
 The models of `streams.events` decide what an event is. What is decoded here is checked as strictly; all else
 (another type that a model would convert, an unknown field, an error) goes through the model, which converts

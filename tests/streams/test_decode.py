@@ -62,7 +62,7 @@ def altered(draw: st.DrawFn, events: list[dict[str, Any]]) -> bytes:
         match draw(st.sampled_from(["replace", "replace", "inside", "remove"])):
             case "inside" if isinstance(value, list) and value:
                 value[draw(st.integers(0, len(value) - 1))] = draw(DRAW_ODD)
-            case "inside" if isinstance(value, dict):
+            case "inside" if isinstance(value, dict) and value:
                 value[draw(st.sampled_from(sorted(value)))] = draw(DRAW_ODD)
             case "remove":
                 event.pop(name, None)

@@ -2,21 +2,22 @@
 
 Keys (the braces are the hash tag that keeps a model on one node of a cluster):
 
-    <prefix>:replay:{<model_id>}:entries   hash    id → revision, newline, JSON
+    <prefix>:replay:{<model_id>}:entries   hash    id → version, newline, JSON
     <prefix>:replay:{<model_id>}:order     zset    id by the interaction's time
     <prefix>:replay:{<model_id>}:changed   set     ids written while a rebuild is under way
     <prefix>:replay-models                 set     every model_id that has a buffer
 
 The JSON is an `ExperienceEvent` exactly as published, or a `ReplayEntry` where a tool added one. What is
-kept is a function of the set of writes: the highest revision of each id, and of those the last `capacity`
-by (`occurred_at`, id), whatever the order of writing.
+kept is a function of the set of writes: the highest version of each id, and of those the last `capacity`
+by (`occurred_at`, id), whatever the order of writing. Versions are the joiner's (`streams.joiner.states`); an
+entry that a tool adds has its revision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,12 +43,21 @@ class WriteResult(IntEnum):
     """What became of one write."""
 
     STALE = -1
-    """A higher revision is stored."""
+    """What is stored is not what this write replaces."""
     SAME = 0
-    """This revision is stored already: the work was repeated."""
+    """This version is stored already: the work was repeated."""
     CHANGED = 1
     TOO_OLD = 2
     """The buffer is full of later entries."""
+
+
+class Replaces(StrEnum):
+    """What a write takes the place of; nothing is stored in the place of anything else."""
+
+    OLDER = "older"
+    """A lower version, or nothing."""
+    NOTHING = "nothing"
+    ANY = "any"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +67,13 @@ class ReplayWrite:
     id: str
     occurred_at: float
     """Unix seconds."""
-    revision: int
+    version: int
+    """Less than 2**53."""
     value: bytes
-    """JSON of an `ExperienceEvent` or of a `ReplayEntry`; empty: the entry is taken out."""
-    force: bool = False
-    """Replaces whatever revision is stored: a reply turned out to belong to another interaction."""
+    """JSON of an `ExperienceEvent` or a `ReplayEntry`; empty: the entry is taken out, and its version stays
+    (unless this replaces any), so that no older write brings it back."""
+    replaces: Replaces | int = Replaces.OLDER
+    """A number: exactly this version."""
 
     @classmethod
     def of(cls, entry: ReplayEntry) -> ReplayWrite:
@@ -69,20 +81,28 @@ class ReplayWrite:
         return cls(entry.id, entry.occurred_at, entry.revision, value)
 
 
-# KEYS: entries, order, changed. ARGV: capacity, then id, score, revision, force, value for each write.
+# KEYS: entries, order, changed. ARGV: capacity, then id, score, version, replaces, value for each write.
 WRITE = """
 local capacity, wrote = tonumber(ARGV[1]), {}
 local noting = redis.call('EXISTS', KEYS[3]) == 1
 for i = 2, #ARGV, 5 do
-  local id, score, revision, value = ARGV[i], ARGV[i+1], tonumber(ARGV[i+2]), ARGV[i+4]
+  local id, score, version, replaces, value = ARGV[i], ARGV[i+1], tonumber(ARGV[i+2]), ARGV[i+3], ARGV[i+4]
   local stored = redis.call('HGET', KEYS[1], id)
   local known = stored and tonumber(string.match(stored, '^%d+'))
+  local is_out = not stored or string.sub(stored, -1) == '\\n'
+  local replaced = replaces == 'any'
+    or (replaces == 'nothing' and is_out)
+    or (replaces == 'older' and (not known or known < version))
+    or (known and known == tonumber(replaces))
   local result = 1
-  if value == '' then
+  if value == '' and replaces == 'any' then
     result = redis.call('HDEL', KEYS[1], id)
     redis.call('ZREM', KEYS[2], id)
-  elseif known and ARGV[i+3] ~= '1' and known >= revision then
-    result = known == revision and 0 or -1
+  elseif not replaced then
+    result = known == version and 0 or -1
+  elseif value == '' then
+    redis.call('HSET', KEYS[1], id, ARGV[i+2] .. '\\n')
+    redis.call('ZREM', KEYS[2], id)
   else
     value = ARGV[i+2] .. '\\n' .. value
     if stored == value then
@@ -154,14 +174,14 @@ def _write_arguments(capacity: int, writes: Iterable[ReplayWrite]) -> list[Any]:
     """ARGV of `WRITE` for up to `CHUNK` writes; it answers with a `WriteResult` for each."""
     args: list[Any] = [capacity]
     for w in writes:
-        args += (w.id, repr(w.occurred_at), w.revision, int(w.force), w.value)
+        args += (w.id, repr(w.occurred_at), w.version, w.replaces, w.value)
     return args
 
 
 def decode(value: bytes) -> tuple[int, bytes]:
-    """Revision and JSON of a stored value."""
-    revision, _, body = value.partition(b"\n")
-    return int(revision), body
+    """Version and JSON of a stored value."""
+    version, _, body = value.partition(b"\n")
+    return int(version), body
 
 
 def to_entry(value: bytes) -> ReplayEntry:
@@ -245,7 +265,7 @@ class RedisReplayBuffer:
 
     def remove(self, entry_id: str) -> bool:
         """Takes an entry out; whether it was there."""
-        return self.write([ReplayWrite(entry_id, 0.0, 0, b"")]) == [WriteResult.CHANGED]
+        return self.write([ReplayWrite(entry_id, 0.0, 0, b"", Replaces.ANY)]) == [WriteResult.CHANGED]
 
     def sample(self, n: int, prioritize_recent: bool = True) -> list[ReplayEntry]:
         """Up to `n` distinct entries; recent ones oftener (see `RecencySampler`), or uniformly."""
@@ -258,8 +278,7 @@ class RedisReplayBuffer:
 
     def get(self, entry_id: str) -> ReplayEntry | None:
         """The entry with this id, or None."""
-        value: Any = self._client.hget(self.keys.entries, entry_id)
-        return None if value is None else to_entry(value)
+        return self.get_many([entry_id])[0]
 
     def get_many(self, entry_ids: Sequence[str]) -> list[ReplayEntry | None]:
         """The entries with these ids, None where there is none."""
@@ -282,7 +301,8 @@ class RedisReplayBuffer:
         for start in range(0, len(entry_ids), CHUNK):
             ids = entry_ids[start : start + CHUNK]
             values: Any = self._client.hmget(self.keys.entries, list(ids))
-            yield from zip(ids, values, strict=True)
+            for entry_id, value in zip(ids, values, strict=True):
+                yield entry_id, None if value is None or value.endswith(b"\n") else value
 
     def clear(self) -> None:
         """Deletes every entry."""
@@ -300,6 +320,16 @@ def model_ids(client: redis.Redis, prefix: str) -> list[str]:
     """Every model that has a buffer."""
     found: Any = client.smembers(ReplayKeys(prefix, "").models)
     return sorted(model_id.decode() for model_id in found)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An experience in replay."""
+
+    model_id: str
+    version: int
+    value: bytes
+    """JSON of the `ExperienceEvent`."""
 
 
 class ReplayWriter:
@@ -341,9 +371,8 @@ class ReplayWriter:
         self._known.update(positions)
         return out
 
-    async def find(self, wanted: Sequence[tuple[str | None, str]]) -> list[tuple[str, bytes] | None]:
-        """What is stored of each (model_id or None for any, interaction_id): its model_id, and the JSON of an
-        `ExperienceEvent`.
+    async def find(self, wanted: Sequence[tuple[str | None, str]]) -> list[Found | None]:
+        """What is stored of each (model_id or None for any, interaction_id).
 
         One round trip where the models are given, else two.
         """
@@ -359,9 +388,9 @@ class ReplayWriter:
             for candidate in models if model_id is None else [model_id]:
                 pipe.hget(ReplayKeys(self._prefix, candidate, self._generation).entries, entry_id)
                 asked.append((i, candidate))
-        out: list[tuple[str, bytes] | None] = [None] * len(wanted)
+        out: list[Found | None] = [None] * len(wanted)
         for (i, model_id), value in zip(asked, await pipe.execute(), strict=True):
-            # A tool's entry has no interaction, and so nothing to amend.
+            # A tool's entry has no interaction, and so nothing to amend; nor has one that was taken out.
             if value is not None and out[i] is None and b'"interaction":' in value:
-                out[i] = model_id, decode(value)[1]
+                out[i] = Found(model_id, *decode(value))
         return out

@@ -61,10 +61,11 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
                     tasks = extract_feedback(received, join, part.refuse)
                     while tasks:
                         joined = await engine.join(tasks)
-                        await engine.store(joined)
-                        await engine.publish(joined)
+                        await engine.settle(joined)
                         tasks = await engine.save(joined)
                         count(joined.counts)
+                        await engine.store(joined)
+                        await engine.publish(joined)
                     await app.publish_dead_letters(part.dead_letters)
                     await part.commit()
 
@@ -131,6 +132,7 @@ class JoinerApp(faust.App):
     async def _publish_experiences(self, experiences: Sequence[tuple[str, bytes]]) -> None:
         topic = self.cortex_topics.experiences
         await self.publisher.send((topic, model_id.encode(), value) for model_id, value in experiences)
+        count({"experiences": len(experiences)})
 
     async def publish_dead_letters(self, letters: Sequence[DeadLetter]) -> None:
         """Returns when all are acknowledged."""

@@ -18,6 +18,8 @@ LATE_S = 24 * 3600.0
 
 INTERACTION, REPLY = "i:", "r:"
 """Begin the names of the fields of a stored conversation; the rest of a name is the id."""
+PENDING = "p"
+"""Name of the field with `Conversation.pending`."""
 _BODY = b"\n"
 """Before the body of an open interaction, in its field."""
 
@@ -34,7 +36,7 @@ class TrackedInteraction(Struct, frozen=True):
     until: float
     """A window after it occurred or, if later, arrived; it is not forgotten before `LATE_S` after this."""
     body: bytes | None
-    """The event's JSON; None once the window has closed: replay has it from then on."""
+    """The event's JSON; None once the window has closed, for replay has it by then."""
 
     @property
     def order(self) -> tuple[float, str]:
@@ -66,13 +68,28 @@ class ReceivedReply(Struct, frozen=True):
 class Conversation:
     """What the join knows of one conversation, with each reply at the interaction it is about."""
 
-    __slots__ = ("_answers", "_open", "_order", "_waiting", "changed", "interactions", "replies", "size")
+    __slots__ = (
+        "_answers",
+        "_open",
+        "_order",
+        "_waiting",
+        "changed",
+        "interactions",
+        "pending",
+        "replies",
+        "size",
+    )
 
     def __init__(self) -> None:
         self.interactions: dict[str, TrackedInteraction] = {}
         self.replies: dict[str, ReceivedReply] = {}
         self.changed: set[str] = set()
         """Names of the fields that changed since it was copied or loaded."""
+        self.pending: dict[str, int] = {}
+        """Interactions whose experience is still to be written and published, with the version that it gets.
+
+        It is stored in one write with the change that caused it, and before the experience is: a worker that
+        dies in between leaves it to the next one, which gives each reply to the same interaction."""
         self.size = 500
         """About how many bytes it holds."""
         self._order: list[tuple[float, str]] = []
@@ -94,7 +111,7 @@ class Conversation:
         """One that may change without this one; its values are immutable and shared."""
         new = Conversation.__new__(Conversation)
         new.interactions, new.replies = self.interactions.copy(), self.replies.copy()
-        new.changed, new.size = set(), self.size
+        new.changed, new.size, new.pending = set(), self.size, self.pending.copy()
         new._order, new._open = self._order.copy(), self._open.copy()
         new._answers, new._waiting = self._answers.copy(), self._waiting.copy()
         return new
@@ -123,9 +140,9 @@ class Conversation:
         """Replies without an interaction, in order."""
         return sorted(self._waiting.values(), key=lambda r: r.order)
 
-    def earliest(self) -> TrackedInteraction:
-        """The interaction that occurred first."""
-        return self.interactions[self._order[0][1]]
+    def in_order(self) -> list[TrackedInteraction]:
+        """All interactions, the one that occurred first at the head."""
+        return [self.interactions[interaction_id] for _, interaction_id in self._order]
 
     def due(self, window_s: float) -> float | None:
         """When `Join.on_timer` has something to do; None: only forgetting is left."""
@@ -169,14 +186,20 @@ class Conversation:
         else:
             self._set_answers(target, [*self.replies_of(target), reply])
 
-    def close(self, interaction: TrackedInteraction) -> TrackedInteraction:
+    def set_pending(self, interaction: TrackedInteraction) -> None:
+        """The interaction's experience must be written anew; `stamp` gives it its version."""
+        self.pending[interaction.id] = 0
+
+    def stamp(self, version: int) -> None:
+        """Gives this version to all that became pending since the conversation was copied."""
+        self.pending = {i: known or version for i, known in self.pending.items()}
+
+    def close(self, interaction: TrackedInteraction) -> None:
         """Lets go of an interaction's body."""
-        closed = msgspec.structs.replace(interaction, body=None)
-        self.interactions[interaction.id] = closed
+        self.interactions[interaction.id] = msgspec.structs.replace(interaction, body=None)
         self.size -= len(interaction.body or b"")
         del self._open[interaction.id]
         self.changed.add(INTERACTION + interaction.id)
-        return closed
 
     def forget_reply(self, reply: ReceivedReply) -> None:
         """Lets go of a reply that waits."""
@@ -184,13 +207,12 @@ class Conversation:
         self._drop(reply)
 
     def forget_interaction(self, interaction: TrackedInteraction) -> None:
-        """Lets go of an interaction and of the replies about it."""
+        """Lets go of a closed interaction and of the replies about it."""
         for reply in self._answers.pop(interaction.id, ()):
             self._drop(reply)
         del self.interactions[interaction.id]
         del self._order[bisect_left(self._order, interaction.order)]
-        self._open.pop(interaction.id, None)
-        self.size -= 200 + len(interaction.body or b"")
+        self.size -= 200
         self.changed.add(INTERACTION + interaction.id)
 
     def _note(self, new: TrackedInteraction) -> None:
@@ -220,8 +242,10 @@ class Conversation:
         """
         if whole:
             names = [INTERACTION + i for i in self.interactions] + [REPLY + r for r in self.replies]
-            return {name: self._field(name) or b"" for name in names}, []
-        fields = {name: self._field(name) for name in self.changed}
+            fields = {name: self._field(name) for name in names}
+        else:
+            fields = {name: self._field(name) for name in self.changed}
+        fields[PENDING] = msgspec.json.encode(self.pending) if self.pending else None
         return (
             {name: value for name, value in fields.items() if value is not None},
             [name for name, value in fields.items() if value is None],
@@ -257,9 +281,12 @@ class Conversation:
         for reply in sorted(replies, key=lambda r: r.order):
             new.add_reply(reply)
         new.changed.clear()
+        if pending := fields.get(PENDING.encode()):
+            new.pending = _pending.decode(pending)
         return new
 
 
+_pending = msgspec.json.Decoder(dict[str, int])
 _interaction = msgspec.json.Decoder(tuple[float, str, str, float])
 _reply = msgspec.json.Decoder(
     tuple[float, str | None, dict[str, Any], float, dict[str, dict[str, Any]] | None, bytes | None]

@@ -1,33 +1,39 @@
-"""One batch of events through the join: state, effects, state. Shared by live joining and rebuilds.
+"""One batch of events through the join: state, then its effects. Shared by live joining and rebuilds.
 
     while tasks:
         joined = await engine.join(tasks)     # what the events make of their conversations
-        await engine.store(joined)            # replay: an upsert by revision; repeating it is harmless
-        await engine.publish(joined)          # the same; the same (id, revision) carries the same bytes
+        await engine.settle(joined)           # into replay and out: what the state is about to let go of
         tasks = await engine.save(joined)     # state: compare-and-set on each conversation's version
+        await engine.store(joined)            # replay: an upsert by version; repeating it is harmless
+        await engine.publish(joined)          # the same (id, version) carries the same bytes
 
-Effects have this one order, and a crash between any two of them repeats work and changes nothing. State comes
-last, so that an event that the state knows has had its effects; the caller commits the batch's offsets after
-it. When another worker changed a conversation meanwhile (for a moment two may own it, in a rebalance), `save`
-hands back the tasks on it: its state is read again, they are done again on it, and everything that the
-conversation now amounts to is written once more.
+State comes before the experiences that it makes, so that a reply is never in one that the state knows nothing
+of: after a crash the next worker would give it to another interaction as well. The experiences still to be
+written are in the state (`Conversation.pending`), and whoever loads it next writes them; the caller commits
+the batch's offsets last, so that somebody does. What `settle` writes gives no reply to anybody else: silence,
+and replies that name an interaction which is in replay alone.
+
+When another worker changed a conversation meanwhile (for a moment two may own it, in a rebalance), `save`
+hands back the tasks on it, and nothing of them has been written. What a worker that was taken for dead writes
+afterwards has a lower version, and replay does not take it.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from streams.joiner.conversation import Conversation, ReceivedReply
+from cortex_core.errors import InputError
+from streams.joiner.conversation import Conversation, ReceivedReply, TrackedInteraction
 from streams.joiner.decode import StoredExperience, decode_experience, moment
-from streams.joiner.join import Changes, Join, Orphan, Put, Retract
+from streams.joiner.join import Changes, Join
 from streams.joiner.states import DUE_AT_ONCE, Save, States
-from streams.replay_store import ReplayWrite, ReplayWriter, WriteResult
+from streams.kafka.publisher import MAX_VALUE
+from streams.replay_store import Found, Replaces, ReplayWrite, ReplayWriter, WriteResult
 
 Step = Callable[[Conversation, Changes], None]
-Asked = list[tuple[str | None, str]]
-"""Model, None for any, and interaction."""
 Publish = Callable[[Sequence[tuple[str, bytes]]], Awaitable[None]]
 """Takes (model_id, experience as JSON) pairs; returns when all are acknowledged."""
 
@@ -40,39 +46,41 @@ class Task:
     partition: int
     step: Step
     is_timer: bool = False
-    """Saved even where nothing changed, so that what is due next is right again."""
-    again: bool = False
-    """Another worker changed the conversation meanwhile: its state is read afresh, and all of it written."""
+    """Saved even where nothing changed, so that what is due next is noted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """An experience on its way to replay, and out."""
+
+    model_id: str
+    value: bytes
+    """JSON of the `ExperienceEvent`."""
+    write: ReplayWrite
 
 
 @dataclass(slots=True)
 class Joined:
-    """What a batch of tasks made of its conversations, on its way out."""
+    """What a batch of tasks made of its conversations."""
 
     tasks: dict[str, list[Task]]
     """By conversation."""
-    saves: list[Save] = field(default_factory=list)
-    writes: list[tuple[str, ReplayWrite]] = field(default_factory=list)
-    """(model_id, entry) for replay."""
-    values: list[bytes] = field(default_factory=list)
-    """The experience that each write is about, as JSON."""
-    news: list[tuple[str, bytes]] = field(default_factory=list)
-    """(model_id, experience) to publish: those that replay took."""
-    changed: dict[str, Counter[str]] = field(default_factory=dict)
-    """What happened in each conversation, by the names of `Changes`."""
+    changes: dict[str, Changes] = field(default_factory=dict)
+    saves: dict[str, Save] = field(default_factory=dict)
+    """After `Engine.save`, those that were written."""
+    pending: dict[str, list[Experience]] = field(default_factory=dict)
+    """The experiences that are pending, by conversation."""
+    news: list[Experience] = field(default_factory=list)
+    """Those to publish: replay took them."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What happened in all; complete after `save`."""
-
-    def add(self, model_id: str, write: ReplayWrite, value: bytes) -> None:
-        """A write, and the experience that it is about."""
-        self.writes.append((model_id, write))
-        self.values.append(value)
+    """What happened, by the names of `Changes`; complete after `Engine.save`."""
 
 
 class Engine:
     """Runs tasks on conversations and makes their effects.
 
-    Its methods raise whatever Redis or Kafka raise. Nothing is half done then: do the same tasks again.
+    Its methods raise whatever Redis or Kafka raise. Do the same tasks again then: what was done is not done
+    twice, and what was not is.
     """
 
     def __init__(
@@ -88,63 +96,79 @@ class Engine:
         counts: Counter[str] = Counter()
         while tasks:
             joined = await self.join(tasks)
+            await self.settle(joined)
+            tasks = await self.save(joined)
             await self.store(joined)
             await self.publish(joined)
-            tasks = await self.save(joined)
             counts += joined.counts
         return counts
 
     async def join(self, tasks: Sequence[Task]) -> Joined:
-        """Does the tasks, in order for each conversation, on copies of what is stored."""
+        """Does the tasks, in order for each conversation, on copies of what is stored.
+
+        Raises:
+            InputError: an experience would be larger than a record may be.
+        """
         by_conversation: dict[str, list[Task]] = {}
         for task in tasks:
             by_conversation.setdefault(task.conversation_id, []).append(task)
-        joined, again = Joined(by_conversation), any(task.again for task in tasks)
-        stored = await self.states.load(by_conversation, fresh=again)
-        effects: list[Put | Retract | Orphan] = []
+        joined = Joined(by_conversation)
+        stored = await self.states.load(by_conversation)
         for conversation_id, its_tasks in by_conversation.items():
             before = stored[conversation_id]
             after, changes = before.conversation.copy(), Changes()
             for task in its_tasks:
                 task.step(after, changes)
-            if again:
-                self.rules.everything(after, changes)
-            joined.changed[conversation_id] = changes.counts
-            effects += changes.effects
-            if after.changed or again or its_tasks[-1].is_timer:
-                due = after.due(self.rules.window_s)
-                joined.saves.append(Save(conversation_id, its_tasks[-1].partition, before, after, due))
-        await self._compose(effects, joined)
+            joined.changes[conversation_id] = changes
+            due = after.due(self.rules.window_s)
+            must_note = its_tasks[-1].is_timer or (due is not None and not before.is_cached)
+            if after.changed or after.pending or must_note:
+                # By the clock, so that versions grow although Redis may lose the state that has the last one.
+                version = max(before.version + 1, _clock())
+                after.stamp(version)
+                joined.saves[conversation_id] = Save(
+                    conversation_id, its_tasks[-1].partition, before, after, version, due
+                )
+        await self._compose(joined)
         return joined
 
-    async def store(self, joined: Joined) -> None:
-        """Writes replay."""
-        wrote = await self._replay.write(joined.writes)
-        joined.news = [
-            (model_id, value)
-            for (model_id, _), value, result in zip(joined.writes, joined.values, wrote, strict=True)
-            if result is not WriteResult.STALE
-        ]
-        joined.counts["experiences"] += len(joined.news)
-
-    async def publish(self, joined: Joined) -> None:
-        """Publishes what replay took; returns when all is acknowledged."""
-        if self._publish is not None and joined.news:
-            await self._publish(joined.news)
+    async def settle(self, joined: Joined) -> None:
+        """Writes and publishes what the state is about to let go of: silence, and replies that waited."""
+        # Lower than the version of any reply, and in the place of nothing: whoever was answered stays so.
+        silent = []
+        for conversation_id, changes in joined.changes.items():
+            for it in changes.closed:
+                version = joined.saves[conversation_id].before.version
+                silent.append(self._experience(it, (), it.body or b"", version, Replaces.NOTHING))
+        await self._send(await self._write(silent))
+        late: dict[str, list[ReceivedReply]] = {}
+        for changes in joined.changes.values():
+            for reply in changes.orphans:
+                late.setdefault(reply.names or "", []).append(reply)
+        joined.counts["orphans"] += len(late.pop("", ()))
+        while late:
+            late = await self._amend(late, joined.counts)
 
     async def save(self, joined: Joined) -> list[Task]:
         """Writes the conversations' state; returns the tasks on those that another worker changed."""
-        conflicts = await self.states.save(joined.saves)
-        for conversation_id, counts in joined.changed.items():
+        conflicts = await self.states.save([*joined.saves.values()])
+        for conversation_id in conflicts:
+            del joined.saves[conversation_id]
+        for conversation_id, changes in joined.changes.items():
             if conversation_id not in conflicts:
-                joined.counts += counts
+                joined.counts += changes.counts
         joined.counts["conflicts"] += len(conflicts)
-        return [
-            replace(task, again=True)
-            for conversation_id in joined.tasks
-            if conversation_id in conflicts
-            for task in joined.tasks[conversation_id]
-        ]
+        return [task for conversation_id in conflicts for task in joined.tasks[conversation_id]]
+
+    async def store(self, joined: Joined) -> None:
+        """Writes what is pending to replay."""
+        pending = [e for conversation_id in joined.saves for e in joined.pending.get(conversation_id, ())]
+        joined.news = await self._write(pending)
+
+    async def publish(self, joined: Joined) -> None:
+        """Publishes what replay took; returns when all is acknowledged, and nothing is pending any more."""
+        await self._send(joined.news)
+        self.states.written(joined.saves.values())
 
     async def timer(self, partition: int, now: float) -> Counter[str]:
         """Closes what is due in a partition; may be called at any time, with any `now`."""
@@ -158,48 +182,89 @@ class Engine:
                 break
         return counts
 
-    async def _compose(self, effects: Sequence[Put | Retract | Orphan], joined: Joined) -> None:
-        """The experiences that the effects are about, with what replay still knows of them."""
-        final, orphans = _collapse(effects)
-        asked: Asked = [
-            (e.interaction.model_id, e.interaction.id) for e in final if e.interaction.body is None
+    async def _compose(self, joined: Joined) -> None:
+        """The experiences that are pending, with what replay still has of those that are closed."""
+        pending = [
+            (conversation_id, save.after.interactions[interaction_id], version, save.after)
+            for conversation_id, save in joined.saves.items()
+            for interaction_id, version in save.after.pending.items()
         ]
-        asked += [(None, names) for names in orphans if names]
-        found = await self._find(asked) if asked else {}
-        for effect in final:
-            it = effect.interaction
+        closed = [(it.model_id, it.id) for _, it, _, _ in pending if it.body is None]
+        found = dict(zip(closed, await self._replay.find(closed), strict=True))
+        for conversation_id, it, version, conversation in pending:
             body = it.body
             if body is None:
-                if (it.model_id, it.id) not in found:
-                    joined.counts["too_late"] += 1
+                stored = _stored(found[it.model_id, it.id])
+                if stored is None:
+                    joined.changes[conversation_id].counts["too_late"] += 1
                     continue
-                body = bytes(found[it.model_id, it.id][1].interaction)
-            replies = effect.replies if isinstance(effect, Put) else ()
-            value = self.rules.experience(it, body, replies)
-            kept, force = (value, effect.force) if isinstance(effect, Put) else (b"", True)
-            joined.add(it.model_id, ReplayWrite(it.id, it.at, len(replies), kept, force), value)
-        for names, replies_late in orphans.items():
-            if (None, names) not in found:
-                joined.counts["orphans"] += len(replies_late)
-                continue
-            model_id, stored = found[None, names]
-            amended = self.rules.amended(stored, replies_late)
-            if amended is None:
-                joined.counts["duplicates"] += len(replies_late)
-                continue
-            joined.counts["late"] += len(replies_late)
-            value, revision = amended
-            write = ReplayWrite(names, moment(stored.occurred_at), revision, value)
-            joined.add(model_id, write, value)
+                body = bytes(stored.interaction)
+            experience = self._experience(it, conversation.replies_of(it), body, version, Replaces.OLDER)
+            joined.pending.setdefault(conversation_id, []).append(experience)
 
-    async def _find(self, asked: Asked) -> dict[tuple[str | None, str], tuple[str, StoredExperience]]:
-        """What replay has of those asked for, with the model that has it."""
-        found = {}
-        for key, value in zip(asked, await self._replay.find(asked), strict=True):
-            stored = None if value is None else decode_experience(value[1])
-            if value is not None and stored is not None:
-                found[key] = value[0], stored
-        return found
+    def _experience(
+        self,
+        it: TrackedInteraction,
+        replies: Sequence[ReceivedReply],
+        body: bytes,
+        version: int,
+        replaces: Replaces,
+    ) -> Experience:
+        value = self.rules.experience(it, body, replies)
+        if len(value) > MAX_VALUE:
+            raise InputError(
+                f"the experience of {it.id!r} has {len(value)} bytes, at most {MAX_VALUE} can be published"
+            )
+        # Open again, for its one reply was another's: out of replay until it is answered or closed.
+        is_open = it.body is not None and not replies and replaces is Replaces.OLDER
+        write = ReplayWrite(it.id, it.at, version, b"" if is_open else value, replaces)
+        return Experience(it.model_id, value, write)
+
+    async def _amend(
+        self, late: Mapping[str, list[ReceivedReply]], counts: Counter[str]
+    ) -> dict[str, list[ReceivedReply]]:
+        """Adds replies to what replay has of the interactions that they name, and publishes that; returns
+        those whose experience another worker changed meanwhile."""
+        amended: dict[str, Experience] = {}
+        found = await self._replay.find([(None, names) for names in late])
+        for (names, replies), entry in zip(late.items(), found, strict=True):
+            stored = _stored(entry)
+            if entry is None or stored is None:
+                counts["orphans"] += len(replies)
+                continue
+            value, version = self.rules.amended(stored, replies), max(entry.version + 1, _clock())
+            if value is None:  # it was amended, and perhaps not published
+                value, version = entry.value, entry.version
+            write = ReplayWrite(names, moment(stored.occurred_at), version, value, entry.version)
+            amended[names] = Experience(entry.model_id, value, write)
+        taken = await self._write([*amended.values()])
+        await self._send(taken)
+        again: dict[str, list[ReceivedReply]] = {}
+        for names, experience in amended.items():
+            if experience in taken:
+                is_new = experience.write.version != experience.write.replaces
+                counts["late" if is_new else "duplicates"] += len(late[names])
+            else:
+                again[names] = late[names]
+        return again
+
+    async def _write(self, experiences: Sequence[Experience]) -> list[Experience]:
+        """Writes to replay; those that it took, now or before."""
+        results = await self._replay.write([(e.model_id, e.write) for e in experiences])
+        return [e for e, it in zip(experiences, results, strict=True) if it is not WriteResult.STALE]
+
+    async def _send(self, experiences: Sequence[Experience]) -> None:
+        if self._publish is not None and experiences:
+            await self._publish([(e.model_id, e.value) for e in experiences])
+
+
+def _clock() -> int:
+    """Microseconds."""
+    return time.time_ns() // 1000
+
+
+def _stored(found: Found | None) -> StoredExperience | None:
+    return None if found is None else decode_experience(found.value)
 
 
 def _timer_step(join: Join, now: float) -> Step:
@@ -207,27 +272,3 @@ def _timer_step(join: Join, now: float) -> Step:
         join.on_timer(conversation, now, changes)
 
     return step
-
-
-def _collapse(
-    effects: Iterable[Put | Retract | Orphan],
-) -> tuple[list[Put | Retract], dict[str, list[ReceivedReply]]]:
-    """The last effect on each interaction, and orphans by the interaction they name ("" for none)."""
-    final: dict[tuple[str, str], Put | Retract] = {}
-    orphans: dict[str, list[ReceivedReply]] = {}
-    for effect in effects:
-        if isinstance(effect, Orphan):
-            orphans.setdefault(effect.reply.names or "", []).append(effect.reply)
-            continue
-        key = (effect.interaction.model_id, effect.interaction.id)
-        before = final.pop(key, None)
-        final[key] = effect if before is None or isinstance(effect, Retract) else _after(before, effect)
-    return list(final.values()), orphans
-
-
-def _after(before: Put | Retract, put: Put) -> Put:
-    """`put` alone, where `before` was to happen to the same interaction first."""
-    it = put.interaction
-    if it.body is None and before.interaction.body is not None:
-        it = before.interaction
-    return Put(it, put.replies, put.force or isinstance(before, Retract) or before.force)

@@ -7,13 +7,15 @@
     [received] = join.read([reply])
     join.on_reply(conversation, received, arrived, changes)
     join.on_timer(conversation, now, changes)
-    changes.effects          # what to write and publish, in order
+    conversation.pending     # interactions whose experience is now made of other replies
+    changes.closed           # interactions that nobody answered
+    changes.orphans          # replies without an interaction
     changes.counts           # what happened, for the metrics
 
 What an experience becomes is a function of the set of events: each reply belongs to the interaction it
 names, else to its conversation's latest interaction before it, and an interaction's experience is made of
-its replies in the order of (`occurred_at`, `reply_id`). Every call compares who had which reply before and
-after, and says what must be written; a reply that had gone to the wrong interaction is moved.
+its replies in the order of (`occurred_at`, `reply_id`). A reply that had gone to the wrong interaction is
+moved, and both experiences are pending.
 
 That holds where an interaction and its replies arrive within `window_s` of each other, however long ago they
 occurred. What comes later still is joined to what the state or replay holds by then, or counted.
@@ -53,40 +55,14 @@ MAX_KEPT = 256
 the replies that one interaction takes: what comes after them is counted as excess."""
 
 
-@dataclass(frozen=True, slots=True)
-class Put:
-    """The interaction's experience is now made of these replies: write and publish it."""
-
-    interaction: TrackedInteraction
-    """Its body is None where replay has it."""
-    replies: tuple[ReceivedReply, ...]
-    """In order; empty: nobody answered."""
-    force: bool = False
-    """It takes the place even of a higher revision, for a reply has left it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Retract:
-    """Its one reply belongs to another, and its window is open: out of replay until it closes."""
-
-    interaction: TrackedInteraction
-
-
-@dataclass(frozen=True, slots=True)
-class Orphan:
-    """The wait is over and the state has no interaction for this reply; replay may have it still."""
-
-    reply: ReceivedReply
-
-
-Effect = Put | Retract | Orphan
-
-
 @dataclass(slots=True)
 class Changes:
-    """What calls on one or more conversations add up to."""
+    """What calls on a conversation add up to, beyond what stands in the conversation itself."""
 
-    effects: list[Effect] = field(default_factory=list)
+    closed: list[TrackedInteraction] = field(default_factory=list)
+    """Interactions that nobody answered within the window: `no_reply`, unless replay has them already."""
+    orphans: list[ReceivedReply] = field(default_factory=list)
+    """Replies whose wait is over and whose interaction the state does not have; replay may have it still."""
     counts: Counter[str] = field(default_factory=Counter)
     """interactions, replies, duplicates, joined, amended, late, moved, waiting, excess, no_reply"""
 
@@ -124,14 +100,14 @@ class Join:
         waited, loser = conversation.add_interaction(new)
         if loser is not None:
             changes.counts["moved"] += 1
-            left = conversation.replies_of(loser)
-            is_open = loser.body is not None
-            changes.effects.append(Retract(loser) if is_open and not left else Put(loser, left, force=True))
-        if mine := conversation.replies_of(new):
+            conversation.set_pending(loser)
+        if conversation.replies_of(new):
             changes.counts["joined"] += waited
-            changes.effects.append(Put(new, mine))
-        while len(conversation.interactions) > self.max_kept:
-            self._forget(conversation, conversation.earliest(), changes)
+            conversation.set_pending(new)
+        excess = len(conversation.interactions) - self.max_kept
+        for interaction in conversation.in_order()[: max(0, excess)]:
+            if interaction.id not in conversation.pending:
+                self._forget(conversation, interaction, changes)
 
     def on_reply(
         self, conversation: Conversation, reply: ReceivedReply, arrived: float, changes: Changes
@@ -156,44 +132,37 @@ class Join:
         changes.counts["joined"] += 1
         changes.counts["amended"] += len(replies) > 1
         changes.counts["late"] += reply.at > target.at + self.window_s
-        changes.effects.append(Put(target, replies))
+        conversation.set_pending(target)
 
     def on_timer(self, conversation: Conversation, now: float, changes: Changes) -> None:
-        """Closes what nobody answered in time, ends waits, and forgets what no event can change any more."""
-        for interaction in list(conversation.interactions.values()):
-            if interaction.body is not None and interaction.at + self.window_s <= now:
+        """Closes what nobody answered in time, ends waits, and forgets what no event can change any more.
+
+        What is pending stays until its experience is written: the conversation has all that it is made of.
+        """
+        for interaction in conversation.in_order():
+            if interaction.id in conversation.pending:
+                continue
+            if interaction.until + LATE_S <= now:
+                self._forget(conversation, interaction, changes)
+            elif interaction.body is not None and interaction.at + self.window_s <= now:
                 self._close(conversation, interaction, changes)
         for reply in conversation.waiting():
             if reply.until <= now:
                 self._orphan(conversation, reply, changes)
-        for interaction in list(conversation.interactions.values()):
-            if interaction.until + LATE_S <= now:
-                self._forget(conversation, interaction, changes)
 
-    def everything(self, conversation: Conversation, changes: Changes) -> None:
-        """Says again what every interaction has become: after another worker may have written otherwise."""
-        for interaction in conversation.interactions.values():
-            replies = conversation.replies_of(interaction)
-            if replies or interaction.body is None:
-                changes.effects.append(Put(interaction, replies, force=True))
-            else:
-                changes.effects.append(Retract(interaction))
-
-    def _close(
-        self, conversation: Conversation, interaction: TrackedInteraction, changes: Changes
-    ) -> TrackedInteraction:
+    def _close(self, conversation: Conversation, interaction: TrackedInteraction, changes: Changes) -> None:
         if not conversation.replies_of(interaction):
             changes.counts["no_reply"] += 1
-            changes.effects.append(Put(interaction, ()))
-        return conversation.close(interaction)
+            changes.closed.append(interaction)
+        conversation.close(interaction)
 
     def _orphan(self, conversation: Conversation, reply: ReceivedReply, changes: Changes) -> None:
         conversation.forget_reply(reply)
-        changes.effects.append(Orphan(reply))
+        changes.orphans.append(reply)
 
     def _forget(self, conversation: Conversation, interaction: TrackedInteraction, changes: Changes) -> None:
         if interaction.body is not None:
-            interaction = self._close(conversation, interaction, changes)
+            self._close(conversation, interaction, changes)
         conversation.forget_interaction(interaction)
 
     # -- readings and experiences --------------------------------------------------------------------------
@@ -259,8 +228,8 @@ class Join:
         """
         return self._compose(interaction.occurred_at, body, self._settled(body, replies))
 
-    def amended(self, stored: StoredExperience, replies: Iterable[ReceivedReply]) -> tuple[bytes, int] | None:
-        """A stored experience with more replies, and its revision; None when it has them all already."""
+    def amended(self, stored: StoredExperience, replies: Iterable[ReceivedReply]) -> bytes | None:
+        """A stored experience with more replies; None when it has them all already."""
         readings = {(moment(r["occurred_at"]), r["reply_id"]): r for r in stored.readings}
         known = {reply_id for _, reply_id in readings}
         new = [r for r in replies if r.id not in known]
@@ -269,7 +238,7 @@ class Join:
         body = bytes(stored.interaction)
         readings |= zip((r.order for r in new), self._settled(body, new), strict=True)
         in_order = [readings[order] for order in sorted(readings)]
-        return self._compose(stored.occurred_at, body, in_order), len(in_order)
+        return self._compose(stored.occurred_at, body, in_order)
 
     def _settled(self, body: bytes, replies: Iterable[ReceivedReply]) -> list[dict[str, Any]]:
         """Each reply's reading, now that it is known what the interaction was about."""

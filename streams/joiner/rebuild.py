@@ -13,6 +13,7 @@ Where Redis lost the joiners' own state as well, the conversations that are stil
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from redis.exceptions import LockError
 from cortex_core.errors import UnavailableError
 from streams.connections import async_redis_client, redis_client
 from streams.events import ReplyEvent
+from streams.joiner.conversation import Conversation
 from streams.joiner.decode import Interaction
 from streams.joiner.effects import Engine, Task
 from streams.joiner.records import EventTime, extract_feedback, make_join, read
@@ -36,6 +38,7 @@ from streams.kafka.reader import STALL_S, Watchdog, reading
 from streams.kafka.topics import Topics, create_topics
 from streams.replay_store import (
     RedisReplayBuffer,
+    Replaces,
     ReplayKeys,
     ReplayWrite,
     ReplayWriter,
@@ -89,16 +92,18 @@ class RebuildReport:
     """Given with another extractor."""
 
 
-# KEYS: live entries, order, changed; new entries, order. ARGV: capacity, "1" where a noted entry of the same
-# revision takes the place of the new one.
+# KEYS: live entries, order, changed; new entries, order. ARGV: capacity, "1" where a noted entry with as many
+# replies takes the place of the new one.
 SWAP = """
+local function replies(value) return tonumber(string.match(value, '"revision":(%d+)') or 0) end
 for _, id in ipairs(redis.call('SMEMBERS', KEYS[3])) do
   local value = redis.call('HGET', KEYS[1], id)
   local new = redis.call('HGET', KEYS[4], id)
-  if value then
-    local revision = tonumber(string.match(value, '^%d+'))
-    local known = new and tonumber(string.match(new, '^%d+'))
-    if not known or revision > known or ARGV[2] == '1' then
+  if value and string.sub(value, -1) == '\\n' then
+    redis.call('HSET', KEYS[4], id, value)
+    redis.call('ZREM', KEYS[5], id)
+  elseif value then
+    if not new or replies(value) > replies(new) or ARGV[2] == '1' then
       redis.call('HSET', KEYS[4], id, value)
       redis.call('ZADD', KEYS[5], redis.call('ZSCORE', KEYS[2], id), id)
     end
@@ -122,7 +127,10 @@ return redis.call('ZCARD', KEYS[2])
 
 
 class _Writer(ReplayWriter):
-    """Writes into the new buffers; of one model alone, where one was asked for."""
+    """Writes into the new buffers; of one model alone, where one was asked for.
+
+    What is rebuilt has version 0, so that whatever a joiner writes afterwards takes its place.
+    """
 
     def __init__(self, client: redis.asyncio.Redis, settings: Settings, model_id: str | None) -> None:
         super().__init__(
@@ -134,13 +142,19 @@ class _Writer(ReplayWriter):
         self._only = model_id
 
     async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[WriteResult]:
-        mine = [w for w in writes if self._only in (None, w[0])]
+        mine = [(model_id, _rebuilt(w)) for model_id, w in writes if self._only in (None, model_id)]
         answers = iter(await super().write(mine))
         return [next(answers) if self._only in (None, w[0]) else WriteResult.SAME for w in writes]
 
     @property
     def models(self) -> set[str]:
         return set(self._known)
+
+
+def _rebuilt(write: ReplayWrite) -> ReplayWrite:
+    # One worker, in order: the last write is the newest.
+    replaces = Replaces.ANY if write.replaces is Replaces.OLDER else write.replaces
+    return dataclasses.replace(write, version=0, replaces=replaces)
 
 
 async def rebuild(
@@ -353,12 +367,13 @@ def _compare(settings: Settings, client: redis.Redis, model_id: str, out: Rescor
 async def _restore(settings: Settings, states: MemoryStates, client: redis.asyncio.Redis) -> int:
     """Puts back open conversations that Redis has lost; those it has are newer and stay."""
     live = RedisStates(client, settings.topic_prefix, settings.join_window_s)
-    saves = [
-        Save(conversation_id, partition, Stored(0, type(conversation)()), conversation, due)
-        for conversation_id, partition in states.partitions().items()
-        if (conversation := states.conversations.get(conversation_id)) is not None
-        and (due := conversation.due(settings.join_window_s)) is not None
-    ]
+    saves = []
+    for conversation_id, partition in states.partitions().items():
+        stored = states.conversations.get(conversation_id)
+        due = None if stored is None else stored.conversation.due(settings.join_window_s)
+        if stored is not None and due is not None:
+            nothing = Stored(0, Conversation())
+            saves.append(Save(conversation_id, partition, nothing, stored.conversation, stored.version, due))
     restored = 0
     for start in range(0, len(saves), 200):
         chunk = saves[start : start + 200]

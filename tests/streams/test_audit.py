@@ -54,7 +54,7 @@ class Watched:
                 known.add(experience)
             else:
                 evidence.published[experience.key] = Published.of(experience)
-        for _, value in self.world.replay.values():
+        for value in self.world.replay.values():
             stored = Experience.of(parse(ExperienceEvent, value))
             evidence.stored[stored.key] = stored
         return evidence

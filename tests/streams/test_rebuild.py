@@ -14,7 +14,7 @@ from cortex_core.feedback_collector import FeedbackSignal, SignalType
 from streams.events import Event, InteractionEvent, utc_now
 from streams.joiner.rebuild import console_progress, rebuild
 from streams.kafka.topics import Topics
-from streams.replay_store import RedisReplayBuffer, ReplayWrite
+from streams.replay_store import RedisReplayBuffer, ReplayWrite, decode
 from streams.settings import Settings
 from streams.testing import async_wait_for, interaction, reply, send, spawn_worker
 from tests.streams.kafka_helpers import lag, read_all
@@ -50,9 +50,13 @@ def talk(n: int) -> list[Event]:
     return events
 
 
-def buffers(settings: Settings, client: redis.Redis) -> dict[str, list[tuple[str, bytes | None]]]:
+def buffers(settings: Settings, client: redis.Redis) -> dict[str, list[tuple[str, bytes]]]:
+    """Every entry's JSON; its version says when it was written."""
     stores = [RedisReplayBuffer.of(settings, model, client) for model in ("m0", "m1")]
-    return {store.model_id: list(store.raw_values(store.ids())) for store in stores}
+    return {
+        store.model_id: [(i, decode(value or b"")[1]) for i, value in store.raw_values(store.ids())]
+        for store in stores
+    }
 
 
 async def live(settings: Settings, events: list[Event]) -> None:
@@ -139,14 +143,14 @@ async def test_what_is_written_meanwhile_is_carried_over(settings: Settings, cli
         if not done:
             at = NOW.timestamp()
             writes = [ReplayWrite("i7", at, 5, value[2:]), ReplayWrite("new", at + 1, 1, value[2:])]
-            store.write([*writes, ReplayWrite("i8", at, 0, b"")])
+            store.write([*writes, ReplayWrite("i8", at, 6, b"")])
             late_model.write([ReplayWrite("first", at, 1, value[2:])])
         done.append(count)
 
     await rebuild(settings, progress=as_a_joiner_would)
     raw = dict(store.raw_values(store.ids()))
     assert raw["i7"] == b"5" + value[1:]
-    assert raw["new"] == value
+    assert raw["new"] == b"1" + value[1:]
     assert "i8" not in raw
     assert len(raw) == 50
     assert late_model.ids() == ["first"]
@@ -211,5 +215,5 @@ async def test_one_rebuild_at_a_time_and_a_topic_without_events(
     with console_progress() as progress:
         report = await rebuild(settings, progress=progress)
     assert (report.models, report.untouched) == ({}, ["m0"])
-    assert buffers(settings, client)["m0"] == [("old", b"1\n{}")]
+    assert buffers(settings, client)["m0"] == [("old", b"{}")]
     assert "rebuilding" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from cortex_core.replay_buffer import ReplayBuffer
 from streams.events import ExperienceEvent, Reading, parse
 from streams.replay_store import (
     RedisReplayBuffer,
+    Replaces,
     ReplayWrite,
     ReplayWriter,
     WriteResult,
@@ -65,13 +66,13 @@ def experience(entry_id: str, at_s: float = 0.0, reward: float = 0.5, revision: 
     )
 
 
-def written(event: ExperienceEvent, *, force: bool = False) -> ReplayWrite:
+def written(event: ExperienceEvent, replaces: Replaces | int = Replaces.OLDER) -> ReplayWrite:
     return ReplayWrite(
         event.interaction.interaction_id,
         event.occurred_at.timestamp(),
         event.revision,
         event.to_bytes(),
-        force,
+        replaces,
     )
 
 
@@ -94,10 +95,15 @@ def test_each_write_says_what_became_of_it(client: redis.Redis, prefix: str) -> 
             written(experience("b", 2, revision=1)),
             written(experience("c", 3)),
             written(experience("a", 1)),
-            written(experience("b", 2, revision=1, reward=-1.0), force=True),
-            written(experience("b", 2, revision=1, reward=-1.0), force=True),
-            ReplayWrite("c", 0, 0, b""),
-            ReplayWrite("c", 0, 0, b""),
+            written(experience("b", 2, revision=1, reward=-1.0), Replaces.ANY),
+            written(experience("b", 2, revision=1, reward=-1.0), Replaces.ANY),
+            written(experience("b", 2, revision=2), Replaces.NOTHING),
+            written(experience("b", 2, revision=1), Replaces.NOTHING),
+            written(experience("b", 2, revision=5), 4),
+            written(experience("b", 2, revision=5, reward=-1.0), 1),
+            written(experience("d", 4), 0),
+            ReplayWrite("c", 0, 0, b"", Replaces.ANY),
+            ReplayWrite("c", 0, 0, b"", Replaces.ANY),
         ]
     )
     assert answers == [
@@ -108,10 +114,15 @@ def test_each_write_says_what_became_of_it(client: redis.Redis, prefix: str) -> 
         WriteResult.TOO_OLD,
         WriteResult.CHANGED,
         WriteResult.SAME,
+        WriteResult.STALE,
+        WriteResult.SAME,
+        WriteResult.STALE,
+        WriteResult.CHANGED,
+        WriteResult.STALE,
         WriteResult.CHANGED,
         WriteResult.SAME,
     ]
-    assert [(e.id, e.revision, e.reward) for e in store.entries()] == [("b", 1, -1.0)]
+    assert [(e.id, e.revision, e.reward) for e in store.entries()] == [("b", 5, -1.0)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -132,6 +143,18 @@ def test_what_is_kept_is_the_same_for_every_order_and_as_in_the_file_buffer(
     assert all(same(e, highest[e.id]) for e in store.entries())
 
 
+def test_what_was_taken_out_does_not_come_back_by_an_older_write(client: redis.Redis, prefix: str) -> None:
+    store = RedisReplayBuffer(client, "m", prefix=prefix)
+    assert store.write([written(experience("b", revision=3)), ReplayWrite("b", 0, 5, b"")]) == [
+        WriteResult.CHANGED,
+        WriteResult.CHANGED,
+    ]
+    assert (store.get("b"), len(store), list(store.entries())) == (None, 0, [])
+    assert store.write([written(experience("b", revision=4))]) == [WriteResult.STALE]
+    assert store.write([written(experience("b", revision=1), Replaces.NOTHING)]) == [WriteResult.CHANGED]
+    assert store.ids() == ["b"]
+
+
 async def test_a_pipeline_of_many_models_answers_in_order(
     client: redis.Redis, redis_url: str, prefix: str
 ) -> None:
@@ -144,9 +167,12 @@ async def test_a_pipeline_of_many_models_answers_in_order(
         assert model_ids(client, prefix) == ["a", "b"]
         assert len(RedisReplayBuffer(client, "a", prefix=prefix)) == 250
         found = await writer.find([("a", "i2"), (None, "i3"), ("a", "i3"), (None, "never")])
-        assert [f and (f[0], parse(ExperienceEvent, f[1]).interaction.interaction_id) for f in found] == [
-            ("a", "i2"),
-            ("b", "i3"),
+        assert [
+            f and (f.model_id, f.version, parse(ExperienceEvent, f.value).interaction.interaction_id)
+            for f in found
+        ] == [
+            ("a", 1, "i2"),
+            ("b", 1, "i3"),
             None,
             None,
         ]

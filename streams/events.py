@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -281,7 +282,8 @@ class ExperienceEvent(Event):
 
     interaction: InteractionEvent
     revision: Whole
-    """How many distinct replies stand behind the reward; 0 means that nobody answered."""
+    """How many distinct replies stand behind the reward; 0 means that nobody answered. It falls where a reply
+    turns out to be about another interaction; the record's version (`version_of`) only grows."""
     outcome: Literal["reply", "no_reply"]
     reward: Signed
     reward_confidence: Unit = 1.0
@@ -322,6 +324,22 @@ class ExperienceEvent(Event):
             weights_version=it.weights_version,
             text=it.text or "",
         )
+
+
+VERSION = "version"
+"""Name of the header of an experience's record, decimal: of two records of one interaction the one with the
+higher version is right, whatever their order. The same (id, version) carries the same bytes."""
+
+
+def version_header(version: int) -> list[tuple[str, bytes]]:
+    """The headers of an experience's record."""
+    return [(VERSION, str(version).encode())]
+
+
+def version_of(headers: Iterable[tuple[str, bytes]], event: ExperienceEvent) -> int:
+    """The version of an experience in a record with these headers; where they have none, its `revision`."""
+    value = dict(headers).get(VERSION, b"")
+    return int(value) if value.isdigit() and len(value) < 16 else event.revision
 
 
 ControlAction = Literal["rollback", "pin", "unpin", "pause", "resume"]

@@ -4,6 +4,7 @@ Keys (the braces are the hash tag that keeps a model on one node of a cluster):
 
     <prefix>:replay:{<model_id>}:entries   hash    id → version, newline, JSON
     <prefix>:replay:{<model_id>}:order     zset    id by the interaction's time
+    <prefix>:replay:{<model_id>}:removed   hash    id → version of entries that were taken out
     <prefix>:replay:{<model_id>}:changed   set     ids written while a rebuild is under way
     <prefix>:replay-models                 set     every model_id that has a buffer
 
@@ -81,28 +82,31 @@ class ReplayWrite:
         return cls(entry.id, entry.occurred_at, entry.revision, value)
 
 
-# KEYS: entries, order, changed. ARGV: capacity, then id, score, version, replaces, value for each write.
+# KEYS: entries, order, changed, removed. ARGV: capacity, then id, score, version, replaces, value, once for
+# each write.
 WRITE = """
 local capacity, wrote = tonumber(ARGV[1]), {}
 local noting = redis.call('EXISTS', KEYS[3]) == 1
+local any_removed = redis.call('EXISTS', KEYS[4]) == 1
 for i = 2, #ARGV, 5 do
   local id, score, version, replaces, value = ARGV[i], ARGV[i+1], tonumber(ARGV[i+2]), ARGV[i+3], ARGV[i+4]
   local stored = redis.call('HGET', KEYS[1], id)
-  local known = stored and tonumber(string.match(stored, '^%d+'))
-  local is_out = not stored or string.sub(stored, -1) == '\\n'
+  local removed = not stored and any_removed and redis.call('HGET', KEYS[4], id)
+  local known = tonumber(stored and string.match(stored, '^%d+') or removed or nil)
   local replaced = replaces == 'any'
-    or (replaces == 'nothing' and is_out)
+    or (replaces == 'nothing' and not stored)
     or (replaces == 'older' and (not known or known < version))
-    or (known and known == tonumber(replaces))
+    or (stored and known == tonumber(replaces))
   local result = 1
-  if value == '' and replaces == 'any' then
-    result = redis.call('HDEL', KEYS[1], id)
-    redis.call('ZREM', KEYS[2], id)
-  elseif not replaced then
+  if not replaced then
     result = known == version and 0 or -1
   elseif value == '' then
-    redis.call('HSET', KEYS[1], id, ARGV[i+2] .. '\\n')
+    result = redis.call('HDEL', KEYS[1], id)
     redis.call('ZREM', KEYS[2], id)
+    if replaces ~= 'any' then
+      redis.call('HSET', KEYS[4], id, ARGV[i+2])
+      any_removed, result = true, 1
+    end
   else
     value = ARGV[i+2] .. '\\n' .. value
     if stored == value then
@@ -110,6 +114,7 @@ for i = 2, #ARGV, 5 do
     else
       redis.call('HSET', KEYS[1], id, value)
       redis.call('ZADD', KEYS[2], score, id)
+      if removed then redis.call('HDEL', KEYS[4], id) end
       while redis.call('ZCARD', KEYS[2]) > capacity do
         local first = redis.call('ZPOPMIN', KEYS[2])[1]
         redis.call('HDEL', KEYS[1], first)
@@ -160,9 +165,13 @@ class ReplayKeys:
         return self._key("changed")
 
     @property
+    def removed(self) -> str:
+        return self._key("removed")
+
+    @property
     def written(self) -> list[str]:
         """KEYS of `WRITE`."""
-        return [self.entries, self.order, self.changed]
+        return [self.entries, self.order, self.changed, self.removed]
 
     @property
     def models(self) -> str:
@@ -301,12 +310,11 @@ class RedisReplayBuffer:
         for start in range(0, len(entry_ids), CHUNK):
             ids = entry_ids[start : start + CHUNK]
             values: Any = self._client.hmget(self.keys.entries, list(ids))
-            for entry_id, value in zip(ids, values, strict=True):
-                yield entry_id, None if value is None or value.endswith(b"\n") else value
+            yield from zip(ids, values, strict=True)
 
     def clear(self) -> None:
         """Deletes every entry."""
-        self._client.delete(self.keys.entries, self.keys.order)
+        self._client.delete(self.keys.entries, self.keys.order, self.keys.removed)
 
     def __len__(self) -> int:
         size: Any = self._client.zcard(self.keys.order)
@@ -390,7 +398,7 @@ class ReplayWriter:
                 asked.append((i, candidate))
         out: list[Found | None] = [None] * len(wanted)
         for (i, model_id), value in zip(asked, await pipe.execute(), strict=True):
-            # A tool's entry has no interaction, and so nothing to amend; nor has one that was taken out.
+            # A tool's entry has no interaction, and so nothing to amend.
             if value is not None and out[i] is None and b'"interaction":' in value:
                 out[i] = Found(model_id, *decode(value))
         return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -64,6 +65,25 @@ class FeatureReplay:
         return self._row_of.get(entry_id)
 
 
+@dataclass(slots=True)
+class _Decision:
+    """What the calibration learns from."""
+
+    context: list[float]
+    label: float
+    weight: float
+
+
+@dataclass(slots=True)
+class _Learned:
+    """The last reward of an experience, and what was predicted before the first."""
+
+    label: float
+    weight: float
+    predicted: float
+    decision: _Decision
+
+
 class Posteriors:
     """Conditions selector, gate and estimator on replies, with replay for the gate."""
 
@@ -80,8 +100,8 @@ class Posteriors:
         self.gate = gate
         self.replay = replay
         self._ring = FeatureReplay(selector.landmarks.size, gate.landmarks.size)
-        self._known: LRUCache[str, tuple[float, float]] = LRUCache(KNOWN)
-        self._contexts: deque[tuple[list[float], float, float]] = deque(maxlen=CALIBRATION_WINDOW)
+        self._known: LRUCache[str, _Learned] = LRUCache(KNOWN)
+        self._decisions: deque[_Decision] = deque(maxlen=CALIBRATION_WINDOW)
         # A fixed seed: the same experiences give the same weights.
         self._rng = np.random.default_rng(0)
 
@@ -138,6 +158,11 @@ class Posteriors:
     ) -> None:
         """Conditions on fresh replies, in order.
 
+        An amended reward replaces the one before; one with weight 0 takes it back. Gate and calibration then
+        keep nothing of it. In the selector's posterior it stays as a reply that came as predicted: the mean
+        is as if it had not been there, the covariance as small as with it. Of all but the last `KNOWN` ids an
+        amended reward is learned as a new one.
+
         Args:
             phi: (B, M) message features.
             psi: (B, L) memory features, summed over each slate.
@@ -152,24 +177,28 @@ class Posteriors:
         for row, entry in enumerate(entries):
             w, y = float(weight[row]), float(label[row])
             before = self._known.get(entry.id) if entry.id else None
-            if entry.id:
-                self._known[entry.id] = (y, w)
             if before is not None:
-                # An amended reward changes the label of a point that the posterior already contains.
-                change = (y * w - before[0] * before[1]) / max(w, before[1], 1e-6)
-                self.selector.amend(phi[row], strategy[row], change, max(w, before[1]))
+                heavier = max(w, before.weight, 1e-6)
+                contribution = w * (y - before.predicted)
+                change = (contribution - before.weight * (before.label - before.predicted)) / heavier
+                self.selector.amend(phi[row], strategy[row], change, heavier)
+                before.decision.label, before.decision.weight = y, w
+                before.label, before.weight = y, w
                 known = self._ring.row(entry.id)
                 if known is not None:
                     self._ring.label[known], self._ring.weight[known] = y, w
                     fresh.append(known)
                 continue
+            # The residual does not subtract the memories' effect: that made the selector fit the errors of
+            # the gate.
+            predicted = float(prior[row] + self.selector.mean[strategy[row]].numpy() @ phi[row])
+            decision = _Decision(entry.context, y, w)
+            if entry.id:
+                self._known[entry.id] = _Learned(y, w, predicted, decision)
             if w > 0.0:
-                # The residual does not subtract the memories' effect: that made the selector fit the errors
-                # of the gate.
-                predicted = float(prior[row] + self.selector.mean[strategy[row]].numpy() @ phi[row])
                 self.selector.condition(phi[row], strategy[row], y - predicted, w)
                 if entry.context:
-                    self._contexts.append((entry.context, y, w))
+                    self._decisions.append(decision)
             if psi[row].any():
                 self._update_mean_score(float(scores[row]))
                 if w > 0.0:
@@ -180,9 +209,10 @@ class Posteriors:
                     ring.label[place], ring.weight[place] = y, w
                     fresh.append(place)
         self._fit_gate(fresh)
-        if self._contexts:
-            contexts, replies, weights = zip(*self._contexts, strict=True)
-            self.estimator.fit(*(np.array(values, np.float32) for values in (contexts, replies, weights)))
+        decisions = [it for it in self._decisions if it.weight > 0.0]
+        if decisions:
+            columns = zip(*((it.context, it.label, it.weight) for it in decisions), strict=True)
+            self.estimator.fit(*(np.array(values, np.float32) for values in columns))
 
     def _update_mean_score(self, score: float) -> None:
         mean, slates = self.gate.mean_score.tolist()

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from streams.audit.evidence import Evidence, Experience, Interaction, Key, Published, Reply
+from streams.audit.evidence import Evidence, Experience, Interaction, Key, Reply
 from streams.audit.join import Assigned, Joined, join
 from streams.audit.report import Report
 from streams.audit.versions import check_versions
@@ -97,7 +97,7 @@ class _Comparison:
             self._experience(it, stored, "replay")
         elif must and not may_be_gone:
             self._lost(it, "replay")
-        said = self._said(it, published, stored) if published and must else None
+        said = published.newest if published and must else None
         if said is not None:
             self._experience(
                 it, said, "the experiences topic", amendable=stored is not None or not may_be_gone
@@ -106,6 +106,9 @@ class _Comparison:
             self._lost(it, "the experiences topic")
         if stored is not None and said is not None:
             self._agree(it, stored, said)
+        if published is not None and published.contradicts:
+            what = f"the experiences topic has two contents of version {published.newest.version}"
+            self.report.find("wrong", *it.key, what)
         final = stored or said
         if final is None:
             counts["open"] += 1
@@ -117,13 +120,6 @@ class _Comparison:
         for reply_id in about.intersection(final.reply_ids):
             self.stands[it.conversation_id, reply_id].add(it.key)
         counts["moved"] += len(published.reply_ids - set(final.reply_ids)) if published else 0
-
-    def _said(self, it: Interaction, published: Published, stored: Experience | None) -> Experience:
-        """What readers of the topic take: its last record, or the one of the highest revision where a worker
-        that was taken for dead has repeated an older one."""
-        wanted = set(stored.reply_ids) if stored else {a.reply.id for a in self.required[it.key]}
-        is_older = set(published.last.reply_ids) != wanted == set(published.highest.reply_ids)
-        return published.highest if is_older else published.last
 
     def _agree(self, it: Interaction, stored: Experience, said: Experience) -> None:
         """Replay against the topic."""

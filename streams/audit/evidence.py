@@ -75,7 +75,8 @@ class Experience:
     model_id: str
     interaction_id: str
     at: float
-    revision: int
+    version: int
+    """Of the one of two that is right, the higher."""
     outcome: str
     reward: float
     aggregation: str
@@ -86,12 +87,12 @@ class Experience:
     """Of the interaction inside."""
 
     @classmethod
-    def of(cls, event: ExperienceEvent) -> Experience:
+    def of(cls, event: ExperienceEvent, version: int) -> Experience:
         return cls(
             event.interaction.model_id,
             event.interaction.interaction_id,
             event.occurred_at.timestamp(),
-            event.revision,
+            version,
             event.outcome,
             event.reward,
             event.aggregation,
@@ -109,21 +110,24 @@ class Experience:
 class Published:
     """All that the experiences topic says of one interaction."""
 
-    last: Experience
-    highest: Experience
-    """Of the highest revision; of several, the last."""
+    newest: Experience
+    """Of the highest version."""
     reply_ids: set[str]
     """All that ever stood in one of its experiences."""
+    contradicts: bool = False
+    """Whether records of the highest version differ."""
     records: int = 1
 
     @classmethod
     def of(cls, experience: Experience) -> Published:
-        return cls(experience, experience, set(experience.reply_ids))
+        return cls(experience, set(experience.reply_ids))
 
     def add(self, experience: Experience) -> None:
-        self.last = experience
-        if experience.revision >= self.highest.revision:
-            self.highest = experience
+        """Another record, in any order."""
+        if experience.version == self.newest.version and experience != self.newest:
+            self.contradicts = True
+        if experience.version > self.newest.version:
+            self.newest, self.contradicts = experience, False
         self.reply_ids.update(experience.reply_ids)
         self.records += 1
 

@@ -15,7 +15,7 @@ from cortex_core.errors import CortexError, InputError, UnavailableError
 from cortex_core.weights import WeightsManifest
 from streams.audit.evidence import Evidence, Experience, Interaction, Published, Reply, Version
 from streams.connections import async_redis_client, kafka_client_options
-from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, ReplyEvent, parse
+from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, ReplyEvent, parse, version_of
 from streams.kafka.clients import started
 from streams.kafka.groups import committed_offsets
 from streams.kafka.reader import reading, records_to_end
@@ -118,7 +118,8 @@ def _event(record: Any, is_done: bool, letters: set[Place], evidence: Evidence, 
 def _published(record: Any, letters: set[Place], evidence: Evidence) -> None:
     place = (record.topic, record.partition, record.offset)
     try:
-        experience = Experience.of(parse(ExperienceEvent, record.value))
+        event = parse(ExperienceEvent, record.value)
+        experience = Experience.of(event, version_of(record.headers, event))
     except InputError:
         if place not in letters:
             evidence.damaged.append(f"{record.topic}-{record.partition} @{record.offset}")
@@ -159,11 +160,11 @@ async def _replay(settings: Settings, client: redis.asyncio.Redis, evidence: Evi
 def _entry(keys: ReplayKeys, entry_id: str, score: float, value: bytes | None, evidence: Evidence) -> None:
     if value is None:
         return  # let go between the two reads
-    body = decode(value)[1]
+    version, body = decode(value)
     if b'"interaction":{' not in body:
         return  # a tool's entry, of no interaction
     try:
-        experience = Experience.of(parse(ExperienceEvent, body))
+        experience = Experience.of(parse(ExperienceEvent, body), version)
     except InputError:
         evidence.damaged.append(f"{entry_id} in {keys.entries}")
         return

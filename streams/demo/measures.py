@@ -50,11 +50,13 @@ class ExperienceSeen:
     partition: int
     offset: int
     interaction_id: str
+    version: int
     revision: int
+    """Number of replies."""
     reply_ids: tuple[str, ...]
     replied_at: datetime | None
     digest: str
-    """Hash of the value: equal for all records of one (interaction, revision)."""
+    """Hash of the value: equal for all records of one (interaction, version)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +215,8 @@ def audit(
     records: dict[tuple[str, int], set[str]] = {}
     newest: dict[str, ExperienceSeen] = {}
     for seen in experiences:
-        records.setdefault((seen.interaction_id, seen.revision), set()).add(seen.digest)
-        if seen.interaction_id not in newest or seen.revision > newest[seen.interaction_id].revision:
+        records.setdefault((seen.interaction_id, seen.version), set()).add(seen.digest)
+        if seen.interaction_id not in newest or seen.version > newest[seen.interaction_id].version:
             newest[seen.interaction_id] = seen
     replied = set(tally.replies.values())
     lost = {i for i in replied if i not in newest}

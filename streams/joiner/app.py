@@ -22,15 +22,15 @@ from mode.supervisors import CrashingSupervisor
 
 from cortex_core.errors import ConfigError
 from streams.connections import async_redis_client, retry
-from streams.events import DeadLetter
+from streams.events import DeadLetter, version_header
 from streams.failures import is_transient
 from streams.joiner.batch import Batch
 from streams.joiner.consumer import BatchConsumer, BatchTransport, JoinedTopic, NoTables
-from streams.joiner.effects import Engine
+from streams.joiner.effects import Engine, Experience
 from streams.joiner.metrics import DEAD_LETTERS, count
 from streams.joiner.records import extract_feedback, make_join, read
 from streams.joiner.states import RedisStates
-from streams.kafka.publisher import Publisher
+from streams.kafka.publisher import Message, Publisher
 from streams.kafka.topics import Topics
 from streams.replay_store import ReplayWriter
 from streams.settings import Settings
@@ -129,16 +129,19 @@ class JoinerApp(faust.App):
         """Faust's consumer, which is ours."""
         return cast(BatchConsumer, self.consumer)
 
-    async def _publish_experiences(self, experiences: Sequence[tuple[str, bytes]]) -> None:
+    async def _publish_experiences(self, experiences: Sequence[Experience]) -> None:
         topic = self.cortex_topics.experiences
-        await self.publisher.send((topic, model_id.encode(), value) for model_id, value in experiences)
+        await self.publisher.send(
+            Message(topic, it.model_id.encode(), it.value, version_header(it.write.version))
+            for it in experiences
+        )
         count({"experiences": len(experiences)})
 
     async def publish_dead_letters(self, letters: Sequence[DeadLetter]) -> None:
         """Returns when all are acknowledged."""
         topic = self.cortex_topics.dead_letters
         await self.publisher.send(
-            (topic, base64.b64decode(letter.key or ""), letter.to_bytes()) for letter in letters
+            Message(topic, base64.b64decode(letter.key or ""), letter.to_bytes()) for letter in letters
         )
         for letter in letters:
             DEAD_LETTERS.labels(letter.topic).inc()

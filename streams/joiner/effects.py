@@ -34,8 +34,6 @@ from streams.kafka.publisher import MAX_VALUE
 from streams.replay_store import Found, Replaces, ReplayWrite, ReplayWriter, WriteResult
 
 Step = Callable[[Conversation, Changes], None]
-Publish = Callable[[Sequence[tuple[str, bytes]]], Awaitable[None]]
-"""Takes (model_id, experience as JSON) pairs; returns when all are acknowledged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,10 @@ class Experience:
     value: bytes
     """JSON of the `ExperienceEvent`."""
     write: ReplayWrite
+
+
+Publish = Callable[[Sequence[Experience]], Awaitable[None]]
+"""Returns when all are acknowledged."""
 
 
 @dataclass(slots=True)
@@ -255,12 +257,12 @@ class Engine:
 
     async def _send(self, experiences: Sequence[Experience]) -> None:
         if self._publish is not None and experiences:
-            await self._publish([(e.model_id, e.value) for e in experiences])
+            await self._publish(experiences)
 
 
 def _clock() -> int:
-    """Microseconds."""
-    return time.time_ns() // 1000
+    """Milliseconds."""
+    return time.time_ns() // 1_000_000
 
 
 def _stored(found: Found | None) -> StoredExperience | None:

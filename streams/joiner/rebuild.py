@@ -99,10 +99,7 @@ local function replies(value) return tonumber(string.match(value, '"revision":(%
 for _, id in ipairs(redis.call('SMEMBERS', KEYS[3])) do
   local value = redis.call('HGET', KEYS[1], id)
   local new = redis.call('HGET', KEYS[4], id)
-  if value and string.sub(value, -1) == '\\n' then
-    redis.call('HSET', KEYS[4], id, value)
-    redis.call('ZREM', KEYS[5], id)
-  elseif value then
+  if value then
     if not new or replies(value) > replies(new) or ARGV[2] == '1' then
       redis.call('HSET', KEYS[4], id, value)
       redis.call('ZADD', KEYS[5], redis.call('ZSCORE', KEYS[2], id), id)

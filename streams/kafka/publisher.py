@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import structlog
 from aiokafka import AIOKafkaProducer
@@ -47,6 +47,15 @@ ACK_S = Histogram(
     "cortex_publish_seconds", "From handing an event or a batch to Kafka to its acknowledgement", ["topic"]
 )
 REPLACED = Counter("cortex_producer_replaced_total", "Producers that broke and were replaced")
+
+
+class Message(NamedTuple):
+    """A record to publish."""
+
+    topic: str
+    key: bytes
+    value: bytes
+    headers: Sequence[tuple[str, bytes]] = ()
 
 
 class Publisher:
@@ -121,8 +130,8 @@ class Publisher:
             raise UnavailableError("the connection to Kafka was lost meanwhile: repeat with the same id")
         delivery.result()
 
-    async def send(self, messages: Iterable[tuple[str, bytes, bytes]]) -> None:
-        """Hands over (topic, key, value) messages together, and returns once all are acknowledged.
+    async def send(self, messages: Iterable[Message]) -> None:
+        """Hands over messages together, and returns once all are acknowledged.
 
         They go as whole Kafka batches, one after the other for each partition: much cheaper than one by one.
 
@@ -150,19 +159,19 @@ class Publisher:
         raise self._refused
 
     async def _batched(
-        self, producer: AIOKafkaProducer, messages: Iterable[tuple[str, bytes, bytes]]
+        self, producer: AIOKafkaProducer, messages: Iterable[Message]
     ) -> dict[tuple[str, int], list[BatchBuilder]]:
         """The messages in Kafka batches, by topic and partition."""
         batches: dict[tuple[str, int], list[BatchBuilder]] = {}
         partitions: dict[str, list[int]] = {}
-        for topic, key, value in messages:
+        for topic, key, value, headers in messages:
             _check_size(value)
             if topic not in partitions:
                 with self._explained(producer):
                     partitions[topic] = sorted(await producer.partitions_for(topic))
             place = topic, self._partitioner(key, partitions[topic], [])
             its_batches = batches.setdefault(place, [])
-            record = {"timestamp": None, "key": key, "value": value}
+            record = {"timestamp": None, "key": key, "value": value, "headers": [*headers]}
             if not its_batches or its_batches[-1].append(**record) is None:
                 its_batches.append(producer.create_batch())
                 its_batches[-1].append(**record)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -41,9 +41,11 @@ from streams.weights.architecture import model_config
 log = structlog.get_logger(__name__)
 
 LEDGER_CAPACITY = 20_000
-"""Experiences whose repetition is recognised, the latest ones; ten bytes each in every version's record."""
+"""Experiences whose repetition is recognised, the latest ones; 12 bytes each in every version's record."""
 
-Outcome = Literal["learned", "amended", "repeated", "no_reply"]
+_SPAN = 2**32 - 1
+
+Outcome = Literal["learned", "amended", "retracted", "repeated", "no_reply"]
 
 
 @dataclass(slots=True)
@@ -52,28 +54,32 @@ class Resume:
 
     control_offset: int = -1
     """Offset of the last control event that was carried out; -1 for none."""
-    revisions: OrderedDict[int, int] = field(default_factory=OrderedDict)
-    """Experience (by a 64-bit hash of its id) → highest revision learned; the latest last."""
+    versions: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    """Experience (by a 64-bit hash of its id) → highest version learned; the latest last."""
 
-    def revision(self, experience_id: str) -> int:
-        """The highest revision learned of this experience; 0 where none was."""
-        return self.revisions.get(_hash(experience_id), 0)
+    def version(self, experience_id: str) -> int | None:
+        """The highest version learned of this experience; None where none was."""
+        return self.versions.get(_hash(experience_id))
 
-    def note(self, experience_id: str, revision: int) -> None:
-        """This revision is learned."""
+    def note(self, experience_id: str, version: int) -> None:
+        """This version is learned."""
         key = _hash(experience_id)
-        self.revisions.pop(key, None)
-        self.revisions[key] = min(revision, 65_535)
-        while len(self.revisions) > LEDGER_CAPACITY:
-            self.revisions.popitem(last=False)
+        self.versions.pop(key, None)
+        self.versions[key] = version
+        while len(self.versions) > LEDGER_CAPACITY:
+            self.versions.popitem(last=False)
 
     def to_bytes(self) -> bytes:
-        """A line of JSON, then all hashes, then all revisions."""
-        n = len(self.revisions)
-        head = json.dumps({"control_offset": self.control_offset, "experiences": n}).encode()
-        keys = np.fromiter(self.revisions.keys(), dtype="<u8", count=n)
-        revisions = np.fromiter(self.revisions.values(), dtype="<u2", count=n)
-        return head + b"\n" + keys.tobytes() + revisions.tobytes()
+        """A line of JSON, then all hashes, then all versions as 32 bits after the lowest.
+
+        Versions are milliseconds: those more than 49 days older than the newest are stored as that old.
+        """
+        n = len(self.versions)
+        lowest = max(min(self.versions.values(), default=0), max(self.versions.values(), default=0) - _SPAN)
+        meta = {"control_offset": self.control_offset, "experiences": n, "lowest": lowest}
+        keys = np.fromiter(self.versions.keys(), dtype="<u8", count=n)
+        versions = np.fromiter((max(v - lowest, 0) for v in self.versions.values()), dtype="<u4", count=n)
+        return json.dumps(meta).encode() + b"\n" + keys.tobytes() + versions.tobytes()
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Resume:
@@ -87,12 +93,12 @@ class Resume:
         head, _, body = raw.partition(b"\n")
         try:
             meta = json.loads(head)
-            n, control_offset = int(meta["experiences"]), int(meta["control_offset"])
+            n, control_offset, lowest = (int(meta[k]) for k in ("experiences", "control_offset", "lowest"))
             keys = np.frombuffer(body, dtype="<u8", count=n).tolist()
-            revisions = np.frombuffer(body, dtype="<u2", count=n, offset=8 * n).tolist()
+            versions = np.frombuffer(body, dtype="<u4", count=n, offset=8 * n).astype(np.int64) + lowest
         except Exception as error:  # whatever stands there
             raise WeightsError(f"a version's resume header cannot be read: {error}") from error
-        return cls(control_offset, OrderedDict(zip(keys, revisions, strict=True)))
+        return cls(control_offset, OrderedDict(zip(keys, versions.tolist(), strict=True)))
 
     @staticmethod
     def control_offset_in(raw: bytes) -> int:
@@ -194,30 +200,36 @@ class ModelLearner:
         """Gradient steps since birth."""
         return self._trainer.total_updates
 
-    def learn(self, event: ExperienceEvent, offset: int) -> tuple[Outcome, OnlineUpdate | None]:
+    def learn(self, event: ExperienceEvent, version: int, offset: int) -> tuple[Outcome, OnlineUpdate | None]:
         """Takes one experience; trains when enough are pending.
 
-        Silence (`no_reply`) teaches nothing: it is no reward of 0, and is only counted. The same revision a
-        second time, or an older one, changes nothing. A higher one amends the reward and is no second sample.
+        Silence (`no_reply`) teaches nothing: it is no reward of 0, and is only counted. A version that is not
+        higher than the one learned changes nothing. A higher one amends the reward and is no second sample;
+        where nobody has answered any more, it takes the reward back (`Posteriors.condition` says how far).
+
+        Args:
+            version: of the experience's record (`streams.events.version_of`).
 
         Raises:
             InputError: its arrays or its strategy do not fit this model; nothing has changed.
             redis.RedisError: the store does not answer; this object is to be thrown away.
         """
-        known = self.resume.revision(event.interaction.interaction_id)
-        if known and event.revision <= known:
+        known = self.resume.version(event.interaction.interaction_id)
+        if known is not None and version <= known:
             return "repeated", None
-        if event.revision == 0:
+        if known is None and not event.revision:
             return "no_reply", None
-        update = self._trainer.observe(event.to_entry())
-        self.resume.note(event.interaction.interaction_id, event.revision)
-        self.interactions += not known
+        update = self._trainer.observe(replace(event.to_entry(), revision=version))
+        self.resume.note(event.interaction.interaction_id, version)
+        self.interactions += known is None
         if self.first_unpublished is None:
             self.first_unpublished = offset
         if event.replied_at is not None:
             self._oldest_reply_at = min(self._oldest_reply_at or event.replied_at, event.replied_at)
         self._note(update)
-        return ("amended" if known else "learned"), update
+        if known is None:
+            return "learned", update
+        return ("amended" if event.revision else "retracted"), update
 
     def flush(self) -> OnlineUpdate | None:
         """One step on what is pending, so that no reply waits for others to come."""

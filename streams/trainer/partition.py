@@ -31,7 +31,7 @@ from aiokafka.partitioner import murmur2
 from cortex_core.errors import CortexError, InputError, WeightsError
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
-from streams.events import DeadLetter, ExperienceEvent, parse
+from streams.events import DeadLetter, ExperienceEvent, parse, version_of
 from streams.failures import answered, is_systemic
 from streams.kafka.clients import start, stop
 from streams.kafka.dead_letters import dead_letter
@@ -367,7 +367,7 @@ class PartitionLearner:
         if event.interaction.model_id != model_id:
             raise InputError(f"the key says {model_id!r}, the experience {event.interaction.model_id!r}")
         started = time.monotonic()
-        outcome, update = learner.learn(event, record.offset)
+        outcome, update = learner.learn(event, version_of(record.headers, event), record.offset)
         self._seen[model_id] = record.offset + 1
         self.tools.metrics.learned(model_id, outcome, update, time.monotonic() - started)
 

@@ -123,6 +123,29 @@ def test_an_amended_reward_is_no_second_sample() -> None:
     assert pending.pending == 1
 
 
+def test_a_reward_that_was_taken_back_leaves_no_opinion() -> None:
+    model, trainer, buffer = fresh()
+    others = [e for e in entries(40) if e.strategy_id != "a"][:10]
+    feed(trainer, buffer, others)
+    trainer.flush()
+    wrong = replace(entries(41)[40], id="wrong", reward=1.0, reward_confidence=1.0)
+    assert wrong.message_emb is not None
+    row = model.registry.id_to_index(wrong.strategy_id)
+
+    def opinion() -> float:
+        return float(model.selector.belief(torch.zeros(DIM), wrong.message_emb).mean[row])
+
+    before = opinion()
+    feed(trainer, buffer, [wrong])
+    trainer.flush()
+    learned = opinion()
+    feed(trainer, buffer, [replace(wrong, reward=0.0, reward_confidence=0.0, revision=2)])
+    trainer.flush()
+    assert learned - before > 0.1
+    assert abs(opinion() - before) < 0.25 * (learned - before)
+    assert trainer.total_interactions == len(others) + 1
+
+
 def test_counts_and_batches_as_specified() -> None:
     _, trainer, buffer = fresh()
     updates = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,7 @@ from cortex_core.metadata import METADATA_KEYS
 from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.weights import WeightsManifest
 from streams.connections import kafka_client_options, redis_client
-from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, parse
+from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, parse, version_header
 from streams.kafka.clients import started
 from streams.kafka.follower import TopicFollower
 from streams.kafka.groups import committed_offsets
@@ -97,7 +97,10 @@ async def publish_experiences(
         for event in events:
             await asyncio.to_thread(remember, settings, [event])
             await producer.send_and_wait(
-                Topics.of(settings).experiences, event.to_bytes(), key=event.interaction.model_id.encode()
+                Topics.of(settings).experiences,
+                event.to_bytes(),
+                key=event.interaction.model_id.encode(),
+                headers=version_header(event.revision),
             )
             if every_s:
                 await asyncio.sleep(every_s)
@@ -106,13 +109,18 @@ async def publish_experiences(
 
 
 async def send_raw(
-    settings: Settings, key: bytes | None, value: bytes | None, partition: int | None = None
+    settings: Settings,
+    key: bytes | None,
+    value: bytes | None,
+    partition: int | None = None,
+    headers: Sequence[tuple[str, bytes]] = (),
 ) -> None:
     """Any bytes on the experiences topic."""
     producer = AIOKafkaProducer(**kafka_client_options(settings))
     await producer.start()
     try:
-        await producer.send_and_wait(Topics.of(settings).experiences, value, key=key, partition=partition)
+        topic = Topics.of(settings).experiences
+        await producer.send_and_wait(topic, value, key=key, partition=partition, headers=headers)
     finally:
         await producer.stop()
 

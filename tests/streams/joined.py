@@ -7,7 +7,7 @@ import contextlib
 import random
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import GroupCoordinatorNotAvailableError
 
-from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse, utc_now
+from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse, utc_now, version_of
 from streams.joiner.app import JoinerApp, create_app
 from streams.kafka.clients import started
 from streams.kafka.topics import Topics
@@ -72,14 +72,6 @@ def expected(events: Events) -> Summary:
     return {i: (len(rs), tuple(reply_id for _, reply_id in sorted(rs))) for i, rs in got.items()}
 
 
-def movable(events: Events) -> set[str]:
-    """Interactions whose replies may have been another's for a while: of conversations with unnamed ones."""
-    unnamed = {e.conversation_id for e in events if isinstance(e, ReplyEvent) and e.interaction_id is None}
-    return {
-        e.interaction_id for e in events if isinstance(e, InteractionEvent) and e.conversation_id in unnamed
-    }
-
-
 def replay(settings: Settings, client: redis.Redis) -> dict[str, ExperienceEvent]:
     store = RedisReplayBuffer.of(settings, "default", client)
     return {
@@ -109,26 +101,26 @@ class Difference:
         return cls((want - have).total(), (have - want).total())
 
 
-def check_published(
-    records: Iterable[Any], wanted: Mapping[str, ExperienceEvent], may_move: Set[str] = frozenset()
-) -> None:
-    """What was published last about each interaction is what replay holds, to the byte.
+def check_published(records: Iterable[Any], wanted: Mapping[str, ExperienceEvent]) -> None:
+    """What stands in the topic in the highest version is what replay holds, and the same (id, version) is the
+    same bytes wherever it stands."""
+    assert wrongly_published(records, wanted) == set()
 
-    Args:
-        may_move: interactions whose replies may have moved to or from another; for all others the same
-            (id, revision) is the same bytes wherever it stands.
-    """
-    values: dict[tuple[str, int], bytes] = {}
-    last: dict[str, bytes] = {}
+
+def wrongly_published(records: Iterable[Any], wanted: Mapping[str, ExperienceEvent]) -> set[str]:
+    """Interactions of which the topic says something else than replay, or two things."""
+    values: dict[str, dict[int, set[bytes]]] = {}
     for record in records:
         event = parse(ExperienceEvent, record.value)
-        key = (event.interaction.interaction_id, event.revision)
-        assert key[0] in may_move or values.setdefault(key, record.value) == record.value
         assert record.key == event.interaction.model_id.encode()
-        last[key[0]] = event.to_bytes()
-        if key[0] in may_move and not event.revision and key[0] not in wanted:
-            del last[key[0]]  # its one reply was another's: it is open again, and replay has it no more
-    assert last == {i: e.to_bytes() for i, e in wanted.items()}
+        versions = values.setdefault(event.interaction.interaction_id, {})
+        versions.setdefault(version_of(record.headers, event), set()).add(event.to_bytes())
+    wrong = {i for i, versions in values.items() if max(map(len, versions.values())) > 1}
+    # Open and unanswered: what was its reply is another's, and replay has it no more.
+    newest = {i: min(versions[max(versions)]) for i, versions in values.items()}
+    newest = {i: v for i, v in newest.items() if i in wanted or parse(ExperienceEvent, v).reply_ids}
+    right = {i: event.to_bytes() for i, event in wanted.items()}
+    return wrong | {i for i in newest.keys() | right.keys() if newest.get(i) != right.get(i)}
 
 
 @contextlib.asynccontextmanager

@@ -48,14 +48,14 @@ class Watched:
         self.world.timer(self.world.now - START + after_s)
         evidence = self.evidence
         evidence.started = self.world.now + 61
-        for event in self.world.published:
-            experience = Experience.of(event)
+        for version, event in enumerate(self.world.published):
+            experience = Experience.of(event, version)
             if known := evidence.published.get(experience.key):
                 known.add(experience)
             else:
                 evidence.published[experience.key] = Published.of(experience)
         for value in self.world.replay.values():
-            stored = Experience.of(parse(ExperienceEvent, value))
+            stored = Experience.of(parse(ExperienceEvent, value), 0)
             evidence.stored[stored.key] = stored
         return evidence
 
@@ -278,8 +278,15 @@ def test_a_reply_that_stands_in_two_interactions_is_doubled() -> None:
 def test_an_older_experience_repeated_by_a_worker_taken_for_dead_is_no_fault() -> None:
     evidence = Watched().see(*talk()).collect()
     known = evidence.published["default", "i1"]
-    known.add(replace(known.last, revision=1, reply_ids=("r0",), rewards=(0.5,), reward=0.5))
+    older = replace(known.newest, version=-1, reply_ids=("r0",), rewards=(0.5,), reward=0.5)
+    known.add(older)
     assert audit(evidence).clean
+    known.add(known.newest)
+    assert audit(evidence).clean
+    known.add(replace(older, version=known.newest.version))
+    assert [(f.kind, f.subject) for f in audit(evidence).findings] == [("wrong", "i1")]
+    known.add(replace(older, version=known.newest.version + 1))
+    assert ("lost", "r1") in [(f.kind, f.subject) for f in audit(evidence).findings]
 
 
 def test_what_replay_has_let_go_is_judged_by_the_topic() -> None:
@@ -288,7 +295,7 @@ def test_what_replay_has_let_go_is_judged_by_the_topic() -> None:
     del evidence.stored["default", "i1"]
     assert audit(evidence).clean
     evidence.published["default", "i1"] = Published.of(
-        replace(evidence.published["default", "i1"].last, reply_ids=("r1",), rewards=(-0.5,))
+        replace(evidence.published["default", "i1"].newest, reply_ids=("r1",), rewards=(-0.5,))
     )
     assert [(f.kind, f.subject) for f in audit(evidence).findings] == [("lost", "r0")]
     del evidence.published["default", "i1"]

@@ -19,6 +19,7 @@ from streams.replay_store import ReplayKeys
 from streams.settings import Settings
 from streams.testing import interaction, reply, send, spawn_worker, wait_for
 from streams.weights.records import publish
+from tests.streams.experiences import send_raw
 from tests.streams.joined import conversation
 from tests.streams.kafka_helpers import read_all
 from tests.streams.weights_records import snapshot
@@ -140,7 +141,9 @@ def test_what_a_joiner_made_is_clean_until_somebody_meddles(settings: Settings, 
 
     [last] = [r for r in asyncio.run(read_all(settings, topics.experiences)) if b'"silent"' in r.value]
     forged = parse(ExperienceEvent, last.value).model_copy(update={"reward": 0.5})
-    asyncio.run(send(settings, [(topics.experiences, last.key, forged.to_bytes())]))
+    asyncio.run(send_raw(settings, last.key, forged.to_bytes()))
+    assert findings(settings) == set(), "without a version it is older than all"
+    asyncio.run(send_raw(settings, last.key, forged.to_bytes(), headers=last.headers))
     assert findings(settings) == {("wrong", "silent")}
     asyncio.run(publish_versions(settings, 2))
     assert ("fork", "version 2") in findings(settings)

@@ -34,6 +34,7 @@ def experience(interaction: str, offset: int = 0, **changes: Any) -> ExperienceS
         "partition": 0,
         "offset": offset,
         "interaction_id": interaction,
+        "version": 1,
         "revision": 1,
         "reply_ids": (f"r-{interaction}",),
         "replied_at": T0,
@@ -170,7 +171,7 @@ def test_what_a_run_cut_short_left_in_its_topic_is_pending_and_what_is_not_there
 def test_a_second_reply_that_no_experience_names_is_lost() -> None:
     tally = Tally(interactions=["a"], replies={"r-a": "a", "r-2": "a"})
     one = [experience("a", 0)]
-    both = [*one, experience("a", 1, revision=2, reply_ids=("r-a", "r-2"), digest="a-2")]
+    both = [*one, experience("a", 1, version=2, revision=2, reply_ids=("r-a", "r-2"), digest="a-2")]
     assert counted(tally=tally, experiences=one, replay={"a": 1}).lost == {"r-2"}
     assert counted(tally=tally, experiences=both, replay={"a": 2}).lost == frozenset()
     assert counted(tally=tally, experiences=both, replay={"a": 1}).lost == {"a"}  # replay kept the old reward

@@ -17,7 +17,7 @@ from cortex_core.feedback_collector import FeedbackCollector
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
 from streams.joiner.conversation import LATE_S, Conversation
 from streams.joiner.decode import decode_interaction
-from streams.joiner.effects import Engine, Task
+from streams.joiner.effects import Engine, Experience, Task
 from streams.joiner.join import Changes, Join
 from streams.joiner.states import MemoryStates, RedisStates, Save, States
 from streams.replay_store import ReplayKeys, ReplayWriter, decode
@@ -37,15 +37,19 @@ class Bench:
         self.join = Join(window_s=WINDOW, aggregation="last", collector=FeedbackCollector())
         self.states = states or RedisStates(client, prefix, WINDOW)
         self.published: list[ExperienceEvent] = []
+        self.contents: dict[tuple[str, int], bytes] = {}
         self.fail_publishing = 0
         writer = ReplayWriter(client, prefix=prefix, capacity=1000)
         self.engine = Engine(self.join, self.states, writer, self._publish)
 
-    async def _publish(self, experiences: Sequence[tuple[str, bytes]]) -> None:
+    async def _publish(self, experiences: Sequence[Experience]) -> None:
         if self.fail_publishing:
             self.fail_publishing -= 1
             raise ConnectionError("Kafka is away")
-        self.published += [parse(ExperienceEvent, value) for _, value in experiences]
+        self.published += [parse(ExperienceEvent, it.value) for it in experiences]
+        for it in experiences:
+            content = self.contents.setdefault((it.write.id, it.write.version), it.value)
+            assert content == it.value, "the same (id, version) is the same bytes"
 
     def task(self, event: InteractionEvent | ReplyEvent) -> Task:
         if isinstance(event, InteractionEvent):
@@ -195,8 +199,10 @@ async def test_crashes_at_any_step_of_any_batches_make_the_same_replay(
     wanted = await outcome_in_order(client, prefix, events)
     rng.shuffle(events)
     published: list[ExperienceEvent] = []
+    contents: dict[tuple[str, int], bytes] = {}
     while events:
         bench = Bench(client, prefix)
+        bench.contents = contents
         batch = events[: rng.randint(1, 6)]
         if rng.random() < 0.5:
             timer = partial(_timer, bench.join, START + rng.choice([15.0, WINDOW]))
@@ -207,8 +213,11 @@ async def test_crashes_at_any_step_of_any_batches_make_the_same_replay(
         published += bench.published
         del events[: len(batch) * (last == STEPS[-1])]
     bench = Bench(client, prefix)
+    bench.contents = contents
     await bench.close()
     published += bench.published
+    newest = dict(sorted(contents))
+    assert {i: contents[i, version] for i, version in newest.items()} == wanted
     assert await bench.replay() == wanted
     last_published = {e.interaction.interaction_id: e.to_bytes() for e in published}
     assert last_published == {i: parse(ExperienceEvent, value).to_bytes() for i, value in wanted.items()}

@@ -12,7 +12,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from cortex_core.errors import InputError, UnavailableError
 from streams.connections import kafka_client_options
-from streams.kafka.publisher import MAX_VALUE, Publisher
+from streams.kafka.publisher import MAX_VALUE, Message, Publisher
 from streams.kafka.topics import Topics
 from streams.settings import Settings
 from streams.testing import async_wait_for
@@ -68,7 +68,7 @@ async def test_many_go_in_whole_batches_in_order(settings: Settings) -> None:
     async with publisher(settings) as (it, _):
         sizes = [10] * 300 + [3_000_000, 10, 400_000, 400_000, 400_000, 999_990, 10]
         sent = [(keys[n % 3], f"{n} ".encode().ljust(size, b".")) for n, size in enumerate(sizes)]
-        await it.send((topic, key, value) for key, value in sent)
+        await it.send(Message(topic, key, value) for key, value in sent)
         await it.wait(it.begin(topic, b"c", b"alone"))
         await it.send([])
         found = await read_all(settings, topic)
@@ -77,10 +77,10 @@ async def test_many_go_in_whole_batches_in_order(settings: Settings) -> None:
             assert its == [v for k, v in [*sent, (b"c", b"alone")] if k == key]
             assert len({r.partition for r in found if r.key == key}) == 1
         with pytest.raises(InputError, match="at most"):
-            await it.send([(topic, b"c", b"small"), (topic, b"c", b"x" * (MAX_VALUE + 1))])
+            await it.send([Message(topic, b"c", b"small"), Message(topic, b"c", b"x" * (MAX_VALUE + 1))])
         assert len(await values(settings)) == len(sent) + 1
     with pytest.raises(UnavailableError, match="stopping"):
-        await it.send([(topic, b"c", b"late")])
+        await it.send([Message(topic, b"c", b"late")])
 
 
 async def test_what_the_broker_refuses_costs_that_event_alone(settings: Settings) -> None:
@@ -103,7 +103,7 @@ async def test_what_the_broker_refuses_costs_that_event_alone(settings: Settings
         # A producer that was not replaced would now have a gap in its sequence, and be refused for ever.
         await async_wait_for(lambda: it.away is None, "a new producer")
         with pytest.raises(InputError, match=r"max\.message\.bytes"):
-            await it.send([(topic, b"c", b"x" * 1_500)] * 2)
+            await it.send([Message(topic, b"c", b"x" * 1_500)] * 2)
         await async_wait_for(lambda: it.away is None, "a new producer")
         for i in range(3):
             await it.wait(it.begin(topic, b"c", f"after {i}".encode()))

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from cortex_core.errors import InputError, WeightsError
 from cortex_core.model import CortexModel
+from cortex_core.online.update import OnlineUpdate
 from cortex_core.replay_buffer import ReplayBuffer
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import redis_client
+from streams.events import ExperienceEvent
 from streams.settings import Settings
 from streams.trainer import learner
-from streams.trainer.learner import ModelLearner, Resume
+from streams.trainer.learner import ModelLearner, Outcome, Resume
 from streams.trainer.partition import home_partition
 from streams.weights.architecture import model_config
 from tests.streams.experiences import experience
@@ -31,13 +33,20 @@ TP = "cortex.experiences-0"
 @examples(deadline=None)
 @given(
     st.integers(-1, 2**40),
-    st.dictionaries(st.integers(0, 2**64 - 1), st.integers(1, 65_535), max_size=50),
+    st.integers(0, 2**52),
+    st.dictionaries(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), max_size=50),
 )
-def test_resume_comes_back(control_offset: int, revisions: dict[int, int]) -> None:
-    resume = Resume(control_offset, OrderedDict(revisions))
+def test_resume_comes_back(control_offset: int, lowest: int, versions: dict[int, int]) -> None:
+    resume = Resume(control_offset, OrderedDict((key, lowest + v) for key, v in versions.items()))
     again = Resume.from_bytes(resume.to_bytes())
     assert again == resume
-    assert list(again.revisions) == list(revisions)
+    assert list(again.versions) == list(versions)
+
+
+def test_versions_too_far_apart_are_taken_for_later_ones() -> None:
+    """So that what was learned long ago is not learned again."""
+    resume = Resume(0, OrderedDict({1: 5, 2: 2**41}))
+    assert Resume.from_bytes(resume.to_bytes()).versions == {1: 2**41 - 2**32 + 1, 2: 2**41}
 
 
 @pytest.mark.parametrize("raw", [b"x", b"{}", b'{"control_offset": 1, "experiences": 3}\nshort', b"[]\n"])
@@ -53,7 +62,7 @@ def test_the_ledger_keeps_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
         resume.note(name, 1)
     resume.note("a", 2)
     resume.note("d", 1)
-    assert [resume.revision(x) for x in "abcd"] == [2, 0, 1, 1]
+    assert [resume.version(x) for x in "abcd"] == [2, None, 1, 1]
 
 
 @examples(deadline=None)
@@ -73,6 +82,12 @@ def cache(settings: Settings) -> Iterator[redis.Redis]:
 
 def birth(settings: Settings, cache: redis.Redis) -> ModelLearner:
     return ModelLearner.open(settings, "m", None, b"", buffer=ReplayBuffer(100), cache=cache)
+
+
+def learn(
+    learner: ModelLearner, event: ExperienceEvent, offset: int, version: int | None = None
+) -> tuple[Outcome, OnlineUpdate | None]:
+    return learner.learn(event, event.revision if version is None else version, offset)
 
 
 def publish(learner: ModelLearner, offset: int) -> tuple[WeightsSnapshot, bytes]:
@@ -97,16 +112,19 @@ def unpublished(learner: ModelLearner) -> int | None:
 @pytest.mark.integration
 def test_counts_and_versions(settings: Settings, cache: redis.Redis) -> None:
     learner = birth(settings, cache)
-    assert learner.learn(experience("a"), 0)[0] == "learned"
-    assert learner.learn(experience("a"), 1)[0] == "repeated"
-    assert learner.learn(experience("b", revision=0), 2)[0] == "no_reply"
-    assert learner.learn(experience("b", revision=2), 3)[0] == "learned"
-    assert learner.learn(experience("b", revision=1), 4)[0] == "repeated"
-    assert learner.learn(experience("b", revision=0), 5)[0] == "repeated"
-    assert learner.learn(experience("a", revision=2), 6)[0] == "amended"
+    assert learn(learner, experience("a"), 0)[0] == "learned"
+    assert learn(learner, experience("a"), 1)[0] == "repeated"
+    assert learn(learner, experience("b", revision=0), 2)[0] == "no_reply"
+    assert learn(learner, experience("b", revision=2), 3)[0] == "learned"
+    assert learn(learner, experience("b", revision=1), 4)[0] == "repeated"
+    assert learn(learner, experience("b", revision=0), 5)[0] == "repeated"
+    assert learn(learner, experience("a", revision=2), 6)[0] == "amended"
+    assert learn(learner, experience("a", revision=1), 6, version=3)[0] == "amended"
+    assert learn(learner, experience("a", revision=0), 6, version=4)[0] == "retracted"
+    assert learn(learner, experience("a", revision=1), 6, version=3)[0] == "repeated"
     strange = experience("c", strategy_id="dance", strategy_ids=["dance"], probabilities=[1.0])
     with pytest.raises(InputError, match="dance"):
-        learner.learn(strange, 7)
+        learn(learner, strange, 7)
     assert unpublished(learner) == 0
     snapshot, _ = publish(learner, 8)
     manifest = snapshot.manifest
@@ -116,7 +134,7 @@ def test_counts_and_versions(settings: Settings, cache: redis.Redis) -> None:
         e.replied_at for e in (experience("a"), experience("b")) if e.replied_at is not None
     )
     assert unpublished(learner) is None
-    learner.learn(experience("d"), 9)
+    learn(learner, experience("d"), 9)
     snapshot, _ = publish(learner, 10)
     assert (snapshot.manifest.version, snapshot.manifest.parent, snapshot.manifest.interactions) == (2, 1, 3)
     assert snapshot.manifest.oldest_reply_at == experience("d").replied_at
@@ -130,7 +148,7 @@ def test_a_restart_continues_as_if_there_had_been_none(
     """The same weights, counts and known experiences; the optimizer's moments where they are cached."""
     learner = birth(settings, cache)
     for i in range(12):
-        learner.learn(experience(f"e{i}"), i)
+        learn(learner, experience(f"e{i}"), i)
     snapshot, resume = learner.next_version({TP: 12})
     if cached:
         learner.save_optimizer(cache, snapshot.manifest.version)
@@ -144,8 +162,8 @@ def test_a_restart_continues_as_if_there_had_been_none(
     assert names
     assert {n for n in inherited if n.startswith("optimizer.")} == (names if cached else set())
     assert all(torch.equal(moments[n], inherited[n]) for n in names if cached)
-    assert heir.learn(experience("e3"), 12)[0] == "repeated"
-    assert heir.learn(experience("e12"), 13)[0] == "learned"
+    assert learn(heir, experience("e3"), 12)[0] == "repeated"
+    assert learn(heir, experience("e12"), 13)[0] == "learned"
     after, _ = publish(heir, 14)
     assert (after.manifest.version, after.manifest.interactions) == (2, 13)
     assert after.manifest.updates == learner.updates + 1
@@ -158,7 +176,7 @@ def test_the_cache_holds_two_versions_and_another_ones_are_not_used(
 ) -> None:
     learner = birth(settings, cache)
     for version in (1, 2, 3, 4):
-        learner.learn(experience(f"e{version}"), version)
+        learn(learner, experience(f"e{version}"), version)
         snapshot, resume = learner.next_version({})
         learner.save_optimizer(cache, snapshot.manifest.version)
         learner.published(snapshot)
@@ -166,15 +184,15 @@ def test_the_cache_holds_two_versions_and_another_ones_are_not_used(
     assert sorted(cache.hkeys(key)) == [b"3", b"4"]
     cache.hset(key, "4", b"damaged")
     heir = ModelLearner.open(settings, "m", snapshot, resume, buffer=ReplayBuffer(100), cache=cache)
-    assert heir.learn(experience("e5"), 5)[0] == "learned"
+    assert learn(heir, experience("e5"), 5)[0] == "learned"
 
 
 @pytest.mark.integration
 def test_rolling_back_keeps_the_counts_and_takes_the_weights(settings: Settings, cache: redis.Redis) -> None:
     learner = birth(settings, cache)
-    learner.learn(experience("a"), 0)
+    learn(learner, experience("a"), 0)
     first, _ = publish(learner, 1)
-    learner.learn(experience("b"), 1)
+    learn(learner, experience("b"), 1)
     publish(learner, 2)
     learner.roll_back(first, control_offset=7)
     snapshot, resume = publish(learner, 2)
@@ -182,4 +200,4 @@ def test_rolling_back_keeps_the_counts_and_takes_the_weights(settings: Settings,
     assert (snapshot.manifest.version, snapshot.manifest.reason) == (3, "rollback")
     assert (snapshot.manifest.interactions, snapshot.manifest.updates) == (2, 2)
     assert Resume.from_bytes(resume).control_offset == 7
-    assert learner.learn(experience("b"), 3)[0] == "repeated"
+    assert learn(learner, experience("b"), 3)[0] == "repeated"

@@ -1,4 +1,4 @@
-"""How every worker reaches Kafka and Redis: options of the clients, and retrying what is transient."""
+"""Connections to Kafka and Redis for all workers: client options, and retries of transient errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from cortex_core.errors import ConfigError, CortexError, UnavailableError
-from streams.failures import configuration_error, is_redis, is_transient, unavailable
+from streams.failures import configuration_error, is_redis, is_transient, unavailable_error
 
 if TYPE_CHECKING:
     from streams.settings import Settings
@@ -35,7 +35,7 @@ PROBE_TIMEOUT_S = 5.0
 
 
 def kafka_client_options(settings: Settings) -> dict[str, Any]:
-    """Keyword arguments that every aiokafka client (admin, producer, consumer) takes.
+    """Keyword arguments for any aiokafka client: admin, producer or consumer.
 
     Raises:
         ConfigError: a certificate or key file cannot be read.
@@ -55,7 +55,7 @@ def kafka_client_options(settings: Settings) -> dict[str, Any]:
         except OSError as error:  # ssl.SSLError is one
             raise ConfigError(
                 "CORTEX_KAFKA_SSL_CAFILE, CORTEX_KAFKA_SSL_CERTFILE or CORTEX_KAFKA_SSL_KEYFILE cannot be "
-                f"read ({type(error).__name__}: {error}): wanted PEM files"
+                f"read ({type(error).__name__}: {error}): expected PEM files"
             ) from error
         options["ssl_context"] = context
     if settings.kafka_security_protocol.startswith("SASL"):
@@ -67,11 +67,11 @@ def kafka_client_options(settings: Settings) -> dict[str, Any]:
 
 
 class _RetryOnce(redis.retry.Retry):
-    """Repeats a command once, at once, on a new connection, where its error is transient.
+    """Retries a command once, immediately and on a new connection, if its error is transient.
 
-    Costs a connection whose server answers READONLY, LOADING and the like, which redis-py alone would keep:
-    the next one resolves the address anew, and reaches the primary after a failover. Longer waits are
-    `retry`'s.
+    Closes the connection also if the server answers READONLY, LOADING and the like, which redis-py would keep
+    open: the new one resolves the address again, and so reaches the primary after a failover. `retry` does
+    the longer waits.
     """
 
     def __init__(self) -> None:
@@ -111,12 +111,12 @@ _REDIS_OPTIONS: dict[str, Any] = {
 
 
 def redis_client(settings: Settings) -> redis.Redis:
-    """A synchronous client that answers in bytes; for threads."""
+    """A synchronous client, for threads; its replies are bytes."""
     return redis.Redis.from_url(settings.redis_address, retry=_RetryOnce(), **_REDIS_OPTIONS)
 
 
 def async_redis_client(settings: Settings) -> redis.asyncio.Redis:
-    """An asyncio client that answers in bytes; for event loops."""
+    """An asyncio client, for event loops; its replies are bytes."""
     return redis.asyncio.Redis.from_url(settings.redis_address, retry=_AsyncRetryOnce(), **_REDIS_OPTIONS)
 
 
@@ -138,7 +138,7 @@ async def explain(error: BaseException, settings: Settings) -> CortexError | Non
         return None
     if isinstance(error, KafkaError) and (refused := await _kafka_refusal(settings)):
         return refused
-    return unavailable(error, settings)
+    return unavailable_error(error, settings)
 
 
 async def _kafka_refusal(settings: Settings) -> ConfigError | None:
@@ -157,11 +157,11 @@ async def _kafka_refusal(settings: Settings) -> ConfigError | None:
 
 
 async def why_unavailable(error: Exception, settings: Settings) -> UnavailableError:
-    """A transient error as an `UnavailableError`; what waiting cannot mend is raised.
+    """A transient error as an `UnavailableError`; any other error is raised.
 
     Raises:
-        ConfigError: `error` is one of configuration.
-        Exception: `error` itself, where it is neither.
+        ConfigError: `error` is a configuration error.
+        Exception: `error` itself, if it is neither.
     """
     meaning = await explain(error, settings)
     if isinstance(meaning, UnavailableError):
@@ -172,10 +172,11 @@ async def why_unavailable(error: Exception, settings: Settings) -> UnavailableEr
 
 
 async def backoff(stop: asyncio.Event | None = None, *, most_s: float = 5.0) -> AsyncIterator[int]:
-    """Yields 1, 2, 3 …; sleeps before each but the first: exponential backoff with full jitter.
+    """Yields 1, 2, 3 …; before each but the first, sleeps with exponential backoff and full jitter.
 
     Args:
-        stop: ends it, also while it sleeps.
+        stop: ends the iteration, also during a sleep.
+        most_s: the longest sleep.
     """
     attempt, delay = 1, 0.2
     while not (stop and stop.is_set()):
@@ -191,24 +192,24 @@ async def retry(
     settings: Settings,
     on_failure: Callable[[str, str], None] | None = None,
 ) -> T:
-    """Calls `work` until it succeeds, with backoff, for as long as its errors are transient.
+    """Calls `work` until it succeeds, with backoff, as long as its errors are transient.
 
-    To stop waiting, cancel it; or let `work` itself raise something that is not transient.
+    Cancel it to stop waiting, or let `work` raise an error that is not transient.
 
     Args:
-        on_failure: called after each failure with "kafka" or "redis" and what was answered, for `/readyz`:
-            `worker.not_ready` fits. Whoever calls `retry` says that the server is ready again.
+        on_failure: called after each failure with "kafka" or "redis" and the server's answer, as
+            `worker.not_ready` is. The caller of `retry` reports that the server is ready again.
 
     Raises:
-        ConfigError: the error is one of configuration.
-        Exception: what `work` raises, where it is not transient.
+        ConfigError: a configuration error.
+        Exception: any other error of `work` that is not transient.
     """
     async for attempt in backoff():
         try:
             return await work()
         except Exception as error:
             why = await why_unavailable(error, settings)
-            log.warning("trying again", attempt=attempt, why=str(why))
+            log.warning("retrying", attempt=attempt, why=str(why))
             if on_failure:
                 on_failure("redis" if is_redis(error) else "kafka", str(why))
     raise AssertionError("backoff never ends")

@@ -1,9 +1,8 @@
-"""The wire contract: every message that crosses Kafka, as a pydantic model.
+"""The wire contract: every message on Kafka as a pydantic model.
 
-Values are JSON, UTF-8. Readers accept unknown fields and older schema versions; a newer major schema is
-refused by name, so that it reaches the dead letters instead of being half understood. Embeddings are
-base64 of little-endian float16 with their shape. Nothing here touches Kafka, Redis, torch or the clock,
-except `utc_now` and `new_id`, which callers use to stamp what they make.
+Values are JSON in UTF-8. Readers accept unknown fields and older schema versions; they reject newer schema
+versions, which then become dead letters. Embeddings are base64 of little-endian float16 with their shape.
+Nothing here uses Kafka, Redis, torch or the clock, except `utc_now` and `new_id`, for the creators of events.
 """
 
 from __future__ import annotations
@@ -46,12 +45,12 @@ Float16Array = npt.NDArray[np.float16]
 
 
 def utc_now() -> datetime:
-    """The wall clock, in UTC. The one place where events get their time from."""
+    """The current time in UTC. All events get their time from here."""
     return datetime.now(UTC)
 
 
 def new_id() -> str:
-    """A UUIDv7: unique, and ordered by the time it was made."""
+    """A UUIDv7: unique, and ordered by its time of creation."""
     return str(uuid_utils.uuid7())
 
 
@@ -74,16 +73,16 @@ def _decode_array(value: Any) -> Float16Array:
         try:
             raw = base64.b64decode(text, validate=True)
         except binascii.Error as error:
-            raise ValueError(f"the embedding's f16 is no base64: {error}") from error
+            raise ValueError(f"the embedding's f16 is not valid base64: {error}") from error
         if len(raw) != 2 * math.prod(shape):
             raise ValueError(
-                f"the embedding holds {len(raw)} bytes, but shape {shape} needs {2 * math.prod(shape)}"
+                f"the embedding has {len(raw)} bytes, but shape {shape} needs {2 * math.prod(shape)}"
             )
         array = np.frombuffer(raw, dtype="<f2").reshape(shape)
     else:
         raise ValueError(f"an embedding cannot be a {type(value).__name__}")
     if not np.isfinite(array).all():
-        raise ValueError("the embedding holds NaN or infinity (or a number beyond float16's 65,504)")
+        raise ValueError("the embedding contains NaN, infinity or a number beyond float16's 65,504")
     return array
 
 
@@ -103,18 +102,18 @@ Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Signed = Annotated[float, Field(ge=-1.0, le=1.0)]
 Rating = Annotated[float, Field(ge=-1.0, le=1.0, strict=True)]
-"""A number: `false` is neither bad nor neutral, and `true` is no 1."""
+"""A number; booleans are rejected, not converted to 0 and 1."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=0, lt=2**53)]
-"""What every reader of JSON holds exactly."""
+"""Non-negative integers that every JSON parser represents exactly."""
 Propensity = Annotated[float, Field(gt=0.0, le=1.0)]
 T = TypeVar("T")
 Items = Annotated[list[T], FailFast()]
-"""A list whose first unusable item is the only one reported: a record may hold millions of them."""
+"""A list of which only the first invalid item is reported, as a record may contain millions."""
 
 
 class Event(BaseModel):
-    """What every event carries."""
+    """Base class: the fields of all events."""
 
     model_config = ConfigDict(
         extra="ignore", arbitrary_types_allowed=True, ser_json_inf_nan="constants", frozen=True
@@ -122,28 +121,28 @@ class Event(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     occurred_at: AwareDatetime
-    """When it happened (UTC), by the clock of whoever made it. Join rules use this and no other clock."""
+    """Time of the event, by its creator's clock. The join rules use this time only."""
 
     @field_validator("schema_version")
     @classmethod
     def _known_schema(cls, version: int) -> int:
         if version > SCHEMA_VERSION:
             raise ValueError(
-                f"schema_version {version} is newer than the {SCHEMA_VERSION} that this worker "
-                "reads: upgrade the worker, then retry the dead letter"
+                f"schema_version {version} is newer than {SCHEMA_VERSION}, the newest that this worker "
+                "supports: upgrade the worker, then retry the dead letter"
             )
         return version
 
     def to_bytes(self) -> bytes:
-        """The value as it goes to Kafka."""
+        """The value of the Kafka record."""
         return self.model_dump_json().encode()
 
 
 class InteractionEvent(Event):
-    """One logged decision, with the exact tensors that the model saw.
+    """One logged decision, with the exact input tensors of the model.
 
-    D text dimension, S situation dimension, F metadata features, N logged memories (the K retrieved ones
-    first, then some that were passed over), A strategies.
+    D text dimension, S situation dimension, F metadata features, N logged memories (first the K retrieved
+    ones, then some that were not retrieved), A strategies.
     """
 
     interaction_id: Id
@@ -165,20 +164,20 @@ class InteractionEvent(Event):
     memory_ids: Items[Id]
     """(N,)"""
     memory_scores: Items[Finite]
-    """(K,) of the retrieved; K ≤ N"""
+    """(K,) of the retrieved ones; K ≤ N"""
     memory_propensities: Items[Propensity] = []
-    """(K,) probability with which each entered the slate, or empty"""
+    """(K,) probability with which each was retrieved, or empty"""
 
     strategy_id: Id
     strategy_ids: Items[Id]
-    """(A,) what could have been chosen, in the order of `probabilities`"""
+    """(A,) all strategies, in the order of `probabilities`"""
     probabilities: Items[Unit]
     """(A,)"""
     context: Items[Finite]
-    """(7,) the context summary"""
+    """(7,) context summary"""
     confidence: Unit
     text: str | None = None
-    """The user's message; only where CORTEX_STORE_TEXT is set."""
+    """The user's message; only if CORTEX_STORE_TEXT is set."""
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> InteractionEvent:
@@ -215,20 +214,20 @@ class InteractionEvent(Event):
 
 
 class ReplyEvent(Event):
-    """What the user said or did about an interaction."""
+    """A user's feedback on an interaction."""
 
     reply_id: Id
     conversation_id: Id
     interaction_id: Id | None = None
-    """None: the conversation's latest interaction that occurred before this reply."""
+    """None: the conversation's latest interaction before this reply."""
     kind: Literal["text", "rating", "outcome"] = "text"
-    """text: the next message; rating: the user rated; outcome: something that turned out later."""
+    """text: the user's next message; rating: an explicit rating; outcome: a result known later."""
     text: str = ""
     rating: Rating | None = None
     """For rating and outcome: -1 (bad) to 1 (good)."""
     embedding: Embedding | None = None
-    """(D,) of `text`, where the service that took it had a text encoder. With the interaction's `message` it
-    tells whether the reply switches the topic."""
+    """(D,) of `text`, if the service that received it has a text encoder. Compared with the interaction's
+    `message`, it shows whether the reply changes the topic."""
 
     @model_validator(mode="after")
     def _kind_has_its_value(self) -> ReplyEvent:
@@ -237,7 +236,7 @@ class ReplyEvent(Event):
 
 
 def require_value(kind: str, text: str, rating: float | None) -> None:
-    """Checks that a reply has what its kind is about.
+    """Checks that a reply has the value that its kind requires.
 
     Raises:
         ValueError: a reply of kind text without text, or any other without a rating.
@@ -249,7 +248,7 @@ def require_value(kind: str, text: str, rating: float | None) -> None:
 
 
 class Signal(BaseModel):
-    """One feedback signal as read from a reply."""
+    """One feedback signal extracted from a reply."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -257,7 +256,7 @@ class Signal(BaseModel):
     strength: Unit
     reward: Signed
     evidence: str = ""
-    """What in the text caused it; empty unless CORTEX_STORE_TEXT is set."""
+    """The words of the text that caused it; empty unless CORTEX_STORE_TEXT is set."""
 
 
 class Reading(BaseModel):
@@ -346,7 +345,7 @@ ControlAction = Literal["rollback", "pin", "unpin", "pause", "resume"]
 
 
 class ControlEvent(Event):
-    """What an operator asks of a model's trainer."""
+    """An operator command for a model."""
 
     control_id: Id
     model_id: Id
@@ -356,7 +355,7 @@ class ControlEvent(Event):
 
 
 class DeadLetter(Event):
-    """Something that could not be read, kept whole."""
+    """A record that a worker could not process, with its bytes."""
 
     dead_letter_id: Id
     reason: str
@@ -368,8 +367,8 @@ class DeadLetter(Event):
     raw: str
     """base64 of the value's bytes"""
     raw_at_source: bool = False
-    """Too large to copy: `raw` is empty, and the bytes are at topic, partition and offset, which are kept as
-    long as this is."""
+    """The record is too large to copy: `raw` is empty; read the bytes at topic, partition and offset, which
+    are retained as long as this dead letter."""
     worker: str = ""
 
 
@@ -377,24 +376,24 @@ E = TypeVar("E", bound=Event)
 
 
 def parse(kind: type[E], value: bytes | None) -> E:
-    """Reads an event.
+    """Parses an event.
 
     Raises:
-        InputError: no JSON, a field missing or unusable, or a newer schema; the message lists each field,
-            what came and what was wanted. Nothing else, whatever the bytes are.
+        InputError: invalid JSON, a missing or invalid field, or a newer schema; the message lists each field
+            with the actual and the expected value. No bytes cause any other error.
     """
     if value is None:
-        raise InputError(f"a tombstone came where a {kind.__name__} was wanted")
+        raise InputError(f"expected a value of type {kind.__name__}, got a tombstone")
     try:
         return kind.model_validate_json(value)
     except ValidationError as error:
-        raise InputError(f"no {kind.__name__}: {describe(error)}") from error
-    except Exception as error:  # a number or a nesting that a validator cannot cope with
-        raise InputError(f"no {kind.__name__}: {type(error).__name__}: {shown(str(error))}") from error
+        raise InputError(f"invalid {kind.__name__}: {describe(error)}") from error
+    except Exception as error:  # numbers or nesting beyond a validator's limits
+        raise InputError(f"invalid {kind.__name__}: {type(error).__name__}: {shown(str(error))}") from error
 
 
 def describe(error: ValidationError) -> str:
-    """A validation error in one line: the first 8 fields that are wrong, and what came there in short."""
+    """A validation error in one line: the first 8 invalid fields, with their values shortened."""
     parts = []
     for item in error.errors(include_url=False, include_context=False)[:8]:
         where = ".".join(str(x)[:80] for x in item["loc"]) or "value"

@@ -1,12 +1,10 @@
-"""Which errors of Redis's and Kafka's clients are transient, and which say that a setting is wrong.
+"""Classifies the errors of the Redis and Kafka clients. Only this module decides what an error means:
 
-An error is one of three things, and only this module decides which:
+* transient: the server is unreachable, starting, failing over, full or busy; a later attempt can succeed.
+* configuration: a wrong password, permission, certificate or version; a restart changes nothing.
+* neither: caused by a single event or key, or by a bug.
 
-* transient: the server is unreachable, starting, failing over, full or busy. Trying again later is right.
-* configuration: a password, a permission, a certificate, a version. Starting again would change nothing.
-* neither: one event or one key causes it, or a bug.
-
-Pure: nothing here connects. `streams.connections` retries, and asks Kafka where its client hides the reason.
+Pure: opens no connection. `streams.connections` retries, and probes Kafka if its client hides the reason.
 """
 
 from __future__ import annotations
@@ -26,46 +24,46 @@ from cortex_core.errors import ConfigError, UnavailableError
 if TYPE_CHECKING:
     from streams.settings import Settings
 
-Kinds = tuple[type[Exception], ...]
+ErrorTypes = tuple[type[Exception], ...]
 
-TRANSIENT_REDIS: Kinds = (
+TRANSIENT_REDIS: ErrorTypes = (
     redis.ConnectionError,
     redis.TimeoutError,
     redis_errors.BusyLoadingError,
     redis_errors.ClusterDownError,  # MASTERDOWN is one
-    redis_errors.NoScriptError,  # it was restarted between the loading of a script and its call
+    redis_errors.NoScriptError,  # the server restarted after a script was loaded
     redis_errors.OutOfMemoryError,
     redis_errors.ReadOnlyError,
     redis_errors.TryAgainError,
 )
-TRANSIENT_REDIS_ANSWER = re.compile(
-    # At its start, or inside: Redis 6 answers "ERR Error running script … @user_script: 3: -READONLY …".
+TRANSIENT_REDIS_REPLY = re.compile(
+    # At the start, or within a script's error: "ERR Error running script … @user_script: 3: -READONLY …".
     r"(?:^|caused error: \W*|@user_script: ?\d+: -)"
     r"(?:BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|NOREPLICAS|OOM|READONLY|TRYAGAIN) "
 )
-"""What redis-py has no class for, or has one that a script hides."""
+"""Error replies for which redis-py has no class, or whose class is lost in a script's error."""
 
-CONFIGURATION_REDIS: tuple[tuple[Kinds, str, str], ...] = (
+CONFIGURATION_REDIS: tuple[tuple[ErrorTypes, str, str], ...] = (
     (
         (redis_errors.NoPermissionError, redis_errors.AuthorizationError),
         "user executing the script can't",
-        "its user lacks a permission; grant it",
+        "the user lacks a permission; grant it with ACL SETUSER",
     ),
     (
         (redis_errors.AuthenticationError, redis_errors.AuthenticationWrongNumberOfArgsError),
         "",
         "the server refused the password, or its absence; write it as redis://user:password@host:port/db",
     ),
-    ((redis_errors.MovedError,), "", "a node of a Redis cluster; wanted a server of its own"),
+    ((redis_errors.MovedError,), "", "the server is a node of a Redis cluster; use a standalone server"),
     (
         (),
         "DB index is out of range|invalid DB index|SELECT is not allowed",
         "the server has no such database",
     ),
 )
-"""Classes, else an answer's text (a pattern), and what to do."""
+"""(error classes, a pattern that an error reply's text matches, the message: what is wrong and what to do)"""
 
-TRANSIENT_KAFKA: Kinds = (
+TRANSIENT_KAFKA: ErrorTypes = (
     kafka.BrokerNotAvailableError,
     kafka.ConcurrentTransactions,
     kafka.CorruptRecordException,
@@ -85,20 +83,20 @@ TRANSIENT_KAFKA: Kinds = (
     kafka.UnknownMemberIdError,
     kafka.UnknownProducerId,
 )
-"""Beside those that aiokafka marks as retriable."""
+"""In addition to those that aiokafka marks as retriable."""
 
-CONFIGURATION_KAFKA: tuple[tuple[Kinds, str], ...] = (
+CONFIGURATION_KAFKA: tuple[tuple[ErrorTypes, str], ...] = (
     (
         (kafka.SaslAuthenticationFailed, kafka.AuthenticationFailedError),
-        "CORTEX_KAFKA_SASL_USERNAME and CORTEX_KAFKA_SASL_PASSWORD: refused",
+        "CORTEX_KAFKA_SASL_USERNAME or CORTEX_KAFKA_SASL_PASSWORD: the broker refused them",
     ),
     (
         (kafka.UnsupportedSaslMechanismError, kafka.AuthenticationMethodNotSupported),
-        "CORTEX_KAFKA_SASL_MECHANISM: not enabled there",
+        "CORTEX_KAFKA_SASL_MECHANISM: the broker has not enabled it",
     ),
     (
         (kafka.IllegalSaslStateError, kafka.SecurityDisabled),
-        "CORTEX_KAFKA_SECURITY_PROTOCOL: not what that listener speaks",
+        "CORTEX_KAFKA_SECURITY_PROTOCOL: the broker's listener uses another one",
     ),
     (
         (
@@ -113,90 +111,91 @@ CONFIGURATION_KAFKA: tuple[tuple[Kinds, str], ...] = (
         (kafka.InvalidSessionTimeoutError,),
         "CORTEX_SESSION_TIMEOUT_S: outside the broker's group.min and group.max.session.timeout.ms",
     ),
-    ((kafka.InvalidReplicationFactorError,), "CORTEX_REPLICATION_FACTOR: more than there are brokers"),
+    ((kafka.InvalidReplicationFactorError,), "CORTEX_REPLICATION_FACTOR: greater than the number of brokers"),
     (
         (kafka.InconsistentGroupProtocolError, kafka.InvalidGroupIdError),
-        "CORTEX_JOINER_GROUP or CORTEX_TRAINER_GROUP: another program uses that group; take another name",
+        "CORTEX_JOINER_GROUP or CORTEX_TRAINER_GROUP: another program uses this group; choose another name",
     ),
     (
         (kafka.IncompatibleBrokerVersion, kafka.UnrecognizedBrokerVersion, kafka.UnsupportedVersionError),
-        "CORTEX_KAFKA: that broker is too old",
+        "CORTEX_KAFKA: the broker is too old",
     ),
 )
 
 
 def is_redis(error: BaseException) -> bool:
-    """Whether it is Redis's and not Kafka's; redis-py wraps all that it raises."""
+    """Whether the error is from Redis, not from Kafka; redis-py wraps all errors."""
     return isinstance(error, RedisError)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again later may succeed, with nothing changed here.
+    """Whether a later attempt can succeed without a change of this process.
 
-    True for servers that cannot be reached or do not answer in time, Kafka's retriable errors, and Redis's
-    LOADING, READONLY, MASTERDOWN, CLUSTERDOWN, TRYAGAIN, BUSY, OOM, MISCONF and NOREPLICAS. False for errors
-    of configuration, for what one event or key causes (WRONGTYPE, a script's error, a record too large) and
-    for all that is no client's error.
+    True for servers that are unreachable or do not answer in time, Kafka's retriable errors, and Redis's
+    LOADING, READONLY, MASTERDOWN, CLUSTERDOWN, TRYAGAIN, BUSY, OOM, MISCONF and NOREPLICAS. False for
+    configuration errors, for errors that a single event or key causes (WRONGTYPE, a script's error, a too
+    large record) and for errors that no client raised.
     """
     if _configuration_problem(error):
         return False
     if isinstance(error, RedisError):
-        return isinstance(error, TRANSIENT_REDIS) or bool(TRANSIENT_REDIS_ANSWER.search(str(error)))
+        return isinstance(error, TRANSIENT_REDIS) or bool(TRANSIENT_REDIS_REPLY.search(str(error)))
     if isinstance(error, KafkaError):
-        # aiokafka wraps in a bare KafkaError what it did not expect of a broker.
+        # aiokafka raises a bare KafkaError for unexpected responses of a broker.
         return type(error) is KafkaError or error.retriable or isinstance(error, TRANSIENT_KAFKA)
-    # A missing file is an OSError too, but no server.
+    # OSError also covers files; these errors have nothing to do with a server.
     is_file = isinstance(error, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError)
     return isinstance(error, OSError) and not is_file
 
 
 def is_systemic(error: BaseException) -> bool:
-    """Whether other events would fail alike: it is transient or one of configuration."""
+    """Whether other events would fail too: the error is transient or a configuration error."""
     return is_transient(error) or _configuration_problem(error) is not None
 
 
 def configuration_error(error: BaseException, settings: Settings) -> ConfigError | None:
-    """The `ConfigError` that names the setting, where the error is one of configuration."""
+    """A `ConfigError` that names the setting, if the error is a configuration error; else None."""
     if isinstance(error, ConfigError):
         return error
     problem = _configuration_problem(error)
     if problem is None:
         return None
     if is_redis(error):
-        return ConfigError(f"CORTEX_REDIS_URL {settings.redis_shown}: {problem} ({answered(error)})")
-    return ConfigError(f"{problem} (Kafka at {settings.kafka_address}: {answered(error)})")
+        return ConfigError(f"CORTEX_REDIS_URL {settings.redis_shown}: {problem} ({error_text(error)})")
+    return ConfigError(f"{problem} (Kafka at {settings.kafka_address}: {error_text(error)})")
 
 
-def unavailable(error: BaseException, settings: Settings) -> UnavailableError:
-    """A transient error as an `UnavailableError` that says who answered what."""
+def unavailable_error(error: BaseException, settings: Settings) -> UnavailableError:
+    """A transient error as an `UnavailableError` that names the server and its answer."""
     if isinstance(error, UnavailableError):
         return error
-    spoke = isinstance(error, redis.ResponseError | redis_errors.BusyLoadingError | kafka.BrokerResponseError)
+    answers = (redis.ResponseError, redis_errors.BusyLoadingError, kafka.BrokerResponseError)
     server = f"Redis at {settings.redis_shown}" if is_redis(error) else f"Kafka at {settings.kafka_address}"
     return UnavailableError(
-        f"{server} {'cannot serve now' if spoke else 'does not answer'} ({answered(error)})"
+        f"{server} {'cannot serve now' if isinstance(error, answers) else 'does not answer'} "
+        f"({error_text(error)})"
     )
 
 
-def answered(error: BaseException) -> str:
-    """An error as messages show it: its class and what the server answered."""
-    code = getattr(error, "status_code", None)  # redis-py takes it off the text
+def error_text(error: BaseException) -> str:
+    """An error as messages show it: its class and the server's answer."""
+    code = getattr(error, "status_code", None)  # redis-py removes it from the text
     text = f"{code} {error}" if code and code not in str(error) else str(error)
     name = type(error).__name__
-    return text if text.startswith(name) else f"{name}: {text}"  # aiokafka's begin with their class
+    return text if text.startswith(name) else f"{name}: {text}"  # aiokafka's texts begin with the class
 
 
 def _configuration_problem(error: BaseException) -> str | None:
-    # redis-py raises a ConnectionError of its own while it handles the one of ssl.
+    # redis-py raises its own ConnectionError while it handles the error of ssl.
     chain = (error, error.__cause__, error.__context__)
     bad_certificate = any(isinstance(each, ssl.SSLCertVerificationError) for each in chain)
     if isinstance(error, RedisError):
         if bad_certificate:
-            return "the server's certificate is not trusted"
-        for kinds, pattern, problem in CONFIGURATION_REDIS:
-            if isinstance(error, kinds) or (pattern and re.search(pattern, str(error))):
+            return "the server's certificate is not trusted; append ?ssl_ca_certs=FILE with its CA"
+        for types, pattern, problem in CONFIGURATION_REDIS:
+            if isinstance(error, types) or (pattern and re.search(pattern, str(error))):
                 return problem
         return None
     if bad_certificate:
         return "CORTEX_KAFKA_SSL_CAFILE: the broker's certificate is not trusted"
-    return next((problem for kinds, problem in CONFIGURATION_KAFKA if isinstance(error, kinds)), None)
+    return next((problem for types, problem in CONFIGURATION_KAFKA if isinstance(error, types)), None)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from streams.connections import explain, kafka_client_options, redis_client
-from streams.failures import answered
+from streams.failures import error_text
 from streams.kafka.clients import started
 from streams.kafka.groups import committed_offsets
 from streams.kafka.reader import reading
@@ -39,7 +39,7 @@ async def collect(settings: Settings) -> dict[str, Any]:
         try:
             return await asyncio.wait_for(work, 2 * TIMEOUT_S)
         except Exception as error:  # reported; the other parts are still shown
-            errors[name] = str(await explain(error, settings) or answered(error))
+            errors[name] = str(await explain(error, settings) or error_text(error))
             return []
 
     workers, groups, replay, weights = await asyncio.gather(

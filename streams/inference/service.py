@@ -4,7 +4,7 @@
     await service.start()                        # returns when encoder, Kafka and weights are ready
     answer = await service.decide(request)       # its interaction is in Kafka
     await service.reply(reply)
-    await service.stop()                         # what was not acknowledged was not answered
+    await service.stop()                         # what was not acknowledged was not error_text
 
 The inference worker serves it over HTTP; an in-process client owns one. The order of effects is: decide,
 publish, wait for Kafka's acknowledgement, answer.
@@ -26,7 +26,7 @@ from cortex_core.model import CortexModel
 from cortex_core.text_encoder import load_encoder
 from cortex_core.weights import WeightsSnapshot
 from streams.events import ReplyEvent, new_id, utc_now
-from streams.failures import answered
+from streams.failures import error_text
 from streams.inference.api import (
     DecideRequest,
     DecideResponse,
@@ -119,7 +119,7 @@ class Service:
             try:
                 decided = await decider.decide(request, interaction_id)
             except (KafkaError, OSError, WeightsError) as error:
-                raise UnavailableError(f"the model cannot be loaded ({answered(error)})") from error
+                raise UnavailableError(f"the model cannot be loaded ({error_text(error)})") from error
             key = request.conversation_id.encode()
             return Record(decided.response, self._topics.interactions, key, decided.event)
 

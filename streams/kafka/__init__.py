@@ -1,1 +1,1 @@
-"""What every worker needs of Kafka: topics, publishing, following, dead letters. Knows no worker."""
+"""Kafka for all workers: topics, producers, consumers without a group, dead letters. Imports no worker."""

@@ -1,11 +1,11 @@
-"""Starts and stops aiokafka's clients so that no connection stays open, whatever goes wrong meanwhile.
+"""Starts and stops aiokafka clients without leaking connections, also on errors and cancellation.
 
     async with started(AIOKafkaProducer(**kafka_client_options(settings))) as producer:
         await producer.send_and_wait(topic, value)
 
-aiokafka 0.14 leaves connections open in two cases: when `start` is cancelled in its first request, and when
-`stop` is cancelled anywhere (https://github.com/aio-libs/aiokafka/issues/715). All private names of aiokafka
-that this module uses can go once both are mended there.
+aiokafka 0.14 leaks connections in two cases: if `start` is cancelled in its first request, and if `stop` is
+cancelled anywhere (https://github.com/aio-libs/aiokafka/issues/715). Once both are fixed there, this module
+needs no private names of aiokafka.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from aiokafka.errors import KafkaConnectionError, KafkaError
 C = TypeVar("C", AIOKafkaConsumer, AIOKafkaProducer, AIOKafkaAdminClient)
 
 STOP_S = 3.0
-"""Seconds that a client has for what it still wants of the brokers: leave its group, send its last events."""
+"""Seconds that a client has for its last requests: to leave its group, to send its last events."""
 
 
 @contextlib.asynccontextmanager
 async def started(client: C) -> AsyncIterator[C]:
-    """The client, started; stopped at the end.
+    """Starts the client, and stops it at the end of the block.
 
     Raises:
         KafkaError, OSError: the brokers do not answer.
@@ -42,7 +42,7 @@ async def started(client: C) -> AsyncIterator[C]:
 
 
 async def start(client: C) -> C:
-    """Starts the client; stops it where the start fails or is cancelled.
+    """Starts the client; stops it if the start fails or is cancelled.
 
     Raises:
         KafkaError, OSError: the brokers do not answer.
@@ -50,7 +50,7 @@ async def start(client: C) -> C:
     try:
         await client.start()
     except BaseException as error:
-        # The connection that bootstraps a client is a local variable until it has answered.
+        # Until the first broker answers, its connection is only a local variable of aiokafka's bootstrap.
         for frame, _ in traceback.walk_tb(error.__traceback__):
             for value in frame.f_locals.values():
                 if isinstance(value, AIOKafkaConnection):
@@ -61,20 +61,20 @@ async def start(client: C) -> C:
 
 
 async def stop(client: C, timeout_s: float | None = None) -> None:
-    """Stops the client, within `timeout_s` (None: `STOP_S`) and a second; no task or connection is left.
+    """Stops the client within `timeout_s` (None: `STOP_S`) plus a second; leaves no task and no connection.
 
-    Raises nothing when brokers do not answer: a producer's unacknowledged events are then given up.
+    Raises nothing if the brokers do not answer; a producer's unacknowledged events are then lost.
     """
     try:
         with contextlib.suppress(KafkaError, OSError):
             async with asyncio.timeout(STOP_S if timeout_s is None else timeout_s):
                 await (client.close() if isinstance(client, AIOKafkaAdminClient) else client.stop())
     finally:
-        await _abandon(client)
+        await _clean_up(client)
 
 
-async def _abandon(client: Any) -> None:
-    """Ends what a `stop` that failed or was cancelled has left; nothing is left after one that was not."""
+async def _clean_up(client: Any) -> None:
+    """Ends the tasks and connections that remain if `stop` failed or was cancelled."""
     inner = client.client if isinstance(client, AIOKafkaProducer) else client._client
     left = {task for task in _tasks(client) if task is not None and not task.done()}
     if isinstance(client, AIOKafkaProducer):
@@ -83,7 +83,7 @@ async def _abandon(client: Any) -> None:
         for task in left:
             task.cancel()
         with contextlib.suppress(TimeoutError):
-            # What is in flight fails by this: the only thing that a cancelled task may still wait for.
+            # This fails the requests in flight, the only thing that a cancelled task may still wait for.
             async with asyncio.timeout(0.3):
                 await inner.close()
         if not left:

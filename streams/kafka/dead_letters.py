@@ -1,4 +1,4 @@
-"""What could not be read: shown, and sent in again as it came."""
+"""Dead letters: creates, lists and retries them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """What a retry did."""
+    """The result of a retry."""
 
     sent: list[str]
-    """Ids of the letters whose bytes were sent to the topic that they came from, with the key they had."""
+    """Ids of the letters whose bytes were sent to their original topic with their original key."""
     unknown: list[str]
-    """Ids that are no dead letter's."""
+    """Ids without a dead letter."""
     lost: list[str]
-    """Letters that were too large to copy, whose bytes the topic no longer keeps."""
+    """Ids of the letters that were too large to copy and whose records have been deleted by retention."""
 
 
 async def list_dead_letters(settings: Settings, limit: int | None = 100) -> list[DeadLetter]:
-    """The newest `limit` dead letters (None: all), oldest first, each once."""
+    """The newest `limit` dead letters (None: all), oldest first, without duplicates."""
     settings = settings.resolved()
     await create_topics(settings)
     letters: dict[str, DeadLetter] = {}
@@ -44,12 +44,12 @@ async def list_dead_letters(settings: Settings, limit: int | None = 100) -> list
         if limit is not None:
             end = (await reader.end_offsets([tp]))[tp]
             start = (await reader.beginning_offsets([tp]))[tp]
-            # A joiner that crashed may have written some of them twice: read a few more than asked for.
+            # A joiner that crashed may have written some of them twice, so read more than `limit`.
             reader.seek(tp, max(start, end - 2 * limit - 1000))
         async for record in records_to_end(reader, settings):
             try:
                 letter = parse(DeadLetter, record.value)
-            except InputError:  # written by something newer
+            except InputError:  # of a newer schema version
                 continue
             letters.setdefault(letter.dead_letter_id, letter)
     found = list(letters.values())
@@ -57,10 +57,10 @@ async def list_dead_letters(settings: Settings, limit: int | None = 100) -> list
 
 
 async def retry_dead_letters(settings: Settings, ids: Collection[str] | None = None) -> Retried:
-    """Sends the raw bytes of dead letters to their topics again; None: of all.
+    """Sends the raw bytes of dead letters (None: of all) to their topics again.
 
-    The letters stay: what still cannot be read becomes another one, and an event that was joined meanwhile
-    is a duplicate, which changes nothing.
+    The letters remain. A record that still cannot be processed becomes another dead letter; an event that was
+    joined meanwhile is a duplicate, which changes nothing.
     """
     settings = settings.resolved()
     letters = {letter.dead_letter_id: letter for letter in await list_dead_letters(settings, None)}
@@ -100,7 +100,7 @@ async def _at_source(settings: Settings, letter: DeadLetter) -> bytes | None:
 
 
 def dead_letter(record: Any, reason: str) -> DeadLetter:
-    """The dead letter of a record; the same record makes the same letter."""
+    """The dead letter of a record; a function of the record and the reason alone."""
     raw = base64.b64encode(record.value or b"").decode()
     fits = len(raw) < MAX_VALUE - 20_000
     return DeadLetter(

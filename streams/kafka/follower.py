@@ -1,13 +1,13 @@
-"""Reads a one-partition topic from its beginning and goes on reading: how weights and control are followed.
+"""Follows a one-partition topic from its beginning, as workers follow weights and control.
 
     follower = TopicFollower(settings, topic, handle)
-    await follower.start()              # returns at once; reading goes on in a task
+    await follower.start()              # returns at once; a task reads from now on
     await follower.catch_up()           # everything committed before this call has been handled
     ...
     await follower.stop()
 
-It outlives brokers that go away, and a client that stops reading without an error: a watchdog compares
-where the topic ends with where reading stands and opens a new client. It knows nothing of what it reads.
+It survives unavailable brokers, and a client that stops reading without an error: a watchdog compares the
+position with the end of the topic and opens a new client. It does not interpret the records.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from streams.settings import Settings
 log = structlog.get_logger(__name__)
 
 Handle = Callable[[list[Any]], Awaitable[None]]
-"""Given the records of one fetch, in order. A record is handed over again after an error in the middle."""
+"""Called with the records of one fetch, in order; called with them again if it raises."""
 
 PROBE_S = 2.0
-"""Seconds between two questions where the topic ends: what `/readyz` knows, and the watchdog's eyes."""
+"""Seconds between two requests for the end of the topic, for `/readyz` and the watchdog."""
 REFUSED = prometheus_client.Counter(
-    "cortex_records_refused", "Records of the followed topics that could not be used", ["topic", "reason"]
+    "cortex_records_refused", "Records of the followed topics that were refused", ["topic", "reason"]
 )
 
 
 class TopicFollower:
-    """Hands every record of partition 0 to `handle`, in order, from the first one on."""
+    """Calls `handle` with every record of partition 0, in order, from the first one on."""
 
     def __init__(
         self,
@@ -52,15 +52,16 @@ class TopicFollower:
     ) -> None:
         """
         Args:
-            handle: must not raise for what a record holds; what it raises is taken for a server that is away.
-            on_state: told why Kafka does not answer, or None when it does; for `/readyz`.
+            handle: must not raise because of a record's content; its errors are treated as those of Kafka.
+            on_state: called with the reason why Kafka is unavailable, or None if it is available.
+            stall_s: seconds without progress after which a new client is opened.
         """
         self.settings = settings
         self.partition = TopicPartition(topic, 0)
         self.position = 0
         """Offset of the next record to handle."""
         self.restarts = 0
-        """How often reading was begun anew, after an error or by the watchdog."""
+        """Number of new clients, after an error or by the watchdog."""
         self._handle = handle
         self._on_state = on_state or (lambda _why: None)
         self._stall_s = stall_s
@@ -72,11 +73,11 @@ class TopicFollower:
         self._busy = False
 
     async def start(self) -> None:
-        """Begins reading in the background; the broker need not answer yet."""
-        self._tasks = [asyncio.create_task(self._read_for_ever()), asyncio.create_task(self._watch())]
+        """Starts reading in the background; the broker need not be available yet."""
+        self._tasks = [asyncio.create_task(self._read_forever()), asyncio.create_task(self._watch())]
 
     async def stop(self) -> None:
-        """Ends reading; safe to call twice."""
+        """Stops reading; safe to call twice."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -99,23 +100,23 @@ class TopicFollower:
         return (await self._probe.ends([self.partition]))[self.partition]
 
     async def catch_up(self) -> None:
-        """Returns when all that stood in the topic at the time of the call has been handled.
+        """Returns when all records in the topic at the time of the call have been handled.
 
         Waits while the broker is unavailable, and for transactions open at that time (at most their timeout).
 
         Raises:
-            ConfigError: the broker refuses this process.
+            ConfigError: the broker refuses the configuration of this process.
         """
         target = await retry(self.end, self.settings, lambda _, why: self._on_state(why))
         async with self._moved:
             await self._moved.wait_for(lambda: self.position >= target)
 
-    async def _read_for_ever(self) -> None:
+    async def _read_forever(self) -> None:
         async for _ in backoff():
             try:
                 await self._read()
             except Exception as error:
-                await self._say_unavailable(error)
+                await self._report_unavailable(error)
             self.restarts += 1
 
     async def _read(self) -> None:
@@ -130,7 +131,7 @@ class TopicFollower:
                         await self._handle(records)
                     finally:
                         self._busy = False
-                # Asked of the client, as transaction markers move it too and are handed to nobody.
+                # The client's own position: transaction markers advance it too, and are not returned.
                 position = await consumer.position(self.partition)
                 if position != self.position:
                     async with self._moved:
@@ -140,58 +141,58 @@ class TopicFollower:
     async def _watch(self) -> None:
         watchdog: Watchdog[TopicPartition] = Watchdog(self._stall_s)
         while True:
-            end = 0  # unknown: nothing to read is missed
+            end = 0  # unknown, so that the watchdog does not report a stall
             try:
                 end = await self.end()
                 if self._unavailable:
-                    log.warning("reachable again", topic=self.partition.topic)
+                    log.warning("available again", topic=self.partition.topic)
                 self._unavailable = False
                 self._on_state(None)
             except Exception as error:
-                await self._say_unavailable(error)
+                await self._report_unavailable(error)
             if self._busy:
                 watchdog.reset()
             elif watchdog.stalled({self.partition: self.position}, {self.partition: end}):
-                log.warning("reading stands still", topic=self.partition.topic, at=self.position, end=end)
+                log.warning("consumer stalled", topic=self.partition.topic, offset=self.position, end=end)
                 self._stalled = True
                 watchdog.reset()
             await asyncio.sleep(PROBE_S)
 
-    async def _say_unavailable(self, error: Exception) -> None:
-        """Logs and shows why reading failed; it goes on, as what is known already is of use without it."""
+    async def _report_unavailable(self, error: Exception) -> None:
+        """Logs and reports why reading failed. Reading continues: the state read so far remains useful."""
         meaning = await explain(error, self.settings)
         if meaning is None:
             log.exception("reading failed", topic=self.partition.topic, error=str(error))
             return
-        say = log.debug if self._unavailable else log.warning
-        say("unavailable", topic=self.partition.topic, why=str(meaning))
+        write = log.debug if self._unavailable else log.warning
+        write("unavailable", topic=self.partition.topic, why=str(meaning))
         self._unavailable = True
         self._on_state(str(meaning))
 
 
 class StateFollower(abc.ABC):
-    """What a one-partition topic adds up to, kept up to date: the life that all such followers share.
+    """Base class: state that is built from a one-partition topic and kept up to date.
 
-    A record that cannot be used, whatever it raises, is refused: logged, and counted in `refused` and in
-    `/metrics`. It costs itself alone.
+    A record that raises any error is refused: logged, and counted in `refused` and in `/metrics`. It does not
+    affect other records.
     """
 
     def __init__(self, settings: Settings, topic: str, on_state: Callable[[str | None], None] | None) -> None:
         self.settings = settings
         self.caught_up = asyncio.Event()
-        """Set once all that stood in the topic at the start has been read."""
+        """Set once all records in the topic at the start have been read."""
         self.refused: Counter[str] = Counter()
-        """Records that could not be used, by reason."""
+        """Number of refused records, by reason."""
         self._topic = TopicFollower(settings, topic, self._handle, on_state=on_state)
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begins to read; the broker need not answer yet."""
+        """Starts reading in the background; the broker need not be available yet."""
         await self._topic.start()
         self._starting = asyncio.create_task(self._start())
 
     async def stop(self) -> None:
-        """Ends reading; safe to call twice."""
+        """Stops reading; safe to call twice."""
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
@@ -205,16 +206,16 @@ class StateFollower(abc.ABC):
         await self.stop()
 
     async def until_caught_up(self) -> None:
-        """Returns once all that stood in the topic at the start has been read.
+        """Returns once all records in the topic at the start have been read.
 
         Raises:
-            ConfigError: the broker refuses this process.
+            ConfigError: the broker refuses the configuration of this process.
         """
         assert self._starting is not None, "start() first"
         await asyncio.shield(self._starting)
 
     async def catch_up(self) -> None:
-        """Returns when everything committed before this call is known."""
+        """Returns when everything committed before this call has been read."""
         await self._topic.catch_up()
 
     async def _start(self) -> None:
@@ -232,13 +233,13 @@ class StateFollower(abc.ABC):
         self.refused[reason] += 1
         topic = self._topic.partition.topic
         REFUSED.labels(topic.rpartition(".")[2], reason).inc()
-        say = log.debug if self._is_usual(reason) else log.warning
-        say("record refused", topic=topic, offset=record.offset, reason=reason, error=str(error)[:2_000])
+        write = log.debug if self._is_expected(reason) else log.warning
+        write("record refused", topic=topic, offset=record.offset, reason=reason, error=str(error)[:2_000])
 
-    def _is_usual(self, _reason: str) -> bool:
-        """Whether a refusal for this reason is to be expected now, and no warning."""
+    def _is_expected(self, _reason: str) -> bool:
+        """Whether a refusal for this reason is normal now, and so not logged as a warning."""
         return False
 
     @abc.abstractmethod
     async def _add(self, record: Any) -> None:
-        """Takes one record in, in order; what it raises refuses the record. `reason` of it is counted."""
+        """Adds one record to the state. Any error refuses the record; its attribute `reason` is counted."""

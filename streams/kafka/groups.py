@@ -1,4 +1,4 @@
-"""What the broker knows of a consumer group, asked from outside it."""
+"""A consumer group's committed offsets, read without joining the group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from streams.connections import backoff
 
 
 async def committed_offsets(admin: AIOKafkaAdminClient, group: str) -> dict[TopicPartition, int]:
-    """The next offset that a group will read of each partition; partitions without one are left out.
+    """The group's committed offset of each partition; partitions without one are left out.
 
     Raises:
         KafkaError, OSError: the broker does not answer.
@@ -20,7 +20,7 @@ async def committed_offsets(admin: AIOKafkaAdminClient, group: str) -> dict[Topi
             await admin.find_coordinator(group)
             break
         except KafkaError as error:
-            # A new broker first makes the topic that coordinates groups.
+            # A new broker first creates the topic for the groups' offsets.
             if not error.retriable or attempt == 20:
                 raise
     offsets = await admin.list_consumer_group_offsets(group)

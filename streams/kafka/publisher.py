@@ -1,19 +1,19 @@
-"""Events to Kafka, each acknowledged by all in-sync replicas, and a producer that is replaced when it breaks.
+"""Publishes events to Kafka with acknowledgement by all in-sync replicas; replaces a producer that fails.
 
     publisher = Publisher(settings, on_state)
     await publisher.start()                          # waits until Kafka answers
-    delivery = publisher.begin(topic, key, value)    # handed over; goes on whatever the caller does
+    delivery = publisher.begin(topic, key, value)    # a task; it continues even if the caller is cancelled
     await publisher.wait(delivery)                   # acknowledged, or UnavailableError
-    await publisher.send(messages)                   # many, in whole Kafka batches, and waits for all
+    await publisher.send(messages)                   # many, as Kafka batches; waits for all acknowledgements
     await publisher.stop()
 
-What a failure means, and what is done:
+Failures are handled as follows:
 
-* No acknowledgement within `publish_timeout_s`: the event may or may not get there; its delivery goes on.
-  Until the brokers answer again, `away` says why and callers should not begin anything.
-* A refusal for good, as of a password or a permission: `begin` and `until_refused` raise a `ConfigError`.
-* Any other failure: the producer is replaced. An idempotent producer numbers its batches, and one that was
-  given up leaves a gap after which the broker refuses all later ones (OutOfOrderSequenceNumber).
+* No acknowledgement within `publish_timeout_s`: the event may or may not arrive; its delivery continues.
+  Until the brokers answer again, `unavailable` has the reason and `begin` raises `UnavailableError`.
+* A configuration error, such as a refused password: `begin` and `until_refused` raise a `ConfigError`.
+* Any other failure: the producer is replaced. An idempotent producer numbers its batches; after one that it
+  gave up, the broker rejects all later ones (OutOfOrderSequenceNumber).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from prometheus_client import Counter, Histogram
 
 from cortex_core.errors import ConfigError, InputError, UnavailableError
 from streams.connections import PROBE_TIMEOUT_S, kafka_client_options, retry
-from streams.failures import answered, configuration_error
+from streams.failures import configuration_error, error_text
 from streams.kafka.clients import start, stop
 from streams.kafka.topics import MAX_RECORD_BYTES, create_topics
 from streams.settings import Settings
@@ -41,12 +41,12 @@ from streams.settings import Settings
 log = structlog.get_logger(__name__)
 
 MAX_VALUE = MAX_RECORD_BYTES - 10_000
-"""Bytes; the rest is left for the key and the batch's own overhead."""
+"""Maximum bytes of a value; the rest of a record is for the key and the batch's overhead."""
 
 ACK_S = Histogram(
-    "cortex_publish_seconds", "From handing an event or a batch to Kafka to its acknowledgement", ["topic"]
+    "cortex_publish_seconds", "From sending an event or a batch to its acknowledgement", ["topic"]
 )
-REPLACED = Counter("cortex_producer_replaced_total", "Producers that broke and were replaced")
+REPLACED = Counter("cortex_producer_replaced_total", "Producers that failed and were replaced")
 
 
 class Message(NamedTuple):
@@ -64,79 +64,79 @@ class Publisher:
     def __init__(self, settings: Settings, on_state: Callable[[str | None], None] | None = None) -> None:
         """
         Args:
-            on_state: told why Kafka does not answer, or None when it does.
+            on_state: called with the reason why Kafka is unavailable, or None if it is available.
         """
         self.settings = settings
-        self.away: str | None = "not connected yet"
-        """Why nothing can be published at the moment; None when it can."""
+        self.unavailable: str | None = "not connected yet"
+        """Why nothing can be published at present; None if it can."""
         self._on_state = on_state or (lambda _why: None)
         self._producer: AIOKafkaProducer | None = None
         self._partitioner = DefaultPartitioner()
         self._deliveries: set[asyncio.Task[None]] = set()
         self._broken = False
         self._late = 0
-        self._trouble = asyncio.Event()
+        self._failed = asyncio.Event()
         self._refused: ConfigError | None = None
         self._refusal = asyncio.Event()
-        self._keeper: asyncio.Task[None] | None = None
+        self._recovery: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Creates missing topics and connects; waits for a broker that is away.
+        """Creates missing topics and connects; waits until a broker answers.
 
         Raises:
-            ConfigError: topics exist that do not fit.
+            ConfigError: a configuration error, or existing topics have unequal numbers of partitions.
         """
         self._producer = await self._connect()
-        self._say(None)
-        self._keeper = asyncio.create_task(self._keep())
+        self._set_unavailable(None)
+        self._recovery = asyncio.create_task(self._recover())
 
     async def stop(self, timeout_s: float = 2.0) -> None:
-        """Gives deliveries under way a last chance, then closes; safe to call twice."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
-        self.away = "this service is stopping"
+        """Waits up to `timeout_s` for deliveries in flight, then closes; safe to call twice."""
+        if self._recovery is not None:
+            self._recovery.cancel()
+            await asyncio.gather(self._recovery, return_exceptions=True)
+        self.unavailable = "this service is stopping"
         await self._close(timeout_s)
 
     def begin(self, topic: str, key: bytes, value: bytes) -> asyncio.Task[None]:
-        """Hands an event over. The task ends when it is acknowledged, or raises `UnavailableError`.
+        """Starts the delivery of an event. The task ends with its acknowledgement, or an `UnavailableError`.
 
         Raises:
-            UnavailableError: Kafka is away; nothing was handed over.
-            ConfigError: Kafka refuses this process for good; nothing was handed over.
-            InputError: larger than a record may be.
+            UnavailableError: Kafka is unavailable; nothing was sent.
+            ConfigError: Kafka refused the configuration of this process; nothing was sent.
+            InputError: the event exceeds the maximum size of a record.
         """
         producer = self._usable()
         _check_size(value)
         return self._deliver(producer, topic, partial(producer.send, topic, value=value, key=key))
 
     async def wait(self, delivery: asyncio.Task[None]) -> None:
-        """Returns once it is acknowledged. Giving up waiting does not stop the delivery.
+        """Returns once the event is acknowledged. Cancelling the wait does not cancel the delivery.
 
         Raises:
-            UnavailableError: not within `publish_timeout_s`, or the delivery failed.
-            ConfigError: Kafka refuses this process for good.
+            UnavailableError: no acknowledgement within `publish_timeout_s`, or the delivery failed.
+            ConfigError: Kafka refused the configuration of this process.
         """
         done, _ = await asyncio.wait({delivery}, timeout=self.settings.publish_timeout_s)
         if not done:
-            self._suspect(
+            self._note_failure(
                 f"Kafka at {self.settings.kafka_address} did not acknowledge within "
                 f"{self.settings.publish_timeout_s:g} s"
             )
             raise UnavailableError(
-                f"{self.away}; the event may or may not be there: repeat it with the same id"
+                f"{self.unavailable}; the event may or may not be stored: repeat it with the same id"
             )
         if delivery.cancelled():
-            raise UnavailableError("the connection to Kafka was lost meanwhile: repeat with the same id")
+            raise UnavailableError("the connection to Kafka was lost: repeat the event with the same id")
         delivery.result()
 
     async def send(self, messages: Iterable[Message]) -> None:
-        """Hands over messages together, and returns once all are acknowledged.
+        """Sends messages, and returns once all are acknowledged.
 
-        They go as whole Kafka batches, one after the other for each partition: much cheaper than one by one.
+        They are sent as Kafka batches, in order for each partition: much cheaper than one by one.
 
         Raises:
-            UnavailableError, InputError: as `begin` and `wait`; some messages may be there nonetheless.
+            UnavailableError, InputError: as `begin` and `wait`; some messages may be stored nonetheless.
         """
         producer = self._usable()
         batches = await self._batched(producer, messages)
@@ -149,10 +149,10 @@ class Publisher:
             await self.wait(delivery)
 
     async def until_refused(self) -> NoReturn:
-        """Waits until Kafka refuses this process for good, if it ever does.
+        """Waits until Kafka refuses the configuration of this process, if that ever happens.
 
         Raises:
-            ConfigError: it does.
+            ConfigError: it happened.
         """
         await self._refusal.wait()
         assert self._refused is not None
@@ -169,8 +169,8 @@ class Publisher:
             if topic not in partitions:
                 with self._explained(producer):
                     partitions[topic] = sorted(await producer.partitions_for(topic))
-            place = topic, self._partitioner(key, partitions[topic], [])
-            its_batches = batches.setdefault(place, [])
+            partition = self._partitioner(key, partitions[topic], [])
+            its_batches = batches.setdefault((topic, partition), [])
             record = {"timestamp": None, "key": key, "value": value, "headers": [*headers]}
             if not its_batches or its_batches[-1].append(**record) is None:
                 its_batches.append(producer.create_batch())
@@ -180,16 +180,16 @@ class Publisher:
     def _usable(self) -> AIOKafkaProducer:
         if self._refused is not None:
             raise self._refused
-        if self.away is not None or self._producer is None:
-            raise UnavailableError(self.away or "not connected yet")
+        if self.unavailable is not None or self._producer is None:
+            raise UnavailableError(self.unavailable or "not connected yet")
         return self._producer
 
     def _deliver(
-        self, producer: AIOKafkaProducer, topic: str, hand_over: Callable[[], Awaitable[Awaitable[Any]]]
+        self, producer: AIOKafkaProducer, topic: str, send: Callable[[], Awaitable[Awaitable[Any]]]
     ) -> asyncio.Task[None]:
         async def deliver() -> None:
             with self._explained(producer), ACK_S.labels(topic.rpartition(".")[2]).time():
-                await (await hand_over())
+                await (await send())
             self._late = 0
 
         task = asyncio.create_task(deliver())
@@ -199,17 +199,17 @@ class Publisher:
 
     @contextlib.contextmanager
     def _explained(self, producer: AIOKafkaProducer) -> Iterator[None]:
-        """Turns what the producer raises into our errors, and has it replaced."""
+        """Converts the producer's errors into ours, and requests a new producer."""
         try:
             yield
         except (KafkaError, OSError) as error:
             if refused := configuration_error(error, self.settings):
                 self._refuse(refused)
                 raise refused from error
-            why = f"Kafka at {self.settings.kafka_address} refused an event ({answered(error)})"
+            why = f"Kafka at {self.settings.kafka_address} refused an event ({error_text(error)})"
             if producer is self._producer:
                 self._broken = True
-                self._suspect(why)
+                self._note_failure(why)
             if isinstance(error, MessageSizeTooLargeError):
                 raise InputError(
                     f"{why}: retrieve fewer memories (top_k), or raise max.message.bytes"
@@ -219,36 +219,36 @@ class Publisher:
     def _delivered(self, task: asyncio.Task[None]) -> None:
         self._deliveries.discard(task)
         if not task.cancelled():
-            task.exception()  # whoever waited for it may be gone
+            task.exception()  # retrieved here, as nobody may wait for the task any more
 
-    def _suspect(self, why: str) -> None:
+    def _note_failure(self, why: str) -> None:
         self._late += 1
-        if self._late > 1 and self.away is None:
-            # The brokers answer, yet nothing has been acknowledged since the last time it was late.
+        if self._late > 1 and self.unavailable is None:
+            # The brokers answer, but have acknowledged nothing since the last late delivery.
             self._broken = True
-        self._say(why)
-        self._trouble.set()
+        self._set_unavailable(why)
+        self._failed.set()
 
     def _refuse(self, error: ConfigError) -> None:
         self._refused = error
         self._refusal.set()
-        self._say(str(error))
+        self._set_unavailable(str(error))
 
-    def _say(self, why: str | None) -> None:
-        if why is not None and self.away is None:
-            log.warning("kafka away", why=why)
-        elif why is None and self.away is not None:
-            log.info("kafka answers", address=self.settings.kafka_address)
-        self.away = why
+    def _set_unavailable(self, why: str | None) -> None:
+        if why is not None and self.unavailable is None:
+            log.warning("kafka unavailable", why=why)
+        elif why is None and self.unavailable is not None:
+            log.info("kafka available", address=self.settings.kafka_address)
+        self.unavailable = why
         self._on_state(why)
 
-    async def _keep(self) -> None:
-        """Brings the producer back whenever something went wrong."""
+    async def _recover(self) -> None:
+        """After each failure, waits until Kafka answers, and replaces the producer if it is broken."""
         while self._refused is None:
-            await self._trouble.wait()
-            self._trouble.clear()
+            await self._failed.wait()
+            self._failed.clear()
             try:
-                await retry(self._probe, self.settings, lambda _, why: self._say(why))
+                await retry(self._probe, self.settings, lambda _, why: self._set_unavailable(why))
                 if self._broken:
                     REPLACED.inc()
                     await self._close(1.0)
@@ -256,10 +256,10 @@ class Publisher:
             except ConfigError as error:
                 self._refuse(error)
             else:
-                self._say(None)
+                self._set_unavailable(None)
 
     async def _probe(self) -> None:
-        """Returns when the brokers answer, or the producer is to be replaced anyway."""
+        """Returns if the brokers answer, or if the producer is replaced anyway."""
         if not self._broken:
             assert self._producer is not None
             async with asyncio.timeout(PROBE_TIMEOUT_S):
@@ -272,7 +272,7 @@ class Publisher:
                 **kafka_client_options(self.settings),
                 acks="all",
                 enable_idempotence=True,
-                # While one batch is under way the next one fills by itself: lingering would only add delay.
+                # The next batch fills while one is in flight; lingering would only add latency.
                 linger_ms=0,
                 max_batch_size=1_000_000,
                 partitioner=self._partitioner,
@@ -282,7 +282,7 @@ class Publisher:
                 return await start(producer)
 
         self._broken, self._late = False, 0
-        return await retry(attempt, self.settings, lambda _, why: self._say(why))
+        return await retry(attempt, self.settings, lambda _, why: self._set_unavailable(why))
 
     async def _close(self, timeout_s: float) -> None:
         producer, self._producer = self._producer, None

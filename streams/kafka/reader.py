@@ -1,9 +1,9 @@
-"""Reading topics without a consumer group: nothing is committed, and nobody else is disturbed.
+"""Reads topics without a consumer group: commits nothing and causes no rebalance.
 
     async with reading(settings, [topic]) as consumer:              # all partitions, from their beginnings
-        async for record in records_to_end(consumer, settings): ...  # what stands there now
+        async for record in records_to_end(consumer, settings): ...  # all records up to the present end
 
-`Watchdog` notices a client that stops reading without an error; `EndProbe` asks where partitions end.
+`Watchdog` detects a client that stops reading without an error; `EndProbe` queries the ends of partitions.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from streams.settings import Settings
 K = TypeVar("K", bound=Hashable)
 
 STALL_S = 30.0
-"""Seconds without progress, with more to read, after which reading counts as stalled. An open transaction
-holds readers back too, and rightly: for its timeout of 10 s, and the 10 s in which brokers look for it."""
+"""Seconds without progress, with more to read, after which a client counts as stalled. More than an open
+transaction can block readers: for its timeout of 10 s, plus the brokers' 10 s between checks for it."""
 
 
 @contextlib.asynccontextmanager
@@ -40,9 +40,9 @@ async def reading(
     """A consumer without a group.
 
     Args:
-        topics: read with all their partitions, from the beginning unless the caller seeks.
-        start: instead of topics, the partitions to read, each from its offset on.
-        committed_only: whether records of open and aborted transactions are left out.
+        topics: topics to read with all their partitions, from the beginning unless the caller seeks.
+        start: instead of topics, the partitions to read with the first offset of each.
+        committed_only: whether to omit records of open and aborted transactions.
 
     Raises:
         KafkaError, OSError: the broker does not answer, or has no such topic.
@@ -56,7 +56,7 @@ async def reading(
         max_partition_fetch_bytes=MAX_RECORD_BYTES,
     )
     async with started(consumer):
-        # aiokafka 0.14: `stop` raises CancelledError where a task that `start` made has not begun to run.
+        # aiokafka 0.14: `stop` raises CancelledError if a task that `start` created has not run yet.
         await asyncio.sleep(0)
         if start:
             consumer.assign(list(start))
@@ -66,10 +66,10 @@ async def reading(
 
 
 async def records_to_end(consumer: AIOKafkaConsumer, settings: Settings) -> AsyncIterator[Any]:
-    """Every record from where the consumer stands to where its partitions end at the time of the call.
+    """All records from the consumer's positions to the ends of its partitions at the time of the call.
 
     Raises:
-        UnavailableError: nothing came for `STALL_S` although there is more.
+        UnavailableError: no record came for `STALL_S` although there are more.
         KafkaError, OSError: the broker does not answer.
     """
     ends = await consumer.end_offsets(sorted(consumer.assignment()))
@@ -89,14 +89,14 @@ async def records_to_end(consumer: AIOKafkaConsumer, settings: Settings) -> Asyn
 
 
 class Watchdog(Generic[K]):
-    """Tells where reading stands still: its position does not move although there is more to read."""
+    """Detects stalled partitions: their position does not advance although there is more to read."""
 
     def __init__(self, seconds: float = STALL_S) -> None:
         self._seconds = seconds
         self._moved: dict[K, tuple[int, float]] = {}
 
     def stalled(self, positions: Mapping[K, int], ends: Mapping[K, int]) -> list[K]:
-        """Those that have not moved for so long. To be asked every second or so.
+        """The partitions that have not advanced for the given time. To be called about every second.
 
         Args:
             positions: the next offset to read of each partition.
@@ -106,20 +106,19 @@ class Watchdog(Generic[K]):
         moved, self._moved = self._moved, {}
         for each, position in positions.items():
             before, since = moved.get(each, (-1, now))
-            stands = position == before and position < ends[each]
-            self._moved[each] = (position, since if stands else now)
+            stuck = position == before and position < ends[each]
+            self._moved[each] = (position, since if stuck else now)
         return [each for each, (_, since) in self._moved.items() if now - since > self._seconds]
 
     def reset(self) -> None:
-        """Begins anew: there was a reason to stand still, and it is gone."""
+        """Restarts the measurement, after a known reason not to advance."""
         self._moved.clear()
 
 
 class EndProbe:
-    """Asks where partitions end, counting what is not committed yet.
+    """Queries the ends of partitions, including uncommitted records.
 
-    An open transaction before a committed one hides the latter from the end that a reader of committed
-    records is told.
+    The end that a reader of committed records gets excludes committed transactions after an open one.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -146,6 +145,6 @@ class EndProbe:
                 raise
 
     async def close(self) -> None:
-        """Closes the connection; the next question opens another."""
+        """Closes the connection; the next query opens another."""
         self._consumer = None
         await self._open.aclose()

@@ -1,4 +1,4 @@
-"""Every topic's name, key, partitions and retention. Nowhere else.
+"""Names, keys, partitions and retention of all topics. Defined here and nowhere else.
 
 | topic | key | value | kept |
 |---|---|---|---|
@@ -31,7 +31,7 @@ MAX_RECORD_BYTES = 8_000_000
 
 @dataclass(frozen=True)
 class TopicSpec:
-    """One topic as it must be."""
+    """The required configuration of one topic."""
 
     name: str
     partitions: int
@@ -40,7 +40,7 @@ class TopicSpec:
 
 @dataclass(frozen=True)
 class Topics:
-    """The names of all topics under one prefix, and what each must be."""
+    """The names and required configurations of all topics under one prefix."""
 
     prefix: str
     partitions: int
@@ -74,7 +74,7 @@ class Topics:
         return f"{self.prefix}.dead-letters"
 
     def specs(self) -> list[TopicSpec]:
-        """Every topic as it must be."""
+        """The required configuration of every topic."""
         size = {"max.message.bytes": str(MAX_RECORD_BYTES)}
 
         def kept(days: int) -> dict[str, str]:
@@ -91,7 +91,7 @@ class Topics:
             TopicSpec(self.interactions, self.partitions, kept(30)),
             TopicSpec(self.replies, self.partitions, kept(30)),
             TopicSpec(self.experiences, self.partitions, kept(90)),
-            # One partition: every follower reads all of it, and versions of a model stay in one order.
+            # One partition: every follower reads all records, and the versions of a model are ordered.
             TopicSpec(self.weights, 1, compacted),
             TopicSpec(self.control, 1, compacted),
             TopicSpec(self.dead_letters, 1, kept(30)),
@@ -99,14 +99,14 @@ class Topics:
 
 
 async def create_topics(settings: Settings) -> list[str]:
-    """Creates what is missing and checks what exists; safe to call from every worker at once.
+    """Creates missing topics and checks existing ones; safe to call from several workers at once.
 
     Returns:
         The names created by this call.
 
     Raises:
-        ConfigError: the three joined topics exist with unequal partition counts, so that one worker would
-            not own a conversation's partition of both.
+        ConfigError: the topics that the joiner joins exist with unequal numbers of partitions, so that one
+            joiner would not own a conversation's partition of both; or another configuration error.
     """
     topics = Topics.of(settings)
     async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
@@ -146,7 +146,7 @@ async def create_topics(settings: Settings) -> list[str]:
 
 
 async def describe_topics(settings: Settings) -> list[dict[str, object]]:
-    """For each topic: name, whether it exists, its partitions, and where its settings differ from wanted."""
+    """For each topic: name, existence, partitions, and the settings that differ from the required ones."""
     topics = Topics.of(settings)
     async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
         existing = set(await admin.list_topics())

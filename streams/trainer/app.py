@@ -1,6 +1,6 @@
-"""The trainer's process: health answers at once; torch, which takes seconds to load, loads beside it.
+"""The trainer's process: serves health and metrics at once, and imports torch meanwhile, which takes seconds.
 
-What it does is in `streams.training`.
+Its work is in `streams.trainer.consumer`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from streams.trainer.consumer import Trainer
 
 DEPENDENCIES = ("kafka", "redis", "weights", "partitions")
-"""What `/readyz` waits for."""
+"""What must be ready before `/readyz` answers 200."""
 
 
 async def run(worker: Worker) -> None:
-    """One trainer, until the worker is told to stop."""
+    """Runs one trainer until shutdown is requested."""
 
     def load() -> type[Trainer]:
         from streams.trainer.consumer import Trainer  # noqa: PLC0415 - loads torch
@@ -36,5 +36,5 @@ async def run(worker: Worker) -> None:
 
 
 def main(settings: Settings) -> None:
-    """The trainer process; returns never, exits with 0 after SIGTERM."""
+    """Runs the trainer process; does not return. Exits with code 0 after SIGTERM."""
     run_worker("trainer", settings.resolved(), run, dependencies=DEPENDENCIES)

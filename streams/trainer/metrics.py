@@ -1,4 +1,4 @@
-"""What a trainer counts, for Prometheus."""
+"""A trainer's Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ if TYPE_CHECKING:
     from cortex_core.weights import WeightsManifest
 
 MODELS_NAMED = 100
-"""Models with time series of their own; the rest share the label "other", so that Prometheus stays small."""
+"""Models with their own time series; the others share the label "other", which limits its cardinality."""
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 class Metrics:
-    """All series of one trainer."""
+    """The metrics of one trainer."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.experiences = Counter(
             "cortex_trainer_experiences",
-            "Experiences read, by what became of them",
+            "Experiences read, by outcome",
             ["model_id", "outcome"],
             registry=registry,
         )
         self.updates = Counter("cortex_trainer_updates", "Gradient steps", ["model_id"], registry=registry)
         self.skipped = Counter(
-            "cortex_trainer_skipped", "Steps not taken: not finite", ["model_id"], registry=registry
+            "cortex_trainer_skipped",
+            "Gradient steps skipped because they were not finite",
+            ["model_id"],
+            registry=registry,
         )
         self.rollbacks = Counter(
-            "cortex_trainer_rollbacks", "Versions published to go back", ["model_id"], registry=registry
+            "cortex_trainer_rollbacks", "Versions published by a rollback", ["model_id"], registry=registry
         )
         self.versions = Counter(
             "cortex_trainer_versions", "Versions published", ["model_id"], registry=registry
@@ -41,13 +44,16 @@ class Metrics:
             "cortex_trainer_ema_loss", "Moving average of the loss", ["model_id"], registry=registry
         )
         self.refused = Counter(
-            "cortex_trainer_refused", "What was refused, by what it was", ["kind"], registry=registry
+            "cortex_trainer_refused",
+            "Refused experiences, rollbacks and versions, by kind",
+            ["kind"],
+            registry=registry,
         )
         self.fenced = Counter(
             "cortex_trainer_fenced", "Partitions lost to another trainer", registry=registry
         )
         self.failures = Counter(
-            "cortex_trainer_failures", "Partitions opened anew after a failure", registry=registry
+            "cortex_trainer_failures", "Partitions opened again after a failure", registry=registry
         )
         self.lag = Gauge("cortex_trainer_lag", "Experiences not yet read", ["partition"], registry=registry)
         self.step_seconds = Histogram(
@@ -55,7 +61,7 @@ class Metrics:
         )
         self.flush_seconds = Histogram(
             "cortex_trainer_flush_seconds",
-            "Last steps and snapshots before a publication",
+            "Final gradient steps and snapshots before publishing",
             buckets=_SECONDS,
             registry=registry,
         )
@@ -68,19 +74,19 @@ class Metrics:
         self._named: set[str] = set()
 
     def learned(self, model_id: str, outcome: str, update: OnlineUpdate | None, seconds: float) -> None:
-        """One experience was taken; `update` where it completed a step."""
+        """Counts one experience; `update` if it completed a gradient step."""
         self.experiences.labels(self._label(model_id), outcome).inc()
         if update is not None:
             self.stepped(model_id, update, seconds)
 
     def stepped(self, model_id: str, update: OnlineUpdate, seconds: float) -> None:
-        """One gradient step was tried."""
+        """Counts one gradient step, taken or skipped."""
         label = self._label(model_id)
         self.step_seconds.observe(seconds)
         (self.skipped if update.skipped else self.updates).labels(label).inc()
 
     def published(self, manifest: WeightsManifest) -> None:
-        """One version is out."""
+        """Counts one published version."""
         label = self._label(manifest.model_id)
         self.versions.labels(label).inc()
         if manifest.reason == "rollback":

@@ -1,1 +1,1 @@
-"""Weights versions and operator commands: the two compacted topics, written and followed."""
+"""The two compacted topics: weights versions and operator commands."""

@@ -1,4 +1,4 @@
-"""Which architecture a model has by the settings: what trainer and inference worker must agree on."""
+"""The architecture of new models, from the settings; the same for trainers and inference workers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from streams.settings import Settings
 
 
 def model_config(settings: Settings) -> ModelConfig:
-    """The architecture of a model that has no version yet."""
+    """The architecture of a model without a version."""
     return ModelConfig(
         text_dim=settings.text_dim, strategies=StrategyRegistry.from_set(settings.strategies).ids
     )

@@ -1,15 +1,15 @@
-"""What operators ask of a model: roll back, pin, pause; how it is sent, and how workers follow it.
+"""Operator commands for a model: rollback, pin, pause; how they are sent and followed.
 
-| action | inference workers | trainers |
+| action | effect on inference workers | effect on trainers |
 |---|---|---|
-| rollback | follow the new version | publish the old weights as a new version, learn on from there |
-| pin | serve that version, whatever comes | hold: neither learn nor publish |
-| unpin | serve the newest again | go on with the first experience held back |
-| pause | nothing | hold |
-| resume | nothing | go on with the first experience held back |
+| rollback | they serve the new version | publish the old weights as a new version, and continue from it |
+| pin | they serve this version only | neither learn nor publish |
+| unpin | they serve the newest version again | continue with the first experience not learned from |
+| pause | none | neither learn nor publish |
+| resume | none | continue with the first experience not learned from |
 
-The topic is compacted by key, so that a reader gets the state of each model from its beginning. The key is
-the model_id and what the action is about: were it the model_id alone, a later pause would erase a pin.
+The topic is compacted by key, so a reader gets the state of every model from the topic's beginning. The key
+is the model_id and the action's subject: with the model_id alone, a later pause would delete a pin.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from streams.weights.follower import WeightsFollower
 
 log = structlog.get_logger(__name__)
 
-_ABOUT = {"rollback": "rollback", "pin": "pin", "unpin": "pin", "pause": "pause", "resume": "pause"}
+_SUBJECT = {"rollback": "rollback", "pin": "pin", "unpin": "pin", "pause": "pause", "resume": "pause"}
 
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """The latest rollback asked for. A trainer has done it when its weights say so, by this offset."""
+    """The latest rollback requested. It is done once the model's `Resume` contains its offset."""
 
     version: int
     offset: int
@@ -47,27 +47,27 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """What operators want of one model at present."""
+    """The state of one model by all operator commands so far."""
 
     pinned: int | None = None
-    """Version that inference workers are to serve; None: the newest."""
+    """The version that inference workers serve; None: the newest."""
     paused: bool = False
     rollback: Rollback | None = None
 
     @property
-    def held(self) -> bool:
-        """Whether the trainer must not learn."""
+    def training_paused(self) -> bool:
+        """Whether training is paused, by a pause or a pin."""
         return self.paused or self.pinned is not None
 
     def after(self, event: ControlEvent, offset: int) -> Control:
-        """The state after one more event, which stands at `offset` of the control topic.
+        """The state after one more event, whose record has this offset on the control topic.
 
         Raises:
             InputError: the action needs a version and has none.
         """
         if event.action in ("rollback", "pin") and (event.version is None or event.version < 1):
             raise InputError(
-                f"{event.action} of {event.model_id} has version {event.version}, wanted a kept version ≥ 1"
+                f"{event.action} of {event.model_id} has version {event.version}, expected one ≥ 1"
             )
         match event.action:
             case "rollback":
@@ -85,15 +85,15 @@ class Control:
 
 NO_CONTROL = Control()
 MAX_MODELS = 100_000
-"""Models that operators may have asked something of; 1 KB each."""
+"""Maximum number of models with a state; about 1 KB each."""
 
 OnControl = Callable[[str, Control], Awaitable[None]]
 
 
 class ControlFollower(StateFollower):
-    """Knows what operators want of every model, and tells when it changes.
+    """Follows the operator commands of all models.
 
-    A record that cannot be read is refused; the state stays.
+    An invalid record is refused and changes nothing.
     """
 
     def __init__(
@@ -106,18 +106,18 @@ class ControlFollower(StateFollower):
         """
         Args:
             on_control: awaited with the model_id and its new state after each event, from the first one on.
-            on_state: told why Kafka does not answer, or None when it does.
+            on_state: called with the reason why Kafka is unavailable, or None if it is available.
         """
         super().__init__(settings, Topics.of(settings).control, on_state)
         self._on_control = on_control
         self._of: dict[str, Control] = {}
 
     def of(self, model_id: str) -> Control:
-        """What is wanted of this model."""
+        """The state of this model."""
         return self._of.get(model_id, NO_CONTROL)
 
     def models(self) -> list[str]:
-        """Ids of the models that something was ever asked of."""
+        """Ids of the models that had an operator command."""
         return sorted(self._of)
 
     async def _add(self, record: Any) -> None:
@@ -140,14 +140,14 @@ class ControlFollower(StateFollower):
 async def send_control(
     settings: Settings, action: ControlAction, model_id: str, version: int | None = None, reason: str = ""
 ) -> ControlEvent:
-    """Asks something of a model; returns once Kafka has the event.
+    """Sends an operator command; returns once Kafka has acknowledged it.
 
     Args:
-        version: for rollback and pin, one of the kept versions. Left out, a rollback goes to the version
-            before the newest, and a pin to the newest.
+        version: for rollback and pin, one of the kept versions. None: for a rollback, the version before the
+            newest; for a pin, the newest.
 
     Raises:
-        WeightsError: there is no such version (any more); the message lists those that are kept.
+        WeightsError: the version is not kept; the message lists those that are.
         KafkaError, OSError: the broker does not answer.
     """
     await create_topics(settings)
@@ -170,7 +170,7 @@ async def send_control(
         version=version,
         reason=reason,
     )
-    key = json.dumps([model_id, _ABOUT[action]], ensure_ascii=False).encode()
+    key = json.dumps([model_id, _SUBJECT[action]], ensure_ascii=False).encode()
     options = kafka_client_options(settings)
     async with started(AIOKafkaProducer(**options, enable_idempotence=True)) as producer:
         await producer.send_and_wait(Topics.of(settings).control, event.to_bytes(), key=key, partition=0)

@@ -1,6 +1,6 @@
-"""The weights log: versions of models on a compacted topic, published whole or not at all.
+"""Follows the weights topic: versions of models on a compacted topic, each published in one transaction.
 
-Records of one version, in this order, all on partition 0 (so that readers see one order for all models):
+The records of one version, in this order, all on partition 0, so that the versions of all models are ordered:
 
     key                        value       headers
     ["<model_id>", slot, 0]    chunk 0     version
@@ -8,13 +8,12 @@ Records of one version, in this order, all on partition 0 (so that readers see o
     …
     ["<model_id>", slot, "manifest"]       WeightsManifest as JSON; version, resume
 
-`slot` = version modulo (`weights_kept` + 2): a ring. Compaction keeps the newest record of each key, so the
-last `weights_kept` versions stay readable however long the topic has run; the two spare slots give an
-operator's pin time to reach the trainer before the version pinned is overwritten.
+`slot` = version modulo (`weights_kept` + 2): a ring buffer. Compaction keeps the newest record of each key,
+so that the last `weights_kept` versions always remain readable; with the two spare slots, an operator's pin
+reaches the trainer before the pinned version is overwritten.
 
-The manifest comes last and carries the sha256 of all chunks: a version counts when every chunk of that very
-version was read before its manifest and the whole verifies. `resume` is the trainer's own, see
-`learning.py`. Nothing here decides what is learned or served.
+The manifest comes last and contains the sha256 of all chunks: a version is valid if all its chunks were read
+before its manifest and match the sha256. `resume` is for trainers, see `streams/trainer/learner.py`.
 """
 
 from __future__ import annotations
@@ -46,20 +45,20 @@ OnVersion = Callable[[WeightsSnapshot, "CortexModel"], Awaitable[None]]
 
 
 class _UnusableError(WeightsError):
-    """No model can be made of a version that came whole."""
+    """A complete version from which this process cannot build a model."""
 
     reason = "unusable"
 
 
 class _UnrelatedError(WeightsError):
-    """A version is far from the newest one and does not follow from one that is known."""
+    """A version that is far from the newest one and has an unknown parent."""
 
     reason = "unrelated"
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A version that was read whole, and where its records stand."""
+    """A complete version, and the position of its records."""
 
     manifest: WeightsManifest
     slot: int
@@ -68,11 +67,11 @@ class _Kept:
 
 
 class WeightsFollower(StateFollower):
-    """Knows the newest complete, valid version of every model, and tells when a newer one comes.
+    """Follows the newest valid version of every model, and calls back for each newer one.
 
-    Versions of a model only ever grow; an older or equal one is ignored. A version that is incomplete,
-    damaged, forged, not finite, of an architecture that this process cannot run, or far from the newest one
-    and following from none, is refused, and what is served stays. Decoding runs in a thread.
+    The version numbers of a model increase; an older or equal one is ignored. A version is refused, and the
+    previous one remains in use, if it is incomplete, damaged, forged, not finite, of an architecture that
+    this process cannot run, or far from the newest one without a known parent. Decoding runs in a thread.
 
         async def swap(snapshot, model): ...
         follower = WeightsFollower(settings, swap)
@@ -81,7 +80,7 @@ class WeightsFollower(StateFollower):
         ...
         await follower.stop()
 
-    Payloads are not kept here: `on_version` gets each, and `fetch` reads a kept one again.
+    Keeps no payloads: `on_version` gets each of them, and `fetch` reads one of the kept versions again.
     """
 
     def __init__(
@@ -95,11 +94,13 @@ class WeightsFollower(StateFollower):
     ) -> None:
         """
         Args:
-            on_version: awaited for each new version, with the model built from it, in evaluation mode; until
-                reading has caught up, for none, then once for each model's newest. What it raises is logged.
-            on_state: told why Kafka does not answer, or None when it does; for `/readyz`.
-            keep_resume: whether `resume` is to be kept; for trainers.
-            is_own: whether this process published a version: no model is built to check it, none handed over.
+            on_version: awaited with each new version and its model, in evaluation mode. Not called until the
+                follower has caught up, and then once with the newest version of each model. Its errors are
+                logged.
+            on_state: called with the reason why Kafka is unavailable, or None if it is available.
+            keep_resume: whether to keep `resume`; for trainers.
+            is_own: whether this process published a version; then no model is built, and `on_version` is not
+                called.
         """
         super().__init__(settings, Topics.of(settings).weights, on_state)
         self._on_version = on_version
@@ -109,33 +110,33 @@ class WeightsFollower(StateFollower):
         self._resume: dict[str, bytes] = {}
         self._ring = settings.weights_kept + SPARE_SLOTS
         self._unrelated: dict[str, int] = {}
-        """Model → the last version that was far from the newest"""
-        self._waiting: dict[str, tuple[WeightsSnapshot, CortexModel]] = {}
-        self._telling = asyncio.Lock()
+        """Model → its last version that was refused as unrelated."""
+        self._pending: dict[str, tuple[WeightsSnapshot, CortexModel]] = {}
+        self._notifying = asyncio.Lock()
         self._assembler = Assembler()
 
     def models(self) -> list[str]:
-        """Ids of the models that have a version."""
+        """Ids of the models with at least one version."""
         return sorted(self._kept)
 
     def newest(self, model_id: str) -> WeightsManifest | None:
-        """The manifest of the model's newest valid version; None where there is none yet."""
+        """The manifest of the model's newest valid version; None if it has no version."""
         kept = self._kept.get(model_id)
         return kept[-1].manifest if kept else None
 
     def history(self, model_id: str) -> list[WeightsManifest]:
-        """The last `weights_kept` versions, oldest first: what a rollback or a pin may name."""
+        """The last `weights_kept` versions, oldest first: the choices for a rollback or a pin."""
         return [k.manifest for k in self._kept.get(model_id, [])]
 
     def resume(self, model_id: str) -> bytes:
-        """What the trainer of the newest version left with it; empty where nothing is known."""
+        """The encoded `Resume` of the newest version; empty if unknown."""
         return self._resume.get(model_id, b"")
 
     async def fetch(self, model_id: str, version: int) -> WeightsSnapshot:
         """Reads a kept version again.
 
         Raises:
-            WeightsError: it is not kept (any more).
+            WeightsError: the version is not kept.
             KafkaError, OSError, TimeoutError: the broker does not answer.
         """
         kept = next((k for k in self._kept.get(model_id, []) if k.manifest.version == version), None)
@@ -153,37 +154,37 @@ class WeightsFollower(StateFollower):
                 for record in (await consumer.getmany(partition, timeout_ms=200)).get(partition, []):
                     whole = None
                     if record.key in wanted:
-                        # What was refused when it was followed is refused again.
+                        # Records that were refused the first time are refused again.
                         with contextlib.suppress(WeightsError):
                             whole = assembler.add(record)
                     if whole is not None and whole[0].manifest == kept.manifest:
                         return whole[0]
-        raise WeightsError(f"weights {model_id} v{version} were overwritten meanwhile; take a newer version")
+        raise WeightsError(f"weights {model_id} v{version} have been overwritten; use a newer version")
 
     async def _start(self) -> None:
         await super()._start()
-        waiting, self._waiting = self._waiting, {}
+        waiting, self._pending = self._pending, {}
         for snapshot, model in waiting.values():
-            await self._tell(snapshot, model)
+            await self._notify(snapshot, model)
         log.info("weights log read", models=len(self._kept), refused=dict(self.refused))
 
     async def _add(self, record: Any) -> None:
         whole = self._assembler.add(record)
         if whole is not None:
-            await self._admit(record, *whole)
+            await self._accept(record, *whole)
         elif record.value is None:
-            self._forget(record)
+            self._delete(record)
 
-    def _is_usual(self, reason: str) -> bool:
-        # While a compacted topic is read from its start, holes in overwritten versions are its normal state.
+    def _is_expected(self, reason: str) -> bool:
+        # In a compacted topic, the overwritten versions are normally incomplete.
         return reason == IncompleteError.reason and not self.caught_up.is_set()
 
-    async def _admit(self, record: Any, snapshot: WeightsSnapshot, slot: int, first_offset: int) -> None:
+    async def _accept(self, record: Any, snapshot: WeightsSnapshot, slot: int, first_offset: int) -> None:
         manifest, model_id = snapshot.manifest, snapshot.manifest.model_id
         kept, newest = self._kept.get(model_id, []), self.newest(model_id)
         if newest is not None and abs(manifest.version - newest.version) > self._ring:
             self._expect_successor(manifest, newest)
-            kept = []  # a ring was missed, and with it all that was kept
+            kept = []  # so many versions were missed that all kept ones have been overwritten
         elif newest is not None and manifest.version <= newest.version:
             log.info("older version ignored", model_id=model_id, version=manifest.version)
             return
@@ -197,24 +198,25 @@ class WeightsFollower(StateFollower):
         if self._keep_resume:
             self._resume[manifest.model_id] = dict(record.headers).get("resume", b"")
         if model is None:
-            self._waiting.pop(manifest.model_id, None)
+            self._pending.pop(manifest.model_id, None)
         elif self.caught_up.is_set():
-            await self._tell(snapshot, model)
+            await self._notify(snapshot, model)
         else:
-            self._waiting[manifest.model_id] = snapshot, model
+            self._pending[manifest.model_id] = snapshot, model
 
     def _expect_successor(self, manifest: WeightsManifest, newest: WeightsManifest) -> None:
-        """Lets a far version pass where it follows from the one before, which was far as well.
+        """Accepts a far version only if its parent is the version before it, which was refused as far, too.
 
-        A reader that was away for long finds a whole ring of versions that follow from each other; what was
-        forged, or written by mistake, stands alone: trainers go on from the version that is served.
+        A reader that was disconnected for long finds a ring of versions of which each is the parent of the
+        next. A version that was forged or written by mistake has no such child: trainers continue from the
+        valid version.
         """
         before = self._unrelated.get(manifest.model_id)
         self._unrelated[manifest.model_id] = manifest.version
         if before is None or manifest.parent != before:
             raise _UnrelatedError(
-                f"weights {manifest.model_id} v{manifest.version} (parent {manifest.parent}) follow neither "
-                f"from the newest, v{newest.version}, nor from a version after it"
+                f"weights {manifest.model_id} v{manifest.version}: the parent, {manifest.parent}, is neither "
+                f"the newest version, v{newest.version}, nor one after it"
             )
 
     def _build(self, snapshot: WeightsSnapshot) -> CortexModel:
@@ -222,31 +224,31 @@ class WeightsFollower(StateFollower):
         if text_dim != self.settings.text_dim:
             raise _UnusableError(
                 f"weights {snapshot.manifest.model_id} v{snapshot.manifest.version} are for embeddings of "
-                f"{text_dim} numbers, this worker's have {self.settings.text_dim} (CORTEX_TEXT_DIM)"
+                f"dimension {text_dim}, this worker's have {self.settings.text_dim} (CORTEX_TEXT_DIM)"
             )
         try:
             return snapshot.to_model().freeze()
         except CortexError as error:
             raise _UnusableError(str(error)) from error
-        except Exception as error:  # an architecture out of bounds fails anywhere inside torch
+        except Exception as error:  # an invalid architecture can fail anywhere in torch
             raise _UnusableError(
                 f"weights {snapshot.manifest.model_id} v{snapshot.manifest.version}: no model can be built "
                 f"from their architecture ({type(error).__name__}: {error})"
             ) from error
 
-    def _forget(self, record: Any) -> None:
-        """A tombstone: that version can no longer be read. What is served stays served."""
+    def _delete(self, record: Any) -> None:
+        """Handles a tombstone: removes the version from the kept ones, unless it is the newest."""
         model_id, slot, _ = decode_key(record.key)
         kept = self._kept.get(model_id, [])
         rest = [k for k in kept if k.slot != slot or k is kept[-1]]
         if kept:
             self._kept[model_id] = rest
 
-    async def _tell(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
+    async def _notify(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
         if self._on_version is None:
             return
         manifest = snapshot.manifest
-        async with self._telling:  # one at a time, so that nobody swaps an older version in last
+        async with self._notifying:  # one at a time, so that an older version never replaces a newer one
             if self.newest(manifest.model_id) != manifest:
                 return
             try:

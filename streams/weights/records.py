@@ -1,4 +1,4 @@
-"""The wire format of weights versions on the compacted topic: encoding, and putting versions together."""
+"""The wire format of weights versions on the compacted topic: encoding, and assembly from records."""
 
 from __future__ import annotations
 
@@ -18,27 +18,22 @@ from streams.kafka.topics import Topics
 from streams.settings import Settings
 
 MANIFEST = "manifest"
-
-
 SPARE_SLOTS = 2
-
-
 MAX_PAYLOAD = 64_000_000
-"""Bytes of a snapshot; with embeddings of 384 numbers a model has three million, of 4,096 fifteen."""
-MAX_WAITING = 128_000_000
-"""Bytes of chunks that wait for their manifests; beyond, those that came first are let go."""
+"""Bytes of a snapshot; 3 million for embeddings of dimension 384, 15 million for dimension 4,096."""
+MAX_BUFFERED = 128_000_000
+"""Bytes of buffered chunks without a manifest; above this, the oldest are dropped."""
 MAX_MANIFEST = 100_000
 """Bytes of a manifest."""
 CHUNK_OVERHEAD = 500
-"""Bytes that a chunk counts for beside its own."""
+"""Bytes that a buffered chunk counts for in addition to its size."""
 MAX_SLOTS = MAX_PARTS = 10_000
-
 
 Key = tuple[str, int, int | str]
 
 
 def encode_key(model_id: str, slot: int, part: int | str) -> bytes:
-    """A record's key; JSON, so that no model_id can be mistaken for another."""
+    """A record's key; JSON, so that different model ids never have equal keys."""
     return json.dumps([model_id, slot, part], ensure_ascii=False, separators=(",", ":")).encode()
 
 
@@ -46,12 +41,12 @@ def decode_key(raw: bytes | None) -> Key:
     """The inverse of `encode_key`.
 
     Raises:
-        WeightsError: the key is none of this log.
+        WeightsError: the key is invalid.
     """
     try:
         model_id, slot, part = json.loads(raw or b"")
     except (ValueError, TypeError, RecursionError) as error:
-        raise WeightsError(f"the key {shown(raw)} is no [model_id, slot, part]") from error
+        raise WeightsError(f"the key {shown(raw)} is not of the form [model_id, slot, part]") from error
     if not (
         isinstance(model_id, str)
         and 0 < len(model_id) <= MAX_ID
@@ -59,14 +54,14 @@ def decode_key(raw: bytes | None) -> Key:
         and 0 <= slot < MAX_SLOTS
         and (part == MANIFEST or (type(part) is int and 0 <= part < MAX_PARTS))
     ):
-        raise WeightsError(f"the key {shown(raw)} is no [model_id, slot, part]")
+        raise WeightsError(f"the key {shown(raw)} is not of the form [model_id, slot, part]")
     return model_id, slot, part
 
 
 def encode(
     snapshot: WeightsSnapshot, weights_kept: int, resume: bytes = b""
 ) -> list[tuple[bytes, bytes, list[tuple[str, bytes]]]]:
-    """A version as (key, value, headers) of its records, in the order in which they must be sent."""
+    """The records of a version as (key, value, headers), in the order to send them."""
     manifest = snapshot.manifest
     slot = manifest.version % (weights_kept + SPARE_SLOTS)
     version = ("version", str(manifest.version).encode())
@@ -83,10 +78,10 @@ def encode(
 async def publish(
     producer: AIOKafkaProducer, settings: Settings, snapshot: WeightsSnapshot, resume: bytes = b""
 ) -> None:
-    """Sends a version inside the caller's open transaction; it exists once that commits.
+    """Sends a version within the caller's open transaction; readers see it once that is committed.
 
     Raises:
-        KafkaError: the transaction must be aborted.
+        KafkaError: abort the transaction.
     """
     topic = Topics.of(settings).weights
     sent = [
@@ -98,7 +93,7 @@ async def publish(
 
 @dataclass(slots=True)
 class _Parts:
-    """Chunks of one version, waiting for their manifest."""
+    """The buffered chunks of one version."""
 
     version: int
     first_offset: int
@@ -106,64 +101,65 @@ class _Parts:
 
 
 class IncompleteError(WeightsError):
-    """Chunks of a version are missing: it was never published whole, or has been overwritten since."""
+    """Chunks of a version are missing: it was published incompletely, or has been overwritten."""
 
     reason = "incomplete"
 
 
 class Assembler:
-    """Puts versions together from records, in order. Pure: no Kafka, no torch, no clock.
+    """Assembles versions from records, in order. Pure: no Kafka, no torch, no clock.
 
-    Holds `MAX_WAITING` bytes at most, whatever the records are.
+    Buffers at most `MAX_BUFFERED` bytes, for any records.
     """
 
     def __init__(self) -> None:
         self._parts: OrderedDict[tuple[str, int], _Parts] = OrderedDict()
-        self._waiting = 0
+        self._buffered = 0
 
     @property
-    def waiting(self) -> int:
-        """Bytes of chunks whose manifest has not come."""
-        return self._waiting
+    def buffered(self) -> int:
+        """Bytes of chunks whose manifest has not been read."""
+        return self._buffered
 
     def add(self, record: Any) -> tuple[WeightsSnapshot, int, int] | None:
-        """A version that this record completes, with its slot and the offset of its first record.
+        """Adds a record; returns the version that it completes, with its slot and its first record's offset.
 
-        What the snapshot holds is verified by sha256, and by nothing else.
+        The snapshot is verified by its sha256 only.
 
         Raises:
-            WeightsError: a key, header or manifest that cannot be read, or a version that is incomplete or
-                damaged. It costs that version alone.
+            WeightsError: an invalid key, header or manifest, or an incomplete or damaged version. Other
+                versions are not affected.
         """
         model_id, slot, part = decode_key(record.key)
         if record.value is None:
-            self._take((model_id, slot))
+            self._remove((model_id, slot))
             return None
         version = _version(record)
         if isinstance(part, int):
             self._add_chunk((model_id, slot), version, part, record)
             return None
-        parts = self._take((model_id, slot))
+        parts = self._remove((model_id, slot))
         if len(record.value) > MAX_MANIFEST:
             raise WeightsError(
-                f"weights {model_id} v{version}: the manifest has {len(record.value)} bytes, most is "
+                f"weights {model_id} v{version}: the manifest has {len(record.value)} bytes, the maximum is "
                 f"{MAX_MANIFEST}"
             )
         try:
             manifest = WeightsManifest.model_validate_json(record.value)
         except ValidationError as error:
-            raise WeightsError(f"weights {model_id} v{version}: no manifest: {describe(error)}") from error
+            raise WeightsError(
+                f"weights {model_id} v{version}: invalid manifest: {describe(error)}"
+            ) from error
         if (manifest.model_id, manifest.version) != (model_id, version):
             raise WeightsError(
-                f"a manifest of {manifest.model_id} v{manifest.version} stands under the key of "
-                f"{model_id} v{version}"
+                f"a manifest of {manifest.model_id} v{manifest.version} has the key of {model_id} v{version}"
             )
         if manifest.bytes > MAX_PAYLOAD:
             raise WeightsError(
-                f"weights {model_id} v{version} claim {manifest.bytes} bytes, most is {MAX_PAYLOAD}"
+                f"weights {model_id} v{version} declare {manifest.bytes} bytes, the maximum is {MAX_PAYLOAD}"
             )
         chunks = parts.chunks if parts is not None and parts.version == version else {}
-        # Their number first: a manifest may claim any, and none of that is looked at.
+        # Compared by number first: a manifest can declare any number, for which no set must be built.
         if len(chunks) != manifest.chunks or set(chunks) != set(range(len(chunks))):
             raise IncompleteError(
                 f"weights {model_id} v{version} are incomplete: {len(chunks)} of {manifest.chunks} chunks"
@@ -175,23 +171,24 @@ class Assembler:
     def _add_chunk(self, key: tuple[str, int], version: int, part: int, record: Any) -> None:
         if len(record.value) > MAX_CHUNK:
             raise WeightsError(
-                f"chunk {part} of {key[0]} v{version} has {len(record.value)} bytes, most is {MAX_CHUNK}"
+                f"chunk {part} of {key[0]} v{version} has {len(record.value)} bytes, the maximum is "
+                f"{MAX_CHUNK}"
             )
         parts = self._parts.get(key)
         if parts is None or parts.version != version:
-            self._take(key)
+            self._remove(key)
             parts = self._parts[key] = _Parts(version, record.offset)
         replaced = parts.chunks.get(part)
-        self._waiting += _size(record.value) - (0 if replaced is None else _size(replaced))
+        self._buffered += _size(record.value) - (0 if replaced is None else _size(replaced))
         parts.chunks[part] = record.value
         self._parts.move_to_end(key)
-        while self._waiting > MAX_WAITING:
-            self._take(next(iter(self._parts)))
+        while self._buffered > MAX_BUFFERED:
+            self._remove(next(iter(self._parts)))
 
-    def _take(self, key: tuple[str, int]) -> _Parts | None:
+    def _remove(self, key: tuple[str, int]) -> _Parts | None:
         parts = self._parts.pop(key, None)
         if parts is not None:
-            self._waiting -= sum(map(_size, parts.chunks.values()))
+            self._buffered -= sum(map(_size, parts.chunks.values()))
         return parts
 
 
@@ -203,7 +200,7 @@ def _version(record: Any) -> int:
     header = dict(record.headers).get("version") or b""
     if not header.isdigit() or len(header) > 15:
         raise WeightsError(
-            f"the record at offset {record.offset} has version header {shown(header)}, wanted a number of at "
-            "most 15 digits"
+            f"the record at offset {record.offset} has version header {shown(header)}, expected a number of "
+            "at most 15 digits"
         )
     return int(header)

@@ -1,4 +1,4 @@
-"""Experiences as a joiner would make them, and a look at what a trainer made of them."""
+"""Experiences as a joiner publishes them, and the results that a trainer publishes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
 from streams.testing import async_wait_for
-from streams.trainer.partition import home_partition
+from streams.trainer.partition import owner_partition
 from streams.weights.records import MANIFEST, decode_key
 from tests.streams.kafka_helpers import read_all
 
@@ -80,7 +80,7 @@ def experience(
 
 
 def remember(settings: Settings, events: Iterable[ExperienceEvent]) -> None:
-    """Puts them into replay, as the joiner does before it publishes them."""
+    """Adds them to replay, as the joiner does before it publishes them."""
     with redis_client(settings) as client:
         for event in events:
             buffer = RedisReplayBuffer.of(settings, event.interaction.model_id, client)
@@ -90,7 +90,7 @@ def remember(settings: Settings, events: Iterable[ExperienceEvent]) -> None:
 async def publish_experiences(
     settings: Settings, events: Iterable[ExperienceEvent], *, every_s: float = 0.0
 ) -> None:
-    """Replay, then the topic, in order."""
+    """Adds experiences to replay, then sends them, in order."""
     producer = AIOKafkaProducer(**kafka_client_options(settings), enable_idempotence=True)
     await producer.start()
     try:
@@ -115,7 +115,7 @@ async def send_raw(
     partition: int | None = None,
     headers: Sequence[tuple[str, bytes]] = (),
 ) -> None:
-    """Any bytes on the experiences topic."""
+    """Sends any bytes to the experiences topic."""
     producer = AIOKafkaProducer(**kafka_client_options(settings))
     await producer.start()
     try:
@@ -126,7 +126,7 @@ async def send_raw(
 
 
 class WeightsWatch:
-    """Every version that is published while it watches, by model, in the order of the log."""
+    """Records every version by model, in the order of the log."""
 
     def __init__(self, settings: Settings) -> None:
         self.seen: dict[str, list[WeightsManifest]] = {}
@@ -144,14 +144,14 @@ class WeightsWatch:
         return self.seen[model_id][-1]
 
     async def learned(self, interactions: int, model_id: str = "m") -> None:
-        """Waits until the newest version has learned so many experiences."""
+        """Waits until the newest version has learned from so many experiences."""
         await async_wait_for(
             lambda: model_id in self.seen and self.newest(model_id).interactions >= interactions,
-            f"{model_id} to have learned {interactions} experiences",
+            f"{model_id} to have learned from {interactions} experiences",
         )
 
     async def check(self) -> None:
-        """Versions follow each other without a gap, and none forgets what its parent knew."""
+        """Checks that versions are consecutive, and that none has learned less than its parent."""
         await self.follower.catch_up()
         for manifests in self.seen.values():
             assert [m.version for m in manifests] == list(range(1, len(manifests) + 1))
@@ -175,9 +175,9 @@ async def committed(settings: Settings) -> dict[int, int]:
 
 
 def ends(settings: Settings, events: Iterable[ExperienceEvent]) -> dict[int, int]:
-    """Where each partition ends once these, and no others, stand on the topic."""
+    """The end offset of each partition of a topic with exactly these experiences."""
     out: dict[int, int] = {}
     for event in events:
-        p = home_partition(event.interaction.model_id, settings.partitions)
+        p = owner_partition(event.interaction.model_id, settings.partitions)
         out[p] = out.get(p, 0) + 1
     return out

@@ -1,4 +1,4 @@
-"""Redis servers of a test's own, with a configuration of its own."""
+"""Redis servers for a single test, with their own configuration."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from redis import Redis
 from streams.local.embedded import EmbeddedRedis
 
 NOWHERE = ("127.0.0.1", 1)
-"""An address at which nobody listens."""
+"""An address without a listener."""
 
 
 class RedisServer(EmbeddedRedis):
-    """An embedded Redis with more options, given as `--name value` on its command line."""
+    """An embedded Redis with additional command-line options `--name value`."""
 
     def __init__(self, data: Path, *options: str) -> None:
         super().__init__(data)
@@ -27,14 +27,14 @@ class RedisServer(EmbeddedRedis):
         return [*super().prepare(cancelled), *self.options]
 
     async def answers(self) -> None:
-        # One that wants a password answers nothing else before.
+        # A server with a password refuses any command before it.
         _, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.close()
 
 
 @contextlib.contextmanager
 def own_redis(folder: Path, *options: str) -> Iterator[str]:
-    """URL of a Redis that no other test uses; ended afterwards."""
+    """URL of a Redis that no other test uses; stopped at the end."""
     server = RedisServer(folder, *options)
     asyncio.run(server.start())
     try:
@@ -44,6 +44,6 @@ def own_redis(folder: Path, *options: str) -> Iterator[str]:
 
 
 def administer(url: str, *command: str | int) -> None:
-    """Runs one command, with a connection of its own."""
+    """Runs one command on a new connection."""
     with Redis.from_url(url) as client:
         client.execute_command(*command)

@@ -1,4 +1,4 @@
-"""Records on the followed topics that nobody of ours wrote: each costs itself alone, and little of that."""
+"""Malformed records on the followed topics: each is refused at little cost, and affects no other record."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from streams.trainer.learner import Resume
 from streams.weights.control import ControlFollower
 from streams.weights.follower import WeightsFollower
 from streams.weights.records import (
+    MAX_BUFFERED,
     MAX_PAYLOAD,
-    MAX_WAITING,
     Assembler,
     IncompleteError,
     decode_key,
@@ -59,7 +59,7 @@ UNREADABLE: dict[str, Record] = {
 
 
 @pytest.mark.integration
-async def test_a_weights_record_that_cannot_be_read_costs_itself_alone(settings: Settings) -> None:
+async def test_an_invalid_weights_record_affects_no_other(settings: Settings) -> None:
     await create_topics(settings)
     swaps = Swaps()
     counted = {"topic": "weights", "reason": "damaged"}
@@ -74,7 +74,7 @@ async def test_a_weights_record_that_cannot_be_read_costs_itself_alone(settings:
         assert follower._topic.restarts == 0
         after = REGISTRY.get_sample_value("cortex_records_refused_total", counted)
         assert after == before + len(UNREADABLE)
-        # A worker that starts now reads the same, and gets ready.
+        # A worker that starts now reads the same records and becomes ready.
         async with WeightsFollower(settings) as another:
             await asyncio.wait_for(another.until_caught_up(), 30)
             assert another.newest("m") == snapshot(2).manifest
@@ -82,7 +82,7 @@ async def test_a_weights_record_that_cannot_be_read_costs_itself_alone(settings:
 
 
 @pytest.mark.integration
-async def test_a_control_record_that_cannot_be_read_costs_itself_alone(settings: Settings) -> None:
+async def test_an_invalid_control_record_affects_no_other(settings: Settings) -> None:
     good = ControlEvent(control_id="c", occurred_at=utc_now(), model_id="m", action="pause")
     fields = json.loads(good.to_bytes())
     bad = [
@@ -127,8 +127,8 @@ def test_any_bytes_of_a_resume_header_are_read_or_refused() -> None:
 
 
 @pytest.mark.parametrize("chunks", [2, 20_000_000, 10**9])
-def test_a_manifest_may_claim_any_number_of_chunks(chunks: int) -> None:
-    """Looked at before anything is made of it: the larger ones would fill any memory."""
+def test_a_manifest_may_declare_any_number_of_chunks(chunks: int) -> None:
+    """Checked before anything is allocated: the larger ones would exhaust the memory."""
     [*parts, manifest] = records_of(snapshot(1))
     claims = json.loads(manifest.value or b"") | {"chunks": chunks}
     assembler = Assembler()
@@ -138,20 +138,20 @@ def test_a_manifest_may_claim_any_number_of_chunks(chunks: int) -> None:
         assembler.add(replace(manifest, value=json.dumps(claims).encode()))
 
 
-def test_chunks_without_a_manifest_take_no_more_than_they_may() -> None:
+def test_the_buffer_of_chunks_without_a_manifest_is_bounded() -> None:
     assembler, chunk = Assembler(), b"x" * 900_000
-    for n in range(3 * MAX_WAITING // len(chunk)):
+    for n in range(3 * MAX_BUFFERED // len(chunk)):
         assembler.add(
             Record(encode_key(f"m{n % 50}", 0, n % 70), chunk, [("version", b"%d" % (1 + n // 100))])
         )
-        assert assembler.waiting <= MAX_WAITING
+        assert assembler.buffered <= MAX_BUFFERED
     for n in range(300_000):  # small ones count for what they cost
         assembler.add(Record(encode_key(f"n{n}", 0, 0), b"", V1))
     assert len(assembler._parts) < 300_000
-    # What comes whole meanwhile is put together all the same.
+    # A complete version is still assembled.
     *_, whole = (assembler.add(r) for r in records_of(snapshot(1)))
     assert whole is not None
-    assert MAX_PAYLOAD < MAX_WAITING
+    assert MAX_PAYLOAD < MAX_BUFFERED
     assert decode_key(encode_key("m", 0, MAX_PAYLOAD // len(chunk)))
 
 
@@ -169,11 +169,11 @@ async def test_rollbacks_of_models_that_do_not_exist_load_nothing(settings: Sett
 
         await async_wait_for(refused, "the rollbacks to be refused")
         assert not any(map(trainer.loaded, names))
-        # A model that is born after it was asked for starts at version 1, and learns.
+        # A model that is created after its rollback was requested starts at version 1, and learns.
         await publish_experiences(settings, [experience("e2", model_id=names[0])])
         await async_wait_for(lambda: watch.seen.get(names[0]), "its first version")
         assert [m.reason for m in watch.seen[names[0]]] == ["train"]
-    # Nothing of that is done by the next trainer, either: 99 is refused although the model is there.
+    # The next trainer does not do it either: 99 is refused although the model exists.
     async with watching(settings) as watch, running(settings) as trainer:
         await publish_experiences(settings, [experience("e3")])
         await watch.learned(2)
@@ -181,7 +181,7 @@ async def test_rollbacks_of_models_that_do_not_exist_load_nothing(settings: Sett
 
 
 async def send_raw_controls(settings: Settings, rollbacks: list[tuple[str, int]]) -> None:
-    """Rollback events, as somebody would write them who asks nobody whether there is such a version."""
+    """Rollback events of a client that does not check whether the version is kept."""
     producer = AIOKafkaProducer(bootstrap_servers=settings.kafka_address)
     await producer.start()
     try:
@@ -218,12 +218,12 @@ async def test_a_version_far_ahead_does_not_end_learning(settings: Settings) -> 
         await follower.catch_up()
         assert [version for _, version in swaps.seen] == [1, 2, 3]
         assert follower.refused == {"unrelated": 2}
-        # A reader that was away while more than a ring was published finds the end of a chain.
+        # A reader that was disconnected while more than a ring was published finds the end of a chain.
         await put(producer, settings, numbered(100, 99), numbered(101, 100), numbered(102, 101))
         await follower.catch_up()
         assert [version for _, version in swaps.seen] == [1, 2, 3, 101, 102]
         assert [m.version for m in follower.history("m")] == [101, 102]
-        # What is refused between two versions is no reason to refuse the second.
+        # A refused record between two versions does not affect the second.
         damaged = numbered(103, 102)
         await put(
             producer, settings, replace(damaged, payload=damaged.payload[:-1] + b"!"), numbered(104, 103)
@@ -237,7 +237,7 @@ async def test_a_version_far_ahead_does_not_end_learning(settings: Settings) -> 
 
 @pytest.mark.integration
 async def test_a_forged_version_at_the_beginning_of_the_log_is_left_behind(settings: Settings) -> None:
-    """Compaction may take the good versions before a forged one away, and leave that in a slot of its own."""
+    """Compaction can delete the valid versions before a forged one, and leave that one in its slot."""
     await create_topics(settings)
     async with producing(settings) as producer:
         await put(producer, settings, numbered(10**12, 5), numbered(6, 5), numbered(7, 6), numbered(8, 7))
@@ -270,7 +270,7 @@ def test_weights_that_are_finite_and_absurd_are_refused(number: float) -> None:
         filled(number).to_model().freeze()
 
 
-def test_one_absurd_tensor_is_enough() -> None:
+def test_one_absurd_tensor_refuses_the_version() -> None:
     def spoil(name: str, tensor: torch.Tensor) -> None:
         if name == "gate.weight":
             tensor.mul_(1e7)

@@ -1,4 +1,4 @@
-"""No client leaves a connection or a task behind, wherever its start or its stop is interrupted."""
+"""No client leaks a connection or a task, wherever its start or its stop is interrupted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from streams.settings import Settings
 from streams.testing import async_wait_for
 
 Make = Callable[[str, Topics], Any]
-"""A client that was not started, of a broker's address and topics."""
+"""Creates a client, not started, from a broker's address and topics."""
 MAKERS: dict[str, Make] = {
     "admin": lambda address, _: AIOKafkaAdminClient(bootstrap_servers=address),
     "reader": lambda address, topics: AIOKafkaConsumer(topics.replies, bootstrap_servers=address),
@@ -43,7 +43,7 @@ every_client = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys(
 
 @contextlib.asynccontextmanager
 async def leaving_nothing() -> AsyncIterator[None]:
-    """Nothing that the body opened is collected unclosed, and no task of it runs on."""
+    """Checks that the body leaks no connection and leaves no task running."""
     gc.collect()
     before = asyncio.all_tasks()
     with warnings.catch_warnings(record=True) as seen:
@@ -56,7 +56,7 @@ async def leaving_nothing() -> AsyncIterator[None]:
 
 @types.coroutine
 def cancelled_at(step: int, work: Coroutine[Any, Any, Any]) -> Generator[Any, Any, bool]:
-    """Runs `work`, cancelling its task when it waits for the `step`th time; whether it came so far."""
+    """Runs `work` and cancels its task at its `step`th wait; returns whether it got so far."""
     resume: Callable[[], Any] = lambda: work.send(None)  # noqa: E731
     for n in itertools.count():
         try:
@@ -81,7 +81,7 @@ def _throwing(work: Coroutine[Any, Any, Any], error: BaseException) -> Callable[
 
 
 async def at_every_step(work: Callable[[], Coroutine[Any, Any, Any]]) -> int:
-    """Runs `work` again and again, cancelled one step later each time, until it is done; how many steps."""
+    """Runs `work` repeatedly, cancelled one step later each time, until it completes; returns the steps."""
     for step in itertools.count():
         async with leaving_nothing():
             task = asyncio.create_task(_run(step, work()))
@@ -105,7 +105,7 @@ async def topics(settings: Settings) -> Topics:
 
 @pytest.mark.integration
 @every_client
-async def test_a_start_that_is_cancelled_anywhere_leaves_nothing(
+async def test_a_start_cancelled_anywhere_leaks_nothing(
     settings: Settings, topics: Topics, make: Make
 ) -> None:
     async def start_and_stop() -> None:
@@ -115,23 +115,23 @@ async def test_a_start_that_is_cancelled_anywhere_leaves_nothing(
     assert await at_every_step(start_and_stop) > 3
 
 
-# --- a broker that is away, or falls silent -----------------------------------------------------------------
+# --- a broker that is unavailable or stops answering ------------------------------------------------------
 
 
 @every_client
-async def test_a_start_that_fails_leaves_nothing(make: Make) -> None:
+async def test_a_failed_start_leaks_nothing(make: Make) -> None:
     async with leaving_nothing():
         with pytest.raises(KafkaError, match="Unable to bootstrap"):
             await clients.start(make(f"127.0.0.1:{free_port()}", Topics("none", 1)))
 
 
 class SilentBroker:
-    """Hands on everything to a real broker, and its first `answers` answers; from then on none."""
+    """A proxy to a real broker that returns only its first `answers` answers."""
 
     def __init__(self, address: str, answers: int) -> None:
         self.address = ""
         self.silent = asyncio.Event()
-        """Set once an answer was withheld."""
+        """Set once an answer was dropped."""
         self._broker = address
         self._left = answers
         self._connections: list[asyncio.Task[None]] = []
@@ -141,7 +141,7 @@ class SilentBroker:
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
         port = self._server.sockets[0].getsockname()[1]
         self.address = f"127.0.0.1:{port}"
-        # The broker names its own address; clients are to come here again.
+        # The broker returns its own address; clients must connect to this proxy instead.
         real = ClusterMetadata.broker_metadata
         self._patch.setattr(
             ClusterMetadata, "broker_metadata", lambda *args: (b := real(*args)) and b._replace(port=port)
@@ -154,7 +154,7 @@ class SilentBroker:
         await asyncio.gather(*self._connections)
 
     def silence(self) -> None:
-        """Answers nothing more."""
+        """Stops answering."""
         self._left = 0
 
     async def _connected(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
@@ -190,7 +190,7 @@ def _stops_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.integration
 @pytest.mark.usefixtures("_stops_soon")
 @every_client
-async def test_a_start_that_is_given_up_while_the_broker_is_silent_leaves_nothing(
+async def test_a_start_cancelled_while_the_broker_is_silent_leaks_nothing(
     settings: Settings, topics: Topics, make: Make
 ) -> None:
     for answers in itertools.count():
@@ -213,7 +213,7 @@ async def test_a_start_that_is_given_up_while_the_broker_is_silent_leaves_nothin
 @pytest.mark.integration
 @pytest.mark.usefixtures("_stops_soon")
 @every_client
-async def test_a_stop_while_the_broker_is_silent_leaves_nothing(
+async def test_a_stop_while_the_broker_is_silent_leaks_nothing(
     settings: Settings, topics: Topics, make: Make
 ) -> None:
     async with SilentBroker(settings.kafka_address, 10_000) as broker, leaving_nothing():

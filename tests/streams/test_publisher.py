@@ -1,4 +1,4 @@
-"""The publisher on a real Kafka: acknowledged is there, refused is said, a broken producer is replaced."""
+"""The publisher on a real Kafka: acknowledgements, refusals, and the replacement of a broken producer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def values(settings: Settings) -> list[bytes]:
 
 
 async def limit(settings: Settings, size: int) -> None:
-    """Lets the broker take at most `size` bytes in one batch of the replies topic."""
+    """Limits batches of the replies topic to `size` bytes."""
     admin = AIOKafkaAdminClient(**kafka_client_options(settings))
     await admin.start()
     try:
@@ -49,7 +49,7 @@ async def limit(settings: Settings, size: int) -> None:
         await admin.close()
 
 
-async def test_acknowledged_is_there_in_order(settings: Settings) -> None:
+async def test_acknowledged_events_are_stored_in_order(settings: Settings) -> None:
     topic = Topics.of(settings).replies
     async with publisher(settings) as (it, states):
         assert states == [None]
@@ -62,7 +62,7 @@ async def test_acknowledged_is_there_in_order(settings: Settings) -> None:
         it.begin(topic, b"c", b"late")
 
 
-async def test_many_go_in_whole_batches_in_order(settings: Settings) -> None:
+async def test_send_uses_kafka_batches_and_keeps_the_order(settings: Settings) -> None:
     topic = Topics.of(settings).replies
     keys = [b"c", b"d", b"e"]
     async with publisher(settings) as (it, _):
@@ -83,7 +83,7 @@ async def test_many_go_in_whole_batches_in_order(settings: Settings) -> None:
         await it.send([Message(topic, b"c", b"late")])
 
 
-async def test_what_the_broker_refuses_costs_that_event_alone(settings: Settings) -> None:
+async def test_a_refused_event_affects_no_other(settings: Settings) -> None:
     topic = Topics.of(settings).replies
     async with publisher(settings) as (it, states):
         await it.wait(it.begin(topic, b"c", b"before"))
@@ -96,15 +96,15 @@ async def test_what_the_broker_refuses_costs_that_event_alone(settings: Settings
                 return str(error)
             return ""
 
-        # The new limit takes a moment to reach the log.
+        # The broker applies the new limit after a moment.
         said = await async_wait_for(refused, "the broker to refuse")
         assert "MessageSizeTooLargeError" in said
         assert "max.message.bytes" in said
-        # A producer that was not replaced would now have a gap in its sequence, and be refused for ever.
-        await async_wait_for(lambda: it.away is None, "a new producer")
+        # The old producer would have a gap in its sequence numbers, and all its batches would be refused.
+        await async_wait_for(lambda: it.unavailable is None, "a new producer")
         with pytest.raises(InputError, match=r"max\.message\.bytes"):
             await it.send([Message(topic, b"c", b"x" * 1_500)] * 2)
-        await async_wait_for(lambda: it.away is None, "a new producer")
+        await async_wait_for(lambda: it.unavailable is None, "a new producer")
         for i in range(3):
             await it.wait(it.begin(topic, b"c", f"after {i}".encode()))
         assert states[-1] is None

@@ -1,4 +1,4 @@
-"""Reading topics without a group, and noticing that reading stands still."""
+"""Reading topics without a group, and detecting a stalled client."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_a_topic_that_does_not_exist_is_an_error(settings: Settings) -> No
             pass
 
 
-async def test_silence_before_the_end_is_an_error(
+async def test_no_records_before_the_end_is_an_error(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reader, "STALL_S", 0.2)
@@ -67,7 +67,7 @@ async def test_silence_before_the_end_is_an_error(
             [record async for record in records_to_end(consumer, settings)]
 
 
-def test_the_watchdog_names_what_stands_still_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watchdog_names_the_stalled_partitions_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("streams.kafka.reader.time.monotonic", lambda: now)
     watchdog: Watchdog[str] = Watchdog(30.0)

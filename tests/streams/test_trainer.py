@@ -67,7 +67,7 @@ async def test_one_reply_makes_a_version_and_sigterm_loses_none(
     left = watch.newest().consumed
     async with running(settings) as heir:
         await watch.learned(59)
-        # What was learned before SIGTERM was published before the end: only the rest is left to do.
+        # All that was learned before SIGTERM has been published; the rest is left to learn.
         assert heir.outcomes("learned") == 59 - next(iter(left.values()))
         assert heir.outcomes("repeated") == 0
     assert await committed(settings) == ends(settings, [experience("x")] * 59)
@@ -108,12 +108,12 @@ def _home(settings: Settings, model_id: str) -> set[TopicPartition]:
 async def test_a_trainer_that_comes_back_from_the_dead_is_fenced(
     settings: Settings, watch: WeightsWatch
 ) -> None:
-    """Stopped for longer than its session, then continued: what it held by then is not published again."""
+    """Stopped for longer than its session, then continued: it does not publish what it learned before."""
     zombie = spawn_worker("trainer", settings, publish_interval_s=3)
     await asyncio.to_thread(zombie.wait_ready)
     await publish_experiences(settings, [experience("e0")])
     await watch.learned(1)
-    # These are learned by the zombie and not yet published when it is stopped.
+    # The zombie learns from these, and is stopped before it publishes.
     await publish_experiences(settings, [experience(f"e{i}") for i in range(1, 4)])
     counted = 'cortex_trainer_experiences_total{model_id="m",outcome="learned"} 4.0'
     await async_wait_for(lambda: counted in zombie.get("/metrics").text, "the zombie to learn them")
@@ -194,7 +194,7 @@ async def test_repeated_and_amended_experiences_count_once_also_after_a_restart(
     assert watch.newest().interactions == 2
 
 
-async def test_silence_is_counted_and_teaches_nothing(settings: Settings, watch: WeightsWatch) -> None:
+async def test_no_reply_is_counted_and_not_learned(settings: Settings, watch: WeightsWatch) -> None:
     async with running(settings) as trainer:
         silence = experience("e1", revision=0)
         await publish_experiences(settings, [silence])
@@ -207,7 +207,7 @@ async def test_silence_is_counted_and_teaches_nothing(settings: Settings, watch:
         await watch.learned(1)
 
 
-async def test_what_cannot_be_learned_goes_to_dead_letters_and_the_rest_is_learned(
+async def test_invalid_experiences_become_dead_letters_and_the_rest_is_learned(
     settings: Settings, watch: WeightsWatch
 ) -> None:
     await publish_experiences(settings, [experience("good-1")])
@@ -268,8 +268,8 @@ def kill(server: EmbeddedServer) -> None:
     server.child.kill()
 
 
-async def test_kafka_and_redis_may_go_away_in_mid_stream(tmp_path: Path, settings: Settings) -> None:
-    """Servers of the test's own, as these are killed."""
+async def test_kafka_and_redis_may_restart_during_training(tmp_path: Path, settings: Settings) -> None:
+    """Uses its own servers, as it kills them."""
     kafka, store = EmbeddedKafka(tmp_path / "kafka", settings.cache), EmbeddedRedis(tmp_path / "redis")
     await asyncio.gather(kafka.start(), store.start())
     try:

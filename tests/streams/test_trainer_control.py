@@ -1,4 +1,4 @@
-"""What operators may ask of a trainer, and how it meets learning that goes wrong."""
+"""Operator commands to a trainer, and its reaction to errors in learning."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_a_rollback_is_a_new_version_with_the_old_bytes_and_happens_once(
             await publish_experiences(settings, [experience(f"e{n}")])
             await watch.learned(n)
         first, *_, third = watch.seen["m"]
-        await send_control(settings, "rollback", "m", first.version, "it went wrong")
+        await send_control(settings, "rollback", "m", first.version, "a bad update")
         await async_wait_for(lambda: watch.newest().version == 4, "the rollback")
         assert watch.newest().sha256 == first.sha256 != third.sha256
         assert watch.newest().reason == "rollback"
@@ -62,14 +62,14 @@ async def test_a_rollback_is_a_new_version_with_the_old_bytes_and_happens_once(
         await publish_experiences(settings, [experience("e4")])
         await watch.learned(4)
         assert watch.newest().reason == "train"
-    async with running(settings):  # the event still stands on the control topic
+    async with running(settings):  # the event is still on the control topic
         await publish_experiences(settings, [experience("e5")])
         await watch.learned(5)
     await watch.check()
     assert [m.reason for m in watch.seen["m"]] == ["train", "train", "train", "rollback", "train", "train"]
 
 
-async def test_a_rollback_asked_for_while_no_trainer_runs_is_done_by_the_next(
+async def test_a_rollback_requested_while_no_trainer_runs_is_done_by_the_next(
     settings: Settings, watch: WeightsWatch
 ) -> None:
     async with running(settings):
@@ -83,7 +83,7 @@ async def test_a_rollback_asked_for_while_no_trainer_runs_is_done_by_the_next(
     assert watch.newest().sha256 == watch.seen["m"][0].sha256
 
 
-async def test_versions_that_are_not_kept_are_refused_with_those_that_are(
+async def test_a_version_that_is_not_kept_is_refused_with_a_list_of_those_that_are(
     settings: Settings, watch: WeightsWatch
 ) -> None:
     with pytest.raises(WeightsError, match="kept are none"):
@@ -93,7 +93,7 @@ async def test_versions_that_are_not_kept_are_refused_with_those_that_are(
         await watch.learned(1)
         with pytest.raises(WeightsError, match="version 9 is not kept; kept are 1"):
             await send_control(settings, "pin", "m", 9)
-        # Sent past the check, as by a foreign tool: refused by the trainer, which goes on.
+        # Sent without that check, as by another tool: the trainer refuses it and continues.
         await send_event(settings, action="rollback", version=9)
         await async_wait_for(
             lambda: trainer.count("cortex_trainer_refused_total", kind="rollback") == 1, "the refusal"
@@ -112,45 +112,45 @@ async def send_event(settings: Settings, **changes: Any) -> None:
         await producer.stop()
 
 
-@pytest.mark.parametrize(("hold", "release"), [("pause", "resume"), ("pin", "unpin")])
-async def test_a_model_on_hold_learns_nothing_and_then_all_of_it(
-    settings: Settings, watch: WeightsWatch, hold: ControlAction, release: ControlAction
+@pytest.mark.parametrize(("pause", "resume"), [("pause", "resume"), ("pin", "unpin")])
+async def test_a_paused_model_learns_nothing_and_later_everything(
+    settings: Settings, watch: WeightsWatch, pause: ControlAction, resume: ControlAction
 ) -> None:
     other = _neighbour(settings)
     async with running(settings) as trainer:
         await publish_experiences(settings, [experience("e0")])
         await watch.learned(1)
-        await send_control(settings, hold, "m")
-        await async_wait_for(lambda: trainer.trainer._controls.of("m").held, "the trainer to know")
+        await send_control(settings, pause, "m")
+        await async_wait_for(
+            lambda: trainer.trainer._controls.of("m").training_paused, "training to be paused"
+        )
         await publish_experiences(settings, [experience(f"e{i}") for i in range(1, 6)])
         await publish_experiences(settings, [experience(f"o{i}", model_id=other) for i in range(5)])
         await watch.learned(5, other)
         assert watch.newest().version == 1
-    async with running(settings):  # a restart forgets nothing of what was held back
+    async with running(settings):  # a restart loses none of the experiences not learned from
         await publish_experiences(settings, [experience("e6"), experience("o5", model_id=other)])
         await watch.learned(6, other)
         assert watch.newest().version == 1
-        await send_control(settings, release, "m")
+        await send_control(settings, resume, "m")
         await watch.learned(7)
         await publish_experiences(settings, [experience("o6", model_id=other)])
         await watch.learned(7, other)
-        held_then_done = [
+        everything = [
             experience(f"{x}{i}", model_id=m) for x, m in (("e", "m"), ("o", other)) for i in range(7)
         ]
-        await all_committed(settings, ends(settings, held_then_done))
+        await all_committed(settings, ends(settings, everything))
     await watch.check()
     assert {m: v[-1].interactions for m, v in watch.seen.items()} == {"m": 7, other: 7}
 
 
 def _neighbour(settings: Settings) -> str:
-    """A model whose home is the partition of "m"."""
-    home = ends(settings, [experience("x")])
-    return next(x for x in map(str, range(99)) if ends(settings, [experience("x", model_id=x)]) == home)
+    """A model whose experiences are in the partition of "m"."""
+    its = ends(settings, [experience("x")])
+    return next(x for x in map(str, range(99)) if ends(settings, [experience("x", model_id=x)]) == its)
 
 
-async def test_what_is_pending_when_a_model_is_pinned_is_not_published(
-    settings: Settings, watch: WeightsWatch
-) -> None:
+async def test_a_pin_prevents_publishing_of_pending_updates(settings: Settings, watch: WeightsWatch) -> None:
     slow = settings.model_copy(update={"publish_interval_s": 600.0})
     async with running(slow) as trainer:
         await publish_experiences(settings, [experience("e0")])
@@ -158,7 +158,7 @@ async def test_what_is_pending_when_a_model_is_pinned_is_not_published(
         await publish_experiences(settings, [experience("e1"), experience("e2")])
         await async_wait_for(lambda: trainer.outcomes("learned") == 3, "two to be pending")
         await send_control(settings, "pin", "m", 1)
-        await async_wait_for(lambda: not trainer.loaded("m"), "the trainer to let go")
+        await async_wait_for(lambda: not trainer.loaded("m"), "the model to be unloaded")
     await watch.follower.catch_up()
     assert watch.newest().version == 1
     await send_control(settings, "unpin", "m")
@@ -167,10 +167,10 @@ async def test_what_is_pending_when_a_model_is_pinned_is_not_published(
     await watch.check()
 
 
-# --- learning that goes wrong -------------------------------------------------------------------------------
+# --- errors in learning -------------------------------------------------------------------------------
 
 
-async def test_an_experience_that_makes_learning_fail_is_found_and_set_aside(
+async def test_an_experience_that_makes_learning_fail_becomes_a_dead_letter(
     settings: Settings, watch: WeightsWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = OnlineTrainer.observe
@@ -191,7 +191,7 @@ async def test_an_experience_that_makes_learning_fail_is_found_and_set_aside(
     assert watch.newest().interactions == 19
 
 
-async def test_degraded_weights_are_replaced_by_the_last_good_and_it_is_said(
+async def test_degraded_weights_are_replaced_by_the_last_good_and_reported(
     settings: Settings, watch: WeightsWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = OnlineTrainer.flush
@@ -213,7 +213,7 @@ async def test_degraded_weights_are_replaced_by_the_last_good_and_it_is_said(
     await watch.check()
 
 
-async def test_weights_that_are_not_finite_never_leave(
+async def test_weights_that_are_not_finite_are_never_published(
     settings: Settings, watch: WeightsWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = OnlineTrainer.flush

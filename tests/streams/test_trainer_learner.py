@@ -1,4 +1,4 @@
-"""One model in a trainer's hands: what is counted, and that a restart continues exactly."""
+"""The learner of one model: its counts, and that a restart continues exactly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from streams.events import ExperienceEvent
 from streams.settings import Settings
 from streams.trainer import learner
 from streams.trainer.learner import ModelLearner, Outcome, Resume
-from streams.trainer.partition import home_partition
+from streams.trainer.partition import owner_partition
 from streams.weights.architecture import model_config
 from tests.streams.experiences import experience
 
@@ -36,7 +36,7 @@ TP = "cortex.experiences-0"
     st.integers(0, 2**52),
     st.dictionaries(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), max_size=50),
 )
-def test_resume_comes_back(control_offset: int, lowest: int, versions: dict[int, int]) -> None:
+def test_a_resume_round_trips(control_offset: int, lowest: int, versions: dict[int, int]) -> None:
     resume = Resume(control_offset, OrderedDict((key, lowest + v) for key, v in versions.items()))
     again = Resume.from_bytes(resume.to_bytes())
     assert again == resume
@@ -50,7 +50,7 @@ def test_versions_too_far_apart_are_taken_for_later_ones() -> None:
 
 
 @pytest.mark.parametrize("raw", [b"x", b"{}", b'{"control_offset": 1, "experiences": 3}\nshort', b"[]\n"])
-def test_a_resume_that_is_none_is_refused(raw: bytes) -> None:
+def test_an_invalid_resume_is_refused(raw: bytes) -> None:
     with pytest.raises(WeightsError, match="resume"):
         Resume.from_bytes(raw)
 
@@ -67,9 +67,9 @@ def test_the_ledger_keeps_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @examples(deadline=None)
 @given(st.text(min_size=1, max_size=60), st.integers(1, 64))
-def test_home_is_where_the_default_partitioner_sends(model_id: str, partitions: int) -> None:
+def test_the_owner_partition_is_that_of_the_default_partitioner(model_id: str, partitions: int) -> None:
     everywhere = list(range(partitions))
-    assert home_partition(model_id, partitions) == DefaultPartitioner()(
+    assert owner_partition(model_id, partitions) == DefaultPartitioner()(
         model_id.encode(), everywhere, everywhere
     )
 
@@ -91,21 +91,21 @@ def learn(
 
 
 def publish(learner: ModelLearner, offset: int) -> tuple[WeightsSnapshot, bytes]:
-    """The next version, out."""
+    """Publishes the next version."""
     snapshot, resume = learner.next_version({TP: offset})
     learner.published(snapshot)
     return snapshot, resume
 
 
 @pytest.mark.integration
-def test_birth_is_the_model_that_inference_makes(settings: Settings, cache: redis.Redis) -> None:
+def test_an_untrained_model_equals_that_of_inference(settings: Settings, cache: redis.Redis) -> None:
     snapshot, _ = birth(settings, cache).next_version({})
     own = CortexModel.create(model_config(settings), "m")
     assert snapshot.payload == WeightsSnapshot.of(own, model_id="m", version=1).payload
 
 
 def unpublished(learner: ModelLearner) -> int | None:
-    """Its `first_unpublished`; read in a call, since mypy takes an attribute for unchanged after a method."""
+    """Its `first_unpublished`; a function, since mypy assumes that a method call changes no attribute."""
     return learner.first_unpublished
 
 
@@ -145,7 +145,7 @@ def test_counts_and_versions(settings: Settings, cache: redis.Redis) -> None:
 def test_a_restart_continues_as_if_there_had_been_none(
     settings: Settings, cache: redis.Redis, cached: bool
 ) -> None:
-    """The same weights, counts and known experiences; the optimizer's moments where they are cached."""
+    """The same weights, counts and learned experiences, and the optimizer's moments if they are cached."""
     learner = birth(settings, cache)
     for i in range(12):
         learn(learner, experience(f"e{i}"), i)
@@ -171,7 +171,7 @@ def test_a_restart_continues_as_if_there_had_been_none(
 
 
 @pytest.mark.integration
-def test_the_cache_holds_two_versions_and_another_ones_are_not_used(
+def test_the_cache_has_two_versions_and_those_of_others_are_not_used(
     settings: Settings, cache: redis.Redis
 ) -> None:
     learner = birth(settings, cache)
@@ -188,7 +188,7 @@ def test_the_cache_holds_two_versions_and_another_ones_are_not_used(
 
 
 @pytest.mark.integration
-def test_rolling_back_keeps_the_counts_and_takes_the_weights(settings: Settings, cache: redis.Redis) -> None:
+def test_a_rollback_restores_the_weights_and_keeps_the_counts(settings: Settings, cache: redis.Redis) -> None:
     learner = birth(settings, cache)
     learn(learner, experience("a"), 0)
     first, _ = publish(learner, 1)

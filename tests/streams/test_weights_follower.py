@@ -1,4 +1,4 @@
-"""Following weights over a real Kafka: what is served, what is refused, and what it survives."""
+"""The weights follower on a real Kafka: what it accepts, what it refuses, and which failures it survives."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def send_raw(producer: AIOKafkaProducer, settings: Settings, records: Sequ
 
 
 class Swaps:
-    """Notes what a follower handed over."""
+    """Records the calls of `on_version`."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int]] = []
@@ -100,7 +100,7 @@ async def test_an_aborted_or_open_transaction_is_never_seen(settings: Settings) 
 
 
 async def test_catching_up_waits_for_versions_behind_an_open_transaction(settings: Settings) -> None:
-    """The end that a committed reader is told stops before the open transaction; a new trainer must not."""
+    """The end of committed records is before the open transaction; a new trainer must read beyond it."""
     await create_topics(settings)
     async with (
         producing(settings) as one,
@@ -119,7 +119,7 @@ async def test_catching_up_waits_for_versions_behind_an_open_transaction(setting
 
 
 def forgeries() -> dict[str, list[Record]]:
-    """Version 2 in shapes that must be refused; version 1 is good."""
+    """Version 2 in forms that must be refused; version 1 is valid."""
     good = snapshot(2)
     records = records_of(good)
     shifted = good.payload[:-4] + b"\0\0\xc0\x7f"  # the last weight becomes NaN, with a sha256 that agrees
@@ -156,7 +156,7 @@ def _sha(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-async def test_what_cannot_be_trusted_is_refused_and_what_is_served_stays(settings: Settings) -> None:
+async def test_invalid_versions_are_refused_and_the_valid_one_stays(settings: Settings) -> None:
     await create_topics(settings)
     swaps = Swaps()
     async with producing(settings) as producer, WeightsFollower(settings, swaps) as follower:
@@ -203,7 +203,7 @@ async def test_kept_versions_can_be_fetched_and_others_say_which_are(settings: S
 
 
 async def test_after_compaction_the_last_versions_are_still_there(settings: Settings) -> None:
-    """What compaction leaves of 23 versions: the newest record of each key, holes everywhere else."""
+    """After compaction of 23 versions: the newest record of each key is left."""
     await create_topics(settings)
     log: dict[bytes, Record] = {}
     for v in range(1, 24):
@@ -219,7 +219,7 @@ async def test_after_compaction_the_last_versions_are_still_there(settings: Sett
             assert follower.refused == {"incomplete": 1}
 
 
-async def test_tombstones_shorten_the_history_and_not_what_is_served(settings: Settings) -> None:
+async def test_tombstones_shorten_the_history_but_keep_the_newest(settings: Settings) -> None:
     await create_topics(settings)
     async with producing(settings) as producer, WeightsFollower(settings) as follower:
         await put(producer, settings, snapshot(1), snapshot(2))
@@ -230,10 +230,8 @@ async def test_tombstones_shorten_the_history_and_not_what_is_served(settings: S
         assert not follower.refused
 
 
-async def test_a_client_that_stands_still_is_replaced(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A broker restart can leave aiokafka's fetcher silent for good; reading must go on all the same."""
+async def test_a_stalled_client_is_replaced(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a broker restart, aiokafka's fetcher can stop without an error; reading must continue."""
     from aiokafka import AIOKafkaConsumer
 
     from streams.kafka import follower as follow

@@ -1,4 +1,4 @@
-"""The weights log on the wire: how a version is cut in records, and when it counts as whole."""
+"""The wire format of weights versions: how a version is split into records and assembled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.streams.weights_records import Record, records_of, snapshot
 
 @examples(deadline=None)
 @given(st.text(min_size=1, max_size=200), st.integers(0, 50), st.just(MANIFEST) | st.integers(0, 99))
-def test_keys_come_back(model_id: str, slot: int, part: int | str) -> None:
+def test_keys_round_trip(model_id: str, slot: int, part: int | str) -> None:
     try:
         raw = encode_key(model_id, slot, part)
     except UnicodeEncodeError:  # a lone surrogate is no UTF-8; ids that came over the wire hold none
@@ -29,7 +29,7 @@ def test_keys_come_back(model_id: str, slot: int, part: int | str) -> None:
 @pytest.mark.parametrize(
     "raw", [None, b"", b"m", b"[]", b'["m",1]', b'["m",1,"other"]', b'["m",true,0]', b"[1,1,1]"]
 )
-def test_another_key_is_refused(raw: bytes | None) -> None:
+def test_an_invalid_key_is_refused(raw: bytes | None) -> None:
     with pytest.raises(WeightsError, match="key"):
         decode_key(raw)
 
@@ -38,7 +38,7 @@ def test_chunks_stay_small_and_the_manifest_comes_last() -> None:
     records = records_of(snapshot(7))
     assert all(len(r.value or b"") <= 900_000 for r in records)
     assert [decode_key(r.key)[2] for r in records] == [*range(len(records) - 1), MANIFEST]
-    assert len(records) > 2, "the test wants a model of several chunks"
+    assert len(records) > 2, "the test needs a model of several chunks"
 
 
 def test_the_last_versions_have_slots_of_their_own() -> None:
@@ -51,7 +51,7 @@ def test_the_last_versions_have_slots_of_their_own() -> None:
 
 
 def assemble(records: Sequence[Record]) -> list[tuple[str, int]]:
-    """(model, version) of what comes together, in order; raises at the first that is refused."""
+    """(model, version) of each assembled version, in order; raises the first refusal."""
     assembler, out = Assembler(), []
     for record in records:
         whole = assembler.add(record)
@@ -88,7 +88,7 @@ def test_a_missing_chunk_is_incomplete() -> None:
 
 
 def test_a_chunk_of_another_version_in_the_slot_does_not_count() -> None:
-    """Compaction took version 1's second chunk; version 7 shares its slot and came only in part."""
+    """Compaction deleted version 1's second chunk; version 7 has the same slot and is incomplete."""
     old, new = records_of(snapshot(1)), records_of(snapshot(1 + 4 + SPARE_SLOTS, fill=0.5))
     assert old[0].key == new[0].key
     with pytest.raises(IncompleteError):
@@ -98,7 +98,7 @@ def test_a_chunk_of_another_version_in_the_slot_does_not_count() -> None:
     assert assemble([old[0], *new]) == [("m", 7)]
 
 
-def test_a_tombstone_takes_the_chunks_away() -> None:
+def test_a_tombstone_removes_the_chunks() -> None:
     records = records_of(snapshot(1))
     with pytest.raises(IncompleteError):
         assemble([records[0], Record(records[0].key, None, []), *records[1:]])
@@ -115,18 +115,18 @@ def test_a_flipped_bit_is_refused() -> None:
 def test_a_manifest_under_another_models_key_is_refused() -> None:
     records = records_of(snapshot(1, "m"))
     stolen = [replace(r, key=encode_key("victim", *decode_key(r.key)[1:])) for r in records]
-    with pytest.raises(WeightsError, match="stands under the key"):
+    with pytest.raises(WeightsError, match="has the key of"):
         assemble(stolen)
 
 
 @pytest.mark.parametrize("value", [b"", b"{}", b"not json", b'{"model_id": "m"}'])
-def test_a_manifest_that_is_none_is_refused(value: bytes) -> None:
+def test_an_invalid_manifest_is_refused(value: bytes) -> None:
     records = records_of(snapshot(1))
-    with pytest.raises(WeightsError, match="no manifest"):
+    with pytest.raises(WeightsError, match="invalid manifest"):
         assemble([*records[:-1], replace(records[-1], value=value)])
 
 
-def test_a_version_header_that_is_none_is_refused() -> None:
+def test_an_invalid_version_header_is_refused() -> None:
     records = records_of(snapshot(1))
     with pytest.raises(WeightsError, match="version header"):
         assemble([replace(records[0], headers=[("version", b"-1")])])

@@ -18,14 +18,14 @@ from tests.streams.experiences import WeightsWatch, committed
 
 
 def for_trainers(settings: Settings) -> Settings:
-    """Four partitions, a group of its own, and a dead trainer is missed after three seconds."""
+    """Settings with four partitions, a group of the test's own, and a session timeout of three seconds."""
     group = f"{settings.topic_prefix}-trainer"
     return settings.model_copy(update={"session_timeout_s": 3.0, "trainer_group": group, "partitions": 4})
 
 
 @contextlib.asynccontextmanager
 async def watching(settings: Settings) -> AsyncIterator[WeightsWatch]:
-    """The topics exist, and every version is noted."""
+    """Creates the topics, and records every version."""
     await create_topics(settings)
     weights = WeightsWatch(settings)
     async with weights.follower:
@@ -50,16 +50,16 @@ class Running:
         )
 
     def outcomes(self, outcome: str) -> float:
-        """Experiences that came to this."""
+        """Number of experiences with this outcome."""
         return self.count("cortex_trainer_experiences_total", outcome=outcome)
 
     def partitions(self) -> int:
-        """How many it owns."""
+        """Number of partitions that it owns."""
         return len(self.trainer._owned)
 
     def loaded(self, model_id: str) -> bool:
         """Whether it has the model in memory."""
-        return any(model_id in p._learners for p in self.trainer._owned.values())
+        return any(p.models.get(model_id) for p in self.trainer._owned.values())
 
 
 @contextlib.asynccontextmanager

@@ -1,8 +1,8 @@
-"""Fixtures for all tests. Integration tests run on a real Kafka and a real Redis, always; none is skipped.
+"""Fixtures for all tests. Integration tests always run on a real Kafka and a real Redis; none is skipped.
 
-Both servers come from `CORTEX_TEST_KAFKA` and `CORTEX_TEST_REDIS_URL` when set, else from containers where
-Docker listens, else from the packages of the extra `embedded`. Each process of a run starts them at most
-once; the first lines of a run name them.
+Both servers come from `CORTEX_TEST_KAFKA` and `CORTEX_TEST_REDIS_URL` if set, else from containers if Docker
+runs, else from the packages of the extra `embedded`. Each process of a test run starts them at most once; the
+first lines of a run name them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def redis_url(pytestconfig: pytest.Config) -> Iterator[str]:
 
 @pytest.fixture
 def settings(kafka: str, redis_url: str, tmp_path: Path) -> Iterator[Settings]:
-    """A test's settings: both servers; its own topics, groups and keys, deleted afterwards; small timings."""
+    """Settings of one test: short times, and its own topics, groups and keys, deleted at the end."""
     prefix = f"test-{uuid.uuid4().hex[:10]}"
     own = Settings.load(
         kafka=kafka,
@@ -85,12 +85,12 @@ def settings(kafka: str, redis_url: str, tmp_path: Path) -> Iterator[Settings]:
     )
     yield own
     testing.end_spawned()
-    testing.forget(own)
+    testing.delete_all(own)
 
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A developer's own `CORTEX_*` variables and `.env` say nothing in tests; spawned workers are ended."""
+    """Hides a developer's `CORTEX_*` variables and `.env` from tests; ends spawned workers."""
     for name in [n for n in os.environ if n.startswith("CORTEX_") and not n.startswith("CORTEX_TEST_")]:
         monkeypatch.delenv(name)
     monkeypatch.setitem(Settings.model_config, "env_file", None)

@@ -1,4 +1,4 @@
-"""What the documents claim stands in the code."""
+"""Claims of the documents that can be checked against the code."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ def test_every_decision_is_listed() -> None:
     folder = ROOT / "docs" / "decisions"
     listed = set(re.findall(r"\((\d{4}-[\w-]+\.md)\)", (folder / "README.md").read_text(encoding="utf-8")))
     assert listed == {path.name for path in folder.glob("0*.md")}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "docs" / "decisions").glob("0*.md")), ids=lambda p: p.name.removesuffix(".md")
+)
+def test_every_decision_has_the_same_sections_in_the_same_order(path: Path) -> None:
+    sections = re.findall(r"^\*\*([A-Z][a-z ]+?)\.?\*\*", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sections == ["Decision", "Why", "Alternatives", "Consequences", "Revisit if"]
 
 
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")

@@ -1,13 +1,13 @@
-"""The auditor: whether what was acknowledged is what replay and the experiences topic hold.
+"""The auditor: checks that replay and the experiences topic contain exactly what acknowledged events imply.
 
-    evidence = await collect(settings)      # topics, replay, weights, as they stand
+    evidence = await collect(settings)      # reads topics, replay and weights
     report = audit(evidence)                # pure
     report.clean, report.counts, report.findings
 
-It trusts no counter of the workers and shares no code with them but the event models and the names of
-topics and keys. Its join is a plain search by the rules, reply by reply; speed is not its aim.
+It uses no metrics of the workers, and no code of theirs except the event models and the names of topics and
+keys. Its join is a brute-force search by the rules, one reply after another; it is not optimised for speed.
 
-    evidence   what is read, as small values      reading   reads it from Kafka and Redis
-    join       which reply belongs where          compare   what is lost, doubled or wrong
-    versions   the chain of weights versions      report    counts and findings, as JSON and as text
+    evidence   the input, as small values         reading   reads it from Kafka and Redis
+    join       assigns replies to interactions    compare   finds what is lost, doubled or wrong
+    versions   checks the chain of versions       report    counts and findings, as JSON and as text
 """

@@ -1,4 +1,4 @@
-"""What an audit knows: events, experiences and weights versions, each as a small value. Pure."""
+"""The input of an audit: events, experiences and weights versions, each as a small value. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cortex_core.weights import WeightsManifest
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent
 
 Key = tuple[str, str]
-"""(model_id, interaction_id): what replay and the experiences topic know an experience by."""
+"""(model_id, interaction_id): identifies an experience in replay and on the experiences topic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,19 +20,19 @@ class Interaction:
     conversation_id: str
     model_id: str
     at: float
-    """Unix seconds: when it occurred."""
+    """Unix seconds: the event's `occurred_at`."""
     arrived: float
-    """Unix seconds: when it was sent, by its record."""
+    """Unix seconds: the record's timestamp."""
     digest: bytes
-    """Of all its fields but the text."""
-    is_done: bool = True
+    """Hash of all fields except the text."""
+    committed: bool = True
     """Whether the joiners have committed it."""
 
     @classmethod
-    def of(cls, event: InteractionEvent, arrived: float, is_done: bool = True) -> Interaction:
+    def of(cls, event: InteractionEvent, arrived: float, committed: bool = True) -> Interaction:
         at = event.occurred_at.timestamp()
         ids = (event.interaction_id, event.conversation_id, event.model_id)
-        return cls(*ids, at, arrived, digest(event), is_done)
+        return cls(*ids, at, arrived, digest(event), committed)
 
     @property
     def key(self) -> Key:
@@ -49,19 +49,19 @@ class Reply:
 
     id: str
     conversation_id: str
-    names: str | None
-    """The interaction it names."""
+    interaction_id: str | None
+    """The interaction that the reply names; None if it names none."""
     at: float
     arrived: float
     rating: float | None
-    """None for texts, whose reward only a reader of texts knows."""
-    is_done: bool = True
+    """None for texts, whose rewards are not audited."""
+    committed: bool = True
 
     @classmethod
-    def of(cls, event: ReplyEvent, arrived: float, is_done: bool = True) -> Reply:
+    def of(cls, event: ReplyEvent, arrived: float, committed: bool = True) -> Reply:
         ids = (event.reply_id, event.conversation_id, event.interaction_id)
         rating = None if event.kind == "text" else event.rating
-        return cls(*ids, event.occurred_at.timestamp(), arrived, rating, is_done)
+        return cls(*ids, event.occurred_at.timestamp(), arrived, rating, committed)
 
     @property
     def order(self) -> tuple[float, str]:
@@ -70,21 +70,21 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """One experience, as it was published or stands in replay."""
+    """One experience, from replay or the experiences topic."""
 
     model_id: str
     interaction_id: str
     at: float
     version: int
-    """Of the one of two that is right, the higher."""
+    """Of two experiences of one interaction the one with the higher version is valid."""
     outcome: str
     reward: float
     aggregation: str
     reply_ids: tuple[str, ...]
     rewards: tuple[float, ...]
-    """Of each reply, in the order of `reply_ids`."""
+    """The reward of each reply, in the order of `reply_ids`."""
     digest: bytes
-    """Of the interaction inside."""
+    """Digest of the contained interaction."""
 
     @classmethod
     def of(cls, event: ExperienceEvent, version: int) -> Experience:
@@ -108,14 +108,14 @@ class Experience:
 
 @dataclass(slots=True)
 class Published:
-    """All that the experiences topic says of one interaction."""
+    """All records of the experiences topic about one interaction."""
 
     newest: Experience
-    """Of the highest version."""
+    """The one with the highest version."""
     reply_ids: set[str]
-    """All that ever stood in one of its experiences."""
-    contradicts: bool = False
-    """Whether records of the highest version differ."""
+    """The ids of the replies in any of these records."""
+    conflicting: bool = False
+    """Whether records with the highest version differ."""
     records: int = 1
 
     @classmethod
@@ -123,24 +123,24 @@ class Published:
         return cls(experience, set(experience.reply_ids))
 
     def add(self, experience: Experience) -> None:
-        """Another record, in any order."""
+        """Adds a record; in any order."""
         if experience.version == self.newest.version and experience != self.newest:
-            self.contradicts = True
+            self.conflicting = True
         if experience.version > self.newest.version:
-            self.newest, self.contradicts = experience, False
+            self.newest, self.conflicting = experience, False
         self.reply_ids.update(experience.reply_ids)
         self.records += 1
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One weights version in the log."""
+    """One version on the weights topic."""
 
     model_id: str
     version: int
     parent: int | None
     learned: int
-    """Distinct experiences learned since birth."""
+    """Number of distinct experiences that the model has learned from."""
     consumed: dict[str, int]
     """"topic-partition" → next offset"""
 
@@ -153,41 +153,42 @@ class Version:
 
 @dataclass(slots=True)
 class Evidence:
-    """Everything that an audit judges.
+    """Everything that an audit checks.
 
-    Outputs are read before inputs, so that no experience is there whose events are not.
+    Outputs are read before inputs, so that the events of all experiences are included.
     """
 
     window_s: float
     capacity: int
     """Entries of a replay buffer."""
     started: float
-    """Unix seconds: before any of it was read."""
+    """Unix seconds: before the first read."""
     grace_s: float
-    """Seconds by which clocks may differ, and by which a delivery or a worker may be late. What falls within
-    them is not judged."""
-    horizon: float = 0.0
-    """Events that arrived before this may have left the topics; 0: none has."""
+    """Tolerance in seconds for differences between clocks and for delays of deliveries and workers.
+
+    Within it, a missing effect is not an error."""
+    retained_since: float = 0.0
+    """Unix seconds: retention may have deleted events that arrived before; 0: it has deleted none."""
 
     interactions: list[Interaction] = field(default_factory=list)
-    """In the order of each partition, repeated ones too."""
+    """In the order of each partition, including duplicates."""
     replies: list[Reply] = field(default_factory=list)
     refused: int = 0
-    """Records of both topics that stand in the dead letters."""
+    """Number of records of both topics with a dead letter."""
     unreadable: list[str] = field(default_factory=list)
-    """Records that the joiners have committed, are no events, and do not stand in the dead letters."""
+    """Invalid records that the joiners have committed without a dead letter."""
     uncommitted: int = 0
-    """Records of both topics that the joiners have not committed."""
+    """Number of records of both topics that the joiners have not committed."""
 
     published: dict[Key, Published] = field(default_factory=dict)
     stored: dict[Key, Experience] = field(default_factory=dict)
-    """Replay."""
-    damaged: list[str] = field(default_factory=list)
-    """What in replay or the experiences topic contradicts itself."""
+    """The entries of replay."""
+    inconsistent: list[str] = field(default_factory=list)
+    """Invalid or inconsistent entries of replay and records of the experiences topic."""
     versions: list[Version] = field(default_factory=list)
-    """In the order of the log."""
+    """In the order of the topic."""
 
 
 def digest(event: InteractionEvent) -> bytes:
-    """16 bytes of an interaction's fields; the text is left out, for joiners may drop it."""
+    """16-byte hash of an interaction's fields except the text, which joiners may remove."""
     return hashlib.blake2b(event.model_copy(update={"text": None}).to_bytes(), digest_size=16).digest()

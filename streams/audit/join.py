@@ -1,8 +1,8 @@
-"""The join by brute force: for each reply, every interaction it could be about. Pure.
+"""A brute-force join: for each reply, all interactions to which it may belong. Pure.
 
-A reply belongs to the interaction that it names, else to its conversation's latest interaction before it.
-Where events were sent far apart in time the outcome may depend on when they were read: such a reply is not
-`certain`, and may stand with any of its candidates or nowhere.
+A reply belongs to the interaction that it names, else to its conversation's latest interaction before it. If
+its events were sent far apart, the result may depend on when they were processed: such a reply is not
+`certain`, and may belong to any of its candidates or to none.
 """
 
 from __future__ import annotations
@@ -15,37 +15,38 @@ from typing import TypeVar
 from streams.audit.evidence import Evidence, Interaction, Key, Reply
 
 LATE_S = 24 * 3600.0
-"""A reply that names no interaction may lie this long after the one it is about."""
+"""The longest time between an interaction and a reply that belongs to it without naming it."""
 
 E = TypeVar("E", Interaction, Reply)
 
 
 @dataclass(frozen=True, slots=True)
-class Assigned:
-    """A reply, and where it belongs."""
+class Assignment:
+    """A reply, and the interactions to which it may belong."""
 
     reply: Reply
     candidates: tuple[Interaction, ...]
-    """Interactions that it can be about; the first is the one that it is about."""
+    """Best first."""
     certain: bool
-    """Whether it must stand with the first by now, and nowhere else."""
-    settled: bool
-    """Whether nothing further can happen to it by itself."""
+    """Whether it must be in the experience of the first candidate by now, and in no other."""
+    final: bool
+    """Whether its assignment can no longer change without new events."""
     late: bool
+    """Whether it came after its interaction's window."""
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """All distinct events, and which belong together."""
+    """All distinct events and the assignment of the replies."""
 
     interactions: list[Interaction]
-    replies: list[Assigned]
+    replies: list[Assignment]
     duplicates: int
-    """Repeated events."""
+    """Number of duplicate events."""
     reused: set[Key]
-    """Ids that stand for interactions of several conversations."""
+    """Ids of interactions in more than one conversation."""
     rank: dict[Key, int]
-    """How many interactions of its model are later: replay may have let go those beyond its capacity."""
+    """Number of later interactions of the same model; from its capacity on, replay may have evicted it."""
 
 
 def join(evidence: Evidence) -> Joined:
@@ -56,51 +57,51 @@ def join(evidence: Evidence) -> Joined:
     for its in _grouped(interactions, lambda i: i.model_id).values():
         for n, interaction in enumerate(sorted(its, key=lambda i: i.order, reverse=True)):
             rank[interaction.key] = n
-    talks = _grouped(interactions, lambda i: i.conversation_id)
+    conversations = _grouped(interactions, lambda i: i.conversation_id)
     by_id = _grouped(interactions, lambda i: i.id)
     assigned = []
     for reply in replies:
-        talk = talks.get(reply.conversation_id, [])
-        # A name that its own conversation does not know is looked for in replay, at the end of the wait.
-        found = _candidates(reply, talk) or by_id.get(reply.names or "", [])
+        conversation = conversations.get(reply.conversation_id, [])
+        # An interaction_id that is not in the conversation is looked up in replay once the wait ends.
+        found = _candidates(reply, conversation) or by_id.get(reply.interaction_id or "", [])
         assigned.append(_assigned(reply, found, evidence, rank))
     repeated = len(evidence.interactions) + len(evidence.replies) - len(interactions) - len(replies)
     return Joined(interactions, assigned, repeated, {k for k, n in keys.items() if n > 1}, rank)
 
 
-def _candidates(reply: Reply, talk: Sequence[Interaction]) -> list[Interaction]:
-    """In the reply's conversation, the best first."""
-    if reply.names is not None:
-        return [i for i in talk if i.id == reply.names]
-    before = [i for i in talk if reply.at - LATE_S <= i.at < reply.at]
+def _candidates(reply: Reply, conversation: Sequence[Interaction]) -> list[Interaction]:
+    """The candidates in the reply's conversation, best first."""
+    if reply.interaction_id is not None:
+        return [i for i in conversation if i.id == reply.interaction_id]
+    before = [i for i in conversation if reply.at - LATE_S <= i.at < reply.at]
     return sorted(before, key=lambda i: i.order, reverse=True)
 
 
 def _assigned(
     reply: Reply, candidates: Sequence[Interaction], evidence: Evidence, rank: dict[Key, int]
-) -> Assigned:
+) -> Assignment:
     window, grace = evidence.window_s, evidence.grace_s
     waits_until = max(reply.at, reply.arrived) + window
-    settled = reply.is_done and waits_until + grace <= evidence.started
+    final = reply.committed and waits_until + grace <= evidence.started
     if not candidates:
-        return Assigned(reply, (), False, settled, False)
+        return Assignment(reply, (), False, final, False)
     best = candidates[0]
     known_until = max(best.at, best.arrived) + window + LATE_S
     certain = (
-        reply.is_done
-        and best.is_done
+        reply.committed
+        and best.committed
         and best.conversation_id == reply.conversation_id
         and best.arrived + grace < waits_until
         and reply.arrived + grace < known_until
-        # Once its window has closed, the interaction's features are in replay alone.
+        # Once its window has closed, only replay has the interaction's features.
         and (reply.arrived + grace < best.at + window or rank[best.key] < evidence.capacity)
     )
-    late = reply.at > best.at + window or (reply.is_done and best.is_done and not certain)
-    return Assigned(reply, (best,) if certain else tuple(candidates), certain, certain or settled, late)
+    late = reply.at > best.at + window or (reply.committed and best.committed and not certain)
+    return Assignment(reply, (best,) if certain else tuple(candidates), certain, certain or final, late)
 
 
 def _distinct(events: Iterable[E]) -> list[E]:
-    """The first of each id in its conversation."""
+    """The first event of each id in each conversation."""
     first: dict[tuple[str, str], E] = {}
     for event in events:
         first.setdefault((event.conversation_id, event.id), event)

@@ -1,4 +1,4 @@
-"""Reads all that an audit judges: topics, replay, weights. Belongs to no group, and changes nothing."""
+"""Reads the input of an audit: topics, replay, weights. Joins no consumer group and changes nothing."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 GRACE_S = 60.0
 
-Place = tuple[str, int, int]
+Position = tuple[str, int, int]
 """Topic, partition, offset."""
 
 
 async def collect(settings: Settings) -> Evidence:
-    """Reads everything; on a running system, as it stands from one moment to the next.
+    """Reads everything, also while workers run.
 
     Args:
-        settings: resolved, with the window and the capacity that the workers have.
+        settings: resolved, with the join window and the replay capacity of the workers.
 
     Raises:
         UnavailableError: a topic does not exist, or Kafka stopped sending.
@@ -49,9 +49,9 @@ async def collect(settings: Settings) -> Evidence:
         started=time.time(),
         grace_s=min(GRACE_S, settings.join_window_s / 4),
     )
-    # Inputs come last: whatever stands in an output then has its events among them.
+    # Inputs are read last, so that they include the events of all outputs.
     committed = await _committed(settings)
-    letters: set[Place] = set()
+    letters: set[Position] = set()
     async for record in _records(settings, topics.dead_letters):
         try:
             letter = parse(DeadLetter, record.value)
@@ -67,26 +67,26 @@ async def collect(settings: Settings) -> Evidence:
             evidence.versions.append(version)
     async with reading(settings, [topics.interactions, topics.replies]) as consumer:
         starts = await consumer.beginning_offsets(sorted(consumer.assignment()))
-        let_go = {tp for tp, offset in starts.items() if offset > 0}
+        truncated = {tp for tp, offset in starts.items() if offset > 0}
         async for record in records_to_end(consumer, settings):
             tp = TopicPartition(record.topic, record.partition)
-            if tp in let_go:
-                evidence.horizon = max(evidence.horizon, record.timestamp / 1000)
-                let_go.remove(tp)
+            if tp in truncated:
+                evidence.retained_since = max(evidence.retained_since, record.timestamp / 1000)
+                truncated.remove(tp)
             _event(record, record.offset < committed.get(tp, 0), letters, evidence, topics)
-        if let_go:  # nothing is left of them
-            evidence.horizon = evidence.started
+        if truncated:  # partitions whose records have all been deleted
+            evidence.retained_since = evidence.started
     return evidence
 
 
 async def _committed(settings: Settings) -> dict[TopicPartition, int]:
-    """Offsets up to which the joiners say that all is done."""
+    """The joiners' committed offsets."""
     async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
         missing = {spec.name for spec in Topics.of(settings).specs()} - set(await admin.list_topics())
         if missing:
             raise UnavailableError(
-                f"{', '.join(sorted(missing))} do not exist at {settings.kafka_address}: is "
-                "CORTEX_TOPIC_PREFIX that of the workers?"
+                f"{', '.join(sorted(missing))} do not exist at {settings.kafka_address}: set "
+                "CORTEX_TOPIC_PREFIX to that of the workers"
             )
         return await committed_offsets(admin, settings.joiner_group)
 
@@ -97,32 +97,32 @@ async def _records(settings: Settings, topic: str) -> AsyncIterator[Any]:
             yield record
 
 
-def _event(record: Any, is_done: bool, letters: set[Place], evidence: Evidence, topics: Topics) -> None:
-    evidence.uncommitted += not is_done
-    place = (record.topic, record.partition, record.offset)
-    if place in letters:
+def _event(record: Any, committed: bool, letters: set[Position], evidence: Evidence, topics: Topics) -> None:
+    evidence.uncommitted += not committed
+    position = (record.topic, record.partition, record.offset)
+    if position in letters:
         evidence.refused += 1
         return
     arrived = record.timestamp / 1000
     try:
         if record.topic == topics.replies:
-            evidence.replies.append(Reply.of(parse(ReplyEvent, record.value), arrived, is_done))
+            evidence.replies.append(Reply.of(parse(ReplyEvent, record.value), arrived, committed))
         else:
             event = parse(InteractionEvent, record.value)
-            evidence.interactions.append(Interaction.of(event, arrived, is_done))
+            evidence.interactions.append(Interaction.of(event, arrived, committed))
     except InputError:
-        if is_done:
+        if committed:
             evidence.unreadable.append(f"{record.topic}-{record.partition} @{record.offset}")
 
 
-def _published(record: Any, letters: set[Place], evidence: Evidence) -> None:
-    place = (record.topic, record.partition, record.offset)
+def _published(record: Any, letters: set[Position], evidence: Evidence) -> None:
+    position = (record.topic, record.partition, record.offset)
     try:
         event = parse(ExperienceEvent, record.value)
         experience = Experience.of(event, version_of(record.headers, event))
     except InputError:
-        if place not in letters:
-            evidence.damaged.append(f"{record.topic}-{record.partition} @{record.offset}")
+        if position not in letters:
+            evidence.inconsistent.append(f"{record.topic}-{record.partition} @{record.offset}")
         return
     if known := evidence.published.get(experience.key):
         known.add(experience)
@@ -131,7 +131,7 @@ def _published(record: Any, letters: set[Place], evidence: Evidence) -> None:
 
 
 def _version(record: Any) -> Version | None:
-    """The version whose manifest this is; None for chunks, tombstones and what followers refuse."""
+    """The version of a manifest; None for chunks, tombstones and records that followers refuse."""
     try:
         if record.value is None or decode_key(record.key)[2] != MANIFEST:
             return None
@@ -149,7 +149,7 @@ async def _replay(settings: Settings, client: redis.asyncio.Redis, evidence: Evi
         both.hlen(keys.entries)
         order, count = await both.execute()
         if count != len(order):
-            evidence.damaged.append(f"{keys.entries} ({count} entries, {len(order)} in {keys.order})")
+            evidence.inconsistent.append(f"{keys.entries} ({count} entries, {len(order)} in {keys.order})")
         for start in range(0, len(order), CHUNK):
             chunk = order[start : start + CHUNK]
             values: Any = await client.hmget(keys.entries, [entry_id for entry_id, _ in chunk])
@@ -159,15 +159,15 @@ async def _replay(settings: Settings, client: redis.asyncio.Redis, evidence: Evi
 
 def _entry(keys: ReplayKeys, entry_id: str, score: float, value: bytes | None, evidence: Evidence) -> None:
     if value is None:
-        return  # let go between the two reads
+        return  # evicted between the two reads
     version, body = decode(value)
     if b'"interaction":{' not in body:
-        return  # a tool's entry, of no interaction
+        return  # added by another tool, without an interaction
     try:
         experience = Experience.of(parse(ExperienceEvent, body), version)
     except InputError:
-        evidence.damaged.append(f"{entry_id} in {keys.entries}")
+        evidence.inconsistent.append(f"{entry_id} in {keys.entries}")
         return
     if experience.key != (keys.model_id, entry_id) or experience.at != score:
-        evidence.damaged.append(f"{entry_id} in {keys.entries}")
+        evidence.inconsistent.append(f"{entry_id} in {keys.entries}")
     evidence.stored[keys.model_id, entry_id] = experience

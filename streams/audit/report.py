@@ -1,4 +1,4 @@
-"""What an audit found: counts and findings, as JSON and as text."""
+"""The result of an audit: counts and findings, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -10,55 +10,56 @@ Kind = Literal["lost", "doubled", "wrong", "fork"]
 
 COUNTS = {
     "acknowledged": "distinct events in the topics",
-    "repeated": "the same events again",
-    "refused": "records that stand in the dead letters",
-    "uncommitted": "records that the joiners have not committed: judged later",
-    "joined": "replies that stand in an experience",
-    "waiting": "replies without an interaction yet",
-    "orphaned": "replies whose interaction did not come in time",
-    "late": "replies that came after their interaction's window",
-    "excess": "replies beyond what one interaction takes",
-    "moved": "replies published under another interaction first",
-    "experiences": "interactions that have become experiences",
+    "repeated": "duplicates of these events",
+    "refused": "records with a dead letter",
+    "uncommitted": "records that the joiners have not committed yet: not checked",
+    "joined": "replies in an experience",
+    "waiting": "replies that wait for their interaction",
+    "orphaned": "replies whose interaction did not arrive in time",
+    "late": "replies after their interaction's window",
+    "excess": "replies above the maximum of an interaction",
+    "moved": "replies first published with another interaction",
+    "experiences": "interactions with an experience",
     "amended": "of these: with more than one reply",
-    "expired": "of these: answered by nobody",
+    "expired": "of these: without a reply",
     "open": "interactions whose window is open",
-    "republished": "records of the experiences topic that repeat or amend another",
-    "beyond": "interactions not judged: older than what the topics still hold or than asked for",
-    "reused": "interactions not judged: their ids stand for several conversations",
-    "versions": "weights versions in the log",
-    "lost": "acknowledged, and not where they must be",
-    "doubled": "counted more than once",
-    "wrong": "experiences or versions that say something else than their events",
-    "forks": "breaks in the chain of weights versions",
+    "republished": "records of the experiences topic that repeat or amend another one",
+    "beyond": "interactions not checked: before --from, or before the retained events",
+    "reused": "interactions not checked: several conversations have the same id",
+    "versions": "versions on the weights topic",
+    "lost": "acknowledged events that are missing in an output",
+    "doubled": "replies that count more than once",
+    "wrong": "experiences that differ from their events",
+    "forks": "inconsistencies in the chain of weights versions",
 }
-"""Every count, and what it counts; the last four are 0 in a clean report."""
+"""Count → description; the last four are 0 in a clean report."""
 
 FAULTS = ("lost", "doubled", "wrong", "forks")
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault."""
+    """One error."""
 
     kind: Kind
     model_id: str
     subject: str
-    """The interaction, reply or version."""
+    """The interaction, reply, version or record."""
     what: str
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.subject} of {self.model_id or 'no model'}: {self.what}"
+        model = f" of model {self.model_id}" if self.model_id else ""
+        return f"{self.kind}: {self.subject}{model}: {self.what}"
 
 
 @dataclass(slots=True)
 class Report:
-    """The outcome of an audit."""
+    """The result of an audit."""
 
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
     models: dict[str, dict[str, int]] = field(default_factory=dict)
-    """For each model: entries in replay, its newest version, and what that has learned."""
+    """For each model: entries in replay, the newest version, and the number of experiences learned."""
 
     @property
     def clean(self) -> bool:
@@ -67,11 +68,11 @@ class Report:
 
     @property
     def pending(self) -> int:
-        """What is still under way: a later audit judges it."""
+        """Number of events still in progress; a later audit checks them."""
         return self.counts["uncommitted"] + self.counts["waiting"] + self.counts["open"]
 
-    def find(self, kind: Kind, model_id: str, subject: str, what: str) -> None:
-        """Adds a fault."""
+    def add(self, kind: Kind, model_id: str, subject: str, what: str) -> None:
+        """Adds an error."""
         self.findings.append(Finding(kind, model_id, subject, what))
         self.counts["forks" if kind == "fork" else kind] += 1
 

@@ -1,4 +1,4 @@
-"""Events that are valid, small unless asked otherwise, and different for each id; and sending them."""
+"""Creates and sends valid events, small by default and different for each id."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def interaction(
     memories: int = 3,
     **changes: Any,
 ) -> InteractionEvent:
-    """A logged decision with two retrieved memories; 384 dimensions and 8 memories make 12 KB."""
+    """A logged decision with two retrieved memories; about 12 KB with `dim=384` and `memories=8`."""
     rng = np.random.default_rng(zlib.crc32(interaction_id.encode()))
     fields: dict[str, Any] = {
         "occurred_at": occurred_at or at(at_s),
@@ -71,7 +71,7 @@ def reply(
     text: str = "Thanks, that worked!",
     **changes: Any,
 ) -> ReplyEvent:
-    """A reply in words; give `kind="rating", rating=…` for another."""
+    """A reply of kind text; for a rating, pass `kind="rating"`, `rating` and `text=""`."""
     return ReplyEvent(
         occurred_at=occurred_at or at(at_s),
         reply_id=reply_id,
@@ -82,15 +82,15 @@ def reply(
     )
 
 
-def addressed(settings: Settings, event: Any) -> Raw:
-    """An interaction or a reply with its topic and key."""
+def to_record(settings: Settings, event: Any) -> Raw:
+    """The topic, key and value of an interaction or a reply."""
     topics = Topics.of(settings)
     topic = topics.interactions if isinstance(event, InteractionEvent) else topics.replies
     return topic, event.conversation_id.encode(), event.to_bytes()
 
 
 async def send(settings: Settings, messages: Iterable[Event | Raw]) -> None:
-    """Sends, in order for each partition; returns when all are acknowledged. Creates the topics."""
+    """Creates the topics and sends messages, in order for each partition; waits for all acknowledgements."""
     await create_topics(settings)
     producer = AIOKafkaProducer(
         bootstrap_servers=settings.kafka_address,
@@ -100,7 +100,7 @@ async def send(settings: Settings, messages: Iterable[Event | Raw]) -> None:
     async with started(producer):
         waiting = []
         for message in messages:
-            topic, key, value = message if isinstance(message, tuple) else addressed(settings, message)
+            topic, key, value = message if isinstance(message, tuple) else to_record(settings, message)
             waiting.append(await producer.send(topic, value, key=key))
         for one in waiting:
             await one

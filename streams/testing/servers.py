@@ -1,4 +1,4 @@
-"""A real Kafka and a real Redis: configured, else in containers where Docker listens, else embedded."""
+"""A real Kafka and a real Redis: configured ones, else containers if Docker runs, else embedded servers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Source = Literal["environment", "container", "embedded"]
 
 @contextlib.contextmanager
 def kafka_server(folder: Path) -> Iterator[str]:
-    """host:port of the Kafka that `source` names; one that is started is stopped at the end.
+    """host:port of a Kafka from `source`; a server that this starts is stopped at the end.
 
     Args:
-        folder: for the data and the log of an embedded one.
+        folder: for the data and the log of an embedded server.
 
     Raises:
-        docker.errors.DockerException: the Docker engine answers and cannot run the image.
+        docker.errors.DockerException: the Docker engine answers but cannot run the image.
         UnavailableError: the embedded server did not start.
     """
     address = kafka_address(folder)
@@ -85,21 +85,21 @@ def redis_server(folder: Path) -> Iterator[str]:
 
 
 def kafka_address(folder: Path) -> str:
-    """host:port where `kafka_server(folder)` answers, also before it runs."""
+    """host:port of `kafka_server(folder)`, also before it runs."""
     return _configured(KAFKA_VARIABLES) or f"127.0.0.1:{_port(folder, 'kafka')}"
 
 
 def redis_url(folder: Path) -> str:
-    """URL where `redis_server(folder)` answers, also before it runs."""
+    """URL of `redis_server(folder)`, also before it runs."""
     return _configured(REDIS_VARIABLES) or f"redis://127.0.0.1:{_port(folder, 'redis')}/0"
 
 
 def _port(folder: Path, name: str) -> int:
-    return remembered_port(folder / name, name)  # where an embedded server looks for it
+    return remembered_port(folder / name, name)  # as an embedded server does
 
 
 def source(variables: Sequence[str]) -> Source:
-    """Where a server comes from: the first of the variables that is set, else Docker, else packages."""
+    """The source of a server: the environment if a variable is set, else Docker, else embedded."""
     if _configured(variables):
         return "environment"
     return "container" if find_spec("testcontainers") and _docker_listens() else "embedded"
@@ -112,14 +112,14 @@ def _configured(variables: Sequence[str]) -> str:
 def _docker_listens() -> bool:
     host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
     if not host.startswith("unix://"):
-        return True  # somebody set it, so there must be one
+        return True  # configured explicitly, so an engine is expected
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(host.removeprefix("unix://")) == 0
 
 
 @contextlib.contextmanager
 def _container(image: str, ports: dict[int, int], variables: dict[str, str]) -> Iterator[None]:
-    """Runs the image with each port of the container bound to one of this machine."""
+    """Runs the image with each port of the container bound to a port of this machine."""
     from testcontainers.core.container import DockerContainer  # noqa: PLC0415 - of the extra `dev`
 
     it = DockerContainer(image).with_envs(**variables)
@@ -158,8 +158,8 @@ def _redis_answers(url: str) -> bool:
         return False
 
 
-def forget(settings: Settings) -> None:
-    """Deletes all topics and keys under the settings' prefix, so that a long test run stays small."""
+def delete_all(settings: Settings) -> None:
+    """Deletes all topics and keys with the settings' prefix."""
 
     async def delete_topics() -> None:
         async with started(AIOKafkaAdminClient(bootstrap_servers=settings.kafka_address)) as admin:

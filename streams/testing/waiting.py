@@ -1,4 +1,4 @@
-"""Waiting for what becomes true, with a deadline; nothing here sleeps for a fixed time."""
+"""Waits for conditions, with a timeout, instead of sleeping for a fixed time."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar, overload
 
 T = TypeVar("T")
-PATIENCE_S = 120.0
-"""Far more than anything takes: a loaded machine is slow, and only what fails waits so long."""
+DEFAULT_TIMEOUT_S = 120.0
+"""Much longer than any condition takes on a loaded machine; only failing tests wait so long."""
 
 
 def wait_for(
     predicate: Callable[[], T | None],
     what: str = "it",
     *,
-    timeout_s: float = PATIENCE_S,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
     every_s: float = 0.02,
 ) -> T:
-    """The first true value of `predicate()`; AssertionError naming `what` after `timeout_s`."""
+    """Calls `predicate` until its value is true, and returns that value.
+
+    Raises:
+        AssertionError: it was not true within `timeout_s`; the message names `what`.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         value = predicate()
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout_s} s in vain for {what}; last value: {value!r}")
+            raise AssertionError(f"timeout after {timeout_s} s waiting for {what}; last value: {value!r}")
         time.sleep(every_s)
 
 
@@ -36,7 +40,7 @@ async def async_wait_for(
     predicate: Callable[[], Awaitable[T | None]],
     what: str = "it",
     *,
-    timeout_s: float = PATIENCE_S,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
     every_s: float = 0.02,
 ) -> T: ...
 @overload
@@ -44,13 +48,17 @@ async def async_wait_for(
     predicate: Callable[[], T | None],
     what: str = "it",
     *,
-    timeout_s: float = PATIENCE_S,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
     every_s: float = 0.02,
 ) -> T: ...
 async def async_wait_for(
-    predicate: Callable[[], object], what: str = "it", *, timeout_s: float = PATIENCE_S, every_s: float = 0.02
+    predicate: Callable[[], object],
+    what: str = "it",
+    *,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    every_s: float = 0.02,
 ) -> object:
-    """Like `wait_for`, on an event loop; `predicate` may be async."""
+    """`wait_for` for event loops; `predicate` may be async."""
     deadline = time.monotonic() + timeout_s
     while True:
         result = predicate()
@@ -58,5 +66,5 @@ async def async_wait_for(
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout_s} s in vain for {what}; last value: {value!r}")
+            raise AssertionError(f"timeout after {timeout_s} s waiting for {what}; last value: {value!r}")
         await asyncio.sleep(every_s)

@@ -1,4 +1,4 @@
-"""Workers as real processes, for tests and measurements."""
+"""Workers as real processes, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import httpx
 
 from streams.local.processes import Child
 from streams.settings import Settings
-from streams.testing.waiting import PATIENCE_S, wait_for
+from streams.testing.waiting import DEFAULT_TIMEOUT_S, wait_for
 
 _spawned: list[WorkerProcess] = []
 
 
 class WorkerProcess:
-    """A worker as a real process: `python -m streams.cli NAME` with the settings in its environment."""
+    """A worker process: `python -m streams.cli NAME` with the settings in its environment."""
 
     def __init__(self, name: str, settings: Settings, env: dict[str, str]) -> None:
         self.name = name
@@ -41,12 +41,12 @@ class WorkerProcess:
 
     @property
     def returncode(self) -> int | None:
-        """Exit code; -9 after SIGKILL; None while it runs."""
+        """Exit code; -9 after SIGKILL; None while the process runs."""
         return self._child.returncode
 
     @property
     def port(self) -> int:
-        """The port of its HTTP service; waits until it listens."""
+        """The port of its HTTP service; waits until the worker listens."""
 
         def listening() -> int:
             for line in self.log_text().splitlines():
@@ -62,14 +62,14 @@ class WorkerProcess:
         return f"http://127.0.0.1:{self.port}"
 
     def log_text(self) -> str:
-        """All it has logged, JSON lines."""
+        """Its complete log: JSON lines."""
         return self._child.log_text()
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=PATIENCE_S)
+        return httpx.get(self.url + path, timeout=DEFAULT_TIMEOUT_S)
 
     def wait_ready(self) -> WorkerProcess:
-        """Returns once `/readyz` says yes."""
+        """Waits until `/readyz` answers 200; returns the worker."""
 
         def ready() -> bool:
             assert self.alive, f"{self.name} {self._child.ending} before it was ready:\n{self.log_text()}"
@@ -85,11 +85,11 @@ class WorkerProcess:
         self._child.signal(number)
 
     def kill(self) -> None:
-        """kill -9."""
+        """Sends SIGKILL."""
         self._child.kill()
 
-    def stop(self, timeout_s: float = PATIENCE_S) -> int:
-        """SIGTERM; its exit code, which is -9 when it had to be killed."""
+    def stop(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
+        """Sends SIGTERM, and SIGKILL after `timeout_s`; returns the exit code, -9 after SIGKILL."""
         asyncio.run(self._child.stop(timeout_s)) if not _loop_runs() else _in_thread(self._child, timeout_s)
         code = self.returncode
         assert code is not None
@@ -110,11 +110,11 @@ def _in_thread(child: Child, timeout_s: float) -> None:
 
 
 def spawn_worker(name: str, settings: Settings, **env: Any) -> WorkerProcess:
-    """Starts joiner, trainer or inference as a process; ended after the test, whatever happens.
+    """Starts a joiner, trainer or inference worker as a process; `end_spawned` ends it.
 
     Args:
-        env: more settings, by their names: `spawn_worker("trainer", settings, update_every=1)`; or whole
-            variable names in capitals.
+        env: further settings by name, as in `spawn_worker("trainer", settings, update_every=1)`, or
+            environment variables by name in capitals.
     """
     variables = {k if k.isupper() else f"CORTEX_{k.upper()}": str(v) for k, v in env.items()}
     worker = WorkerProcess(name, settings, variables)
@@ -123,6 +123,6 @@ def spawn_worker(name: str, settings: Settings, **env: Any) -> WorkerProcess:
 
 
 def end_spawned() -> None:
-    """Ends every process that `spawn_worker` started."""
+    """Kills every process that `spawn_worker` started."""
     while _spawned:
         _spawned.pop().kill()

@@ -1,7 +1,7 @@
 """The models of one partition that are in memory: loading, the next version of each, unloading.
 
 A model takes some megabytes, and a partition can have any number of models: the least recently used are
-unloaded once they are published. Knows nothing of Kafka's clients; `streams.trainer.partition` publishes.
+unloaded once they are published. `streams.trainer.partition` publishes them.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.audit.compare import MOST_REPLIES, audit
+from streams.audit.compare import MAX_REPLIES, audit
 from streams.audit.evidence import Evidence, Experience, Interaction, Published, Reply, Version
 from streams.audit.join import LATE_S, join
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
@@ -24,7 +24,7 @@ JOIN = make_join()
 
 
 class Watched:
-    """A joiner's world, and the records of what it was sent."""
+    """A simulated joiner, and the evidence of the events that it received."""
 
     def __init__(self) -> None:
         self.world = World(JOIN)
@@ -44,7 +44,7 @@ class Watched:
         return self
 
     def collect(self, after_s: float = 3 * LATE_S) -> Evidence:
-        """What stands in the topics and in replay `after_s` later, all timers done."""
+        """The content of the topics and of replay `after_s` later, after all timers."""
         self.world.timer(self.world.now - START + after_s)
         evidence = self.evidence
         evidence.started = self.world.now + 61
@@ -61,15 +61,15 @@ class Watched:
 
 
 def talk() -> list[Event]:
-    """Two interactions with three rated replies and one in words."""
+    """Two interactions with three ratings and one text."""
     events: list[Event] = [interaction("i1", at_s=0), interaction("i2", at_s=100)]
     for n, (names, at_s) in enumerate([("i1", 10), (None, 50), (None, 120)]):
         events.append(reply(f"r{n}", names, at_s=at_s, kind="rating", rating=(-1) ** n * 0.5, text=""))
     return [*events, reply("words", "i2", at_s=130)]
 
 
-def test_its_bounds_are_the_joiner_s() -> None:
-    assert (LATE_S, MOST_REPLIES) == (conversation.LATE_S, MAX_KEPT)
+def test_its_limits_equal_those_of_the_joiner() -> None:
+    assert (LATE_S, MAX_REPLIES) == (conversation.LATE_S, MAX_KEPT)
 
 
 def test_a_clean_report_counts_everything() -> None:
@@ -89,14 +89,14 @@ def test_a_clean_report_counts_everything() -> None:
     assert report.models == {"default": {"entries": 3}}
 
 
-def test_what_is_under_way_is_pending_and_no_fault() -> None:
+def test_events_in_progress_are_pending_and_not_errors() -> None:
     watched = Watched().see(*talk(), interaction("later", at_s=1000), reply("waits", "i9", at_s=1000))
     report = audit(watched.collect(after_s=0))
     assert report.clean
     assert (report.counts["open"], report.counts["waiting"], report.pending) == (1, 1, 2)
 
 
-def test_an_interaction_that_nobody_closes_is_lost() -> None:
+def test_an_interaction_that_is_never_closed_is_lost() -> None:
     watched = Watched().see(interaction("i1"))
     evidence = watched.collect(after_s=WINDOW - 2)
     assert audit(evidence).clean
@@ -104,12 +104,12 @@ def test_an_interaction_that_nobody_closes_is_lost() -> None:
     assert {f.kind for f in audit(evidence).findings} == {"lost"}
 
 
-# --- every order, every passing of time
+# --- any order and any delays
 
 
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
-def test_it_agrees_with_the_joiner_where_everything_arrives_in_time(data: st.DataObject) -> None:
+def test_it_agrees_with_the_joiner_if_everything_arrives_in_time(data: st.DataObject) -> None:
     events = data.draw(st.permutations(data.draw(event_sets())))
     evidence = Watched().see(*events).collect()
     assert audit(evidence).findings == []
@@ -125,12 +125,12 @@ def test_it_agrees_with_the_joiner_where_everything_arrives_in_time(data: st.Dat
 
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
-def test_it_raises_no_false_alarm_however_late_events_come(data: st.DataObject) -> None:
+def test_it_reports_no_error_however_late_events_arrive(data: st.DataObject) -> None:
     events = data.draw(event_sets())
     waits = [0.0, 1.0, WINDOW / 3, WINDOW, WINDOW + 61]
     if data.draw(st.booleans()):
         waits.append(LATE_S)
-    else:  # what is repeated after more than a day is no longer recognised
+    else:  # duplicates after more than a day are no longer recognised
         events += data.draw(st.lists(st.sampled_from(events), max_size=4))
     watched, now = Watched(), 0.0
     for event in data.draw(st.permutations(events)):
@@ -139,13 +139,13 @@ def test_it_raises_no_false_alarm_however_late_events_come(data: st.DataObject) 
     assert audit(watched.collect()).findings == []
 
 
-# --- planted faults
+# --- injected errors
 
-Plant = Callable[[Evidence, str], None]
+Inject = Callable[[Evidence, str], None]
 
 
 def change(evidence: Evidence, interaction_id: str, **changes: Any) -> None:
-    """Says something else of an interaction, in replay and in the topic alike."""
+    """Changes an experience in replay and on the topic."""
     key = ("default", interaction_id)
     evidence.stored[key] = replace(evidence.stored[key], **changes)
     evidence.published[key] = Published.of(evidence.stored[key])
@@ -169,7 +169,7 @@ def double_a_reply(evidence: Evidence, it: str) -> None:
     change(evidence, it, reply_ids=was.reply_ids[:1] + was.reply_ids, rewards=was.rewards[:1] + was.rewards)
 
 
-def take_another_s_reply(evidence: Evidence, it: str) -> None:
+def add_a_foreign_reply(evidence: Evidence, it: str) -> None:
     other = next(e for k, e in evidence.stored.items() if k[1] != it)
     was = evidence.stored["default", it]
     change(
@@ -177,7 +177,7 @@ def take_another_s_reply(evidence: Evidence, it: str) -> None:
     )
 
 
-def turn_the_order(evidence: Evidence, it: str) -> None:
+def reverse_the_order(evidence: Evidence, it: str) -> None:
     was = evidence.stored["default", it]
     change(evidence, it, reply_ids=was.reply_ids[::-1], rewards=was.rewards[::-1])
 
@@ -209,42 +209,42 @@ def invent(evidence: Evidence, it: str) -> None:
     evidence.stored["default", "invented"] = replace(was, interaction_id="invented")
 
 
-def forget_a_dead_letter(evidence: Evidence, it: str) -> None:
+def commit_without_a_dead_letter(evidence: Evidence, it: str) -> None:
     del it
     evidence.unreadable.append("cortex.replies-0 @7")
 
 
-PLANTS: dict[Plant, set[str]] = {
+ERRORS: dict[Inject, set[str]] = {
     lose_from_replay: {"lost"},
     lose_from_topic: {"lost"},
     lose_a_reply: {"lost"},
     double_a_reply: {"doubled"},
-    take_another_s_reply: {"wrong"},
-    turn_the_order: {"wrong"},
+    add_a_foreign_reply: {"wrong"},
+    reverse_the_order: {"wrong"},
     forge_the_reward: {"wrong"},
     misread_a_rating: {"wrong"},
     forge_the_features: {"wrong"},
     forge_the_outcome: {"wrong"},
     disagree: {"wrong"},
     invent: {"wrong"},
-    forget_a_dead_letter: {"lost"},
+    commit_without_a_dead_letter: {"lost"},
 }
 
 
-@pytest.mark.parametrize(("plant", "kinds"), PLANTS.items(), ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(("inject", "kinds"), ERRORS.items(), ids=lambda x: getattr(x, "__name__", ""))
 @pytest.mark.parametrize("turns", [2, 7])
-def test_it_finds_every_planted_fault(plant: Plant, kinds: set[str], turns: int) -> None:
+def test_it_finds_every_injected_error(inject: Inject, kinds: set[str], turns: int) -> None:
     assert audit(evidence_of(turns)).clean
     for n in range(turns):
         evidence = evidence_of(turns)
-        plant(evidence, f"i{n}")
+        inject(evidence, f"i{n}")
         report = audit(evidence)
         assert kinds <= {f.kind for f in report.findings}, report.findings
         assert all(report.counts[kind] for kind in kinds)
 
 
 def evidence_of(turns: int) -> Evidence:
-    """Of turns with two rated replies each, one of which names nothing; a copy of its own."""
+    """A new copy of the evidence of turns with two ratings each, of which one names no interaction."""
     known = _evidence_of(turns)
     return replace(known, stored=dict(known.stored), published=dict(known.published), unreadable=[])
 
@@ -261,9 +261,9 @@ def _evidence_of(turns: int) -> Evidence:
     return Watched().see(*events).collect()
 
 
-def test_a_reply_that_stands_in_two_interactions_is_doubled() -> None:
+def test_a_reply_in_two_experiences_is_doubled() -> None:
     evidence = Watched().see(*talk()).collect()
-    # It came too late to be sure of, so that either may hold it; both may not.
+    # It came so late that either experience may contain it, but not both.
     evidence.replies = [
         r if r.id != "r2" else replace(r, arrived=r.arrived + 10 * LATE_S) for r in evidence.replies
     ]
@@ -275,7 +275,7 @@ def test_a_reply_that_stands_in_two_interactions_is_doubled() -> None:
     assert [(f.kind, f.subject) for f in audit(evidence).findings] == [("doubled", "r2")]
 
 
-def test_an_older_experience_repeated_by_a_worker_taken_for_dead_is_no_fault() -> None:
+def test_an_older_experience_repeated_by_a_worker_considered_dead_is_no_error() -> None:
     evidence = Watched().see(*talk()).collect()
     known = evidence.published["default", "i1"]
     older = replace(known.newest, version=-1, reply_ids=("r0",), rewards=(0.5,), reward=0.5)
@@ -289,7 +289,7 @@ def test_an_older_experience_repeated_by_a_worker_taken_for_dead_is_no_fault() -
     assert ("lost", "r1") in [(f.kind, f.subject) for f in audit(evidence).findings]
 
 
-def test_what_replay_has_let_go_is_judged_by_the_topic() -> None:
+def test_evicted_experiences_are_checked_on_the_topic() -> None:
     evidence = Watched().see(*talk()).collect()
     evidence.capacity = 1
     del evidence.stored["default", "i1"]
@@ -302,14 +302,14 @@ def test_what_replay_has_let_go_is_judged_by_the_topic() -> None:
     assert [(f.kind, f.subject) for f in audit(evidence).findings] == [("lost", "i1")]
 
 
-def test_what_the_topics_have_let_go_or_was_not_asked_for_is_not_judged() -> None:
+def test_events_before_retention_or_before_since_are_not_checked() -> None:
     evidence = Watched().see(*talk()).collect()
     evidence.stored.clear()
     evidence.published.clear()
     assert audit(evidence).counts["lost"] == 4
     beyond = audit(evidence, since=START + 50)
     assert (beyond.counts["lost"], beyond.counts["beyond"]) == (2, 1)
-    evidence.horizon = START + 1
+    evidence.retained_since = START + 1
     assert (audit(evidence).clean, audit(evidence).counts["beyond"]) == (True, 2)
 
 
@@ -319,7 +319,7 @@ CHAIN = [Version("m", n, n - 1 or None, 10 * n, {"e-0": 10 * n}) for n in range(
 
 
 @pytest.mark.parametrize("kept", [CHAIN, CHAIN[3:], [*CHAIN[2:4], *CHAIN[5:]], []])
-def test_a_chain_with_holes_by_compaction_is_no_fork(kept: list[Version]) -> None:
+def test_a_compacted_chain_is_no_fork(kept: list[Version]) -> None:
     report = audit(Evidence(WINDOW, CAPACITY, START, 60.0, versions=kept))
     assert report.clean
     assert report.models == ({"m": {"version": 7, "learned": 70}} if kept else {})

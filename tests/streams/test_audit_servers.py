@@ -1,4 +1,4 @@
-"""The auditor on real topics and a real replay: clean after a joiner, and not after somebody meddled."""
+"""The auditor on real topics and replay: clean after a joiner, and not after changes from outside."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def settings(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """With a window of 2 s, for the workers and for the command alike."""
+    """Settings with a window of 2 s, for the workers and the command."""
     monkeypatch.setenv("CORTEX_JOIN_WINDOW_S", "2")
     return settings.model_copy(update={"join_window_s": 2.0, "session_timeout_s": 1.0})
 
@@ -63,7 +63,7 @@ async def publish_versions(settings: Settings, *versions: int) -> None:
                 await publish(producer, settings, snapshot(version))
 
 
-def test_what_a_joiner_made_is_clean_until_somebody_meddles(settings: Settings, client: redis.Redis) -> None:
+def test_the_report_is_clean_until_outputs_are_changed(settings: Settings, client: redis.Redis) -> None:
     missing = audit(settings)
     assert missing.returncode == 1
     assert f"{settings.topic_prefix}.experiences" in missing.stderr

@@ -13,7 +13,7 @@ from tests.streams.kafka_helpers import read_all
 pytestmark = pytest.mark.integration
 
 
-async def test_letters_are_listed_and_sent_in_again_as_they_came(settings: Settings) -> None:
+async def test_letters_are_listed_and_resent_unchanged(settings: Settings) -> None:
     topics = Topics.of(settings)
     assert await list_dead_letters(settings) == []
     values = [b"\xff\x00 no json", b"[]", b"x" * (MAX_RECORD_BYTES - 500_000), b"{}"]
@@ -43,7 +43,7 @@ async def test_letters_are_listed_and_sent_in_again_as_they_came(settings: Setti
     assert got == sorted(wanted)
 
 
-async def test_a_letter_whose_bytes_are_gone_is_said_to_be_lost(settings: Settings) -> None:
+async def test_a_letter_whose_record_was_deleted_is_reported_as_lost(settings: Settings) -> None:
     topics = Topics.of(settings)
     await send(settings, [(topics.replies, b"c", b"{}")])
     [record] = await read_all(settings, topics.replies)

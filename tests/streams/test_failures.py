@@ -1,4 +1,4 @@
-"""Which errors are retried, which end the process, and which are neither: as real servers answer."""
+"""The classification of errors of real servers: transient, configuration, or neither."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ SCRIPT = "return redis.call('SET', KEYS[1], 'x')"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis whose configuration these tests change."""
+    """A Redis for these tests, which change its configuration."""
     with own_redis(tmp_path_factory.mktemp("failures")) as url:
         yield url
 
 
 @pytest.fixture
 def at(server: str, settings: Settings) -> Iterator[Settings]:
-    """Settings with that Redis, which is as it was again afterwards."""
+    """Settings with that Redis, whose configuration is restored afterwards."""
     with redis.Redis.from_url(server, single_connection_client=True) as client:
-        client.ping()  # from now on: a password set later is not asked of this connection
+        client.ping()  # connects, so that a password set later does not apply to this connection
         yield settings.model_copy(update={"redis_url": Settings.load(redis_url=server).redis_url})
         client.execute_command("REPLICAOF", "NO", "ONE")
         client.config_set("replica-serve-stale-data", "yes")
@@ -52,7 +52,7 @@ def at(server: str, settings: Settings) -> Iterator[Settings]:
 
 
 def raised(work: Callable[[], object]) -> Exception:
-    """What it raises."""
+    """The exception that `work` raises."""
     try:
         work()
     except Exception as error:
@@ -114,7 +114,7 @@ async def test_a_redis_that_cannot_serve_now_is_transient(
     assert at.redis_shown in str(await explain(error, at))
 
 
-async def test_a_script_that_runs_for_ever_is_transient(at: Settings) -> None:
+async def test_an_endless_script_is_transient(at: Settings) -> None:
     administer(at.redis_address, "CONFIG", "SET", "lua-time-limit", 1)
     endless = threading.Thread(
         target=lambda: raised(lambda: administer(at.redis_address, "EVAL", "while true do end", 0))
@@ -195,7 +195,7 @@ def no_database(url: str) -> str:
         (no_database, "no such database"),
     ],
 )
-async def test_what_redis_refuses_for_good_names_the_setting(
+async def test_configuration_errors_of_redis_name_the_setting(
     at: Settings, wrong: Callable[[str], str], says: str, way: str
 ) -> None:
     url = wrong(at.redis_address)
@@ -217,7 +217,7 @@ async def test_what_redis_refuses_for_good_names_the_setting(
 @pytest.mark.parametrize(
     "command", [("LPUSH", "k", "v"), ("EVAL", "return nil + 1", 0), ("NO-SUCH-COMMAND",)]
 )
-async def test_what_one_key_or_script_causes_is_neither(at: Settings, command: tuple[Any, ...]) -> None:
+async def test_errors_of_one_key_or_script_are_neither(at: Settings, command: tuple[Any, ...]) -> None:
     administer(at.redis_address, "SET", "k", "a string")
     error = raised(lambda: administer(at.redis_address, *command))
     assert isinstance(error, redis.ResponseError)
@@ -225,8 +225,8 @@ async def test_what_one_key_or_script_causes_is_neither(at: Settings, command: t
     assert await explain(error, at) is None
 
 
-def test_a_value_cannot_pose_as_an_answer(at: Settings) -> None:
-    """A pipeline's error repeats the command with its arguments, which others wrote."""
+def test_a_value_is_not_mistaken_for_an_error_reply(at: Settings) -> None:
+    """A pipeline's error contains the command with its arguments, which can be anything."""
     administer(at.redis_address, "SET", "k", "a string")
     with redis_client(at) as client:
         pipe = client.pipeline(transaction=False)
@@ -292,7 +292,7 @@ async def test_what_kafka_refuses(settings: Settings) -> None:
         (ValueError("a bug"), False, False),
     ],
 )
-async def test_each_error_is_one_of_three_things(
+async def test_each_error_has_one_of_three_meanings(
     settings: Settings, error: Exception, transient: bool, configuration: bool
 ) -> None:
     assert is_transient(error) == transient
@@ -302,7 +302,7 @@ async def test_each_error_is_one_of_three_things(
     assert (meaning is None) == (not transient and not configuration)
 
 
-async def test_retry_waits_for_a_server_and_says_what_it_answered(at: Settings) -> None:
+async def test_retry_waits_for_a_server_and_reports_its_answer(at: Settings) -> None:
     said: list[tuple[str, str]] = []
     demoted(at.redis_address)
     client = async_redis_client(at)
@@ -319,7 +319,7 @@ async def test_retry_waits_for_a_server_and_says_what_it_answered(at: Settings) 
     assert at.redis_shown in why
 
 
-async def test_retry_raises_what_waiting_cannot_mend(at: Settings) -> None:
+async def test_retry_raises_errors_that_are_not_transient(at: Settings) -> None:
     administer(at.redis_address, "SET", "k", "a string")
     async with async_redis_client(at) as client:
         with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
@@ -332,8 +332,8 @@ async def test_retry_raises_what_waiting_cannot_mend(at: Settings) -> None:
 
 
 @pytest.mark.parametrize("kind", ["threads", "event loop"])
-async def test_a_demoted_primary_costs_its_connections(at: Settings, kind: str) -> None:
-    """The next connection asks for the address again, which leads to the new primary after a failover."""
+async def test_connections_to_a_demoted_primary_are_closed(at: Settings, kind: str) -> None:
+    """A new connection resolves the address again, and so reaches the new primary after a failover."""
 
     def connections() -> set[str]:
         with redis.Redis.from_url(at.redis_address) as admin:

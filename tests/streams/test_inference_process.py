@@ -13,7 +13,7 @@ from cortex_core.model import CortexModel
 from streams.local.embedded import EmbeddedKafka, free_port
 from streams.settings import Settings, default_cache_dir
 from streams.testing import async_wait_for, spawn_worker
-from streams.testing.waiting import PATIENCE_S
+from streams.testing.waiting import DEFAULT_TIMEOUT_S
 from streams.weights.architecture import model_config
 from tests.streams.serving import (
     body,
@@ -37,7 +37,7 @@ class Load:
         self.broken: list[str] = []
         """connections that were refused or cut"""
         self._stop = asyncio.Event()
-        self._http = httpx.AsyncClient(base_url=url, timeout=PATIENCE_S)
+        self._http = httpx.AsyncClient(base_url=url, timeout=DEFAULT_TIMEOUT_S)
         self._tasks = [asyncio.create_task(self._agent(n)) for n in range(agents)]
 
     async def __aenter__(self) -> Load:
@@ -140,7 +140,7 @@ async def test_kafka_that_dies_and_comes_back(settings: Settings) -> None:
     own = settings.model_copy(update={"kafka": broker.address})
     try:
         worker = spawn_worker("inference", own, publish_timeout_s=1, shutdown_timeout_s=30).wait_ready()
-        async with httpx.AsyncClient(base_url=worker.url, timeout=PATIENCE_S) as http:
+        async with httpx.AsyncClient(base_url=worker.url, timeout=DEFAULT_TIMEOUT_S) as http:
             first = await http.post("/v1/decide", json=body(interaction_id="before"))
             assert first.status_code == 200
             assert broker.child is not None

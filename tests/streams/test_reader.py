@@ -71,12 +71,12 @@ def test_the_watchdog_names_the_stalled_partitions_only(monkeypatch: pytest.Monk
     now = 0.0
     monkeypatch.setattr("streams.kafka.reader.time.monotonic", lambda: now)
     watchdog: Watchdog[str] = Watchdog(30.0)
-    ends = {"moves": 100, "stands": 100, "is done": 5, "grows": 6}
+    ends = {"moves": 100, "stalls": 100, "is done": 5, "grows": 6}
     for step in range(8):
         now = 5.0 * step
         grows = 6 if step < 5 else 7  # it was at its end until now
-        positions = {"moves": step, "stands": 7, "is done": 5, "grows": 6}
+        positions = {"moves": step, "stalls": 7, "is done": 5, "grows": 6}
         stalled = watchdog.stalled(positions, ends | {"grows": grows})
-        assert stalled == (["stands"] if now > 30 else [])
+        assert stalled == (["stalls"] if now > 30 else [])
     watchdog.reset()
-    assert watchdog.stalled({"stands": 7}, ends) == []
+    assert watchdog.stalled({"stalls": 7}, ends) == []

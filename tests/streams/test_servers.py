@@ -1,4 +1,4 @@
-"""Where the tests' servers come from: nothing falls back in silence."""
+"""The source of the tests' servers: there is no silent fallback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streams.testing.servers import REDIS_VARIABLES, redis_server, source
 
 
 class FullEngine(BaseHTTPRequestHandler):
-    """A Docker engine that answers, and can do nothing."""
+    """A Docker engine that answers every request with an error."""
 
     def do_GET(self) -> None:
         known = self.path.endswith("/version")
@@ -60,7 +60,7 @@ def _nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("full_engine")
-def test_an_engine_that_answers_and_then_fails_is_an_error(tmp_path: Path) -> None:
+def test_a_docker_engine_that_answers_but_fails_is_an_error(tmp_path: Path) -> None:
     from docker.errors import APIError
 
     assert source(REDIS_VARIABLES) == "container"

@@ -1,6 +1,6 @@
-"""Trainers on a real Kafka and Redis: what one reply does, and what crashes, rivals and bad input do not.
+"""Trainers on a real Kafka and Redis: replies, crashes, rebalances and invalid input.
 
-Those that are killed or stopped are processes; their heirs run in this one, which has torch loaded.
+Trainers that are killed or stopped are processes; the others run in this process, which has loaded torch.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ async def test_a_failure_at_any_point_of_publishing_changes_nothing(
             return await real(self, *args, **options)
         if moment == "after commit":
             await real(self, *args, **options)
-        raise OSError("the network is gone")
+        raise OSError("the network is down")
 
     monkeypatch.setattr(AIOKafkaProducer, name, failing)
     events = [experience(f"e{i}", model_id=f"m{i % 3}") for i in range(30)]
@@ -232,7 +232,7 @@ async def test_invalid_experiences_become_dead_letters_and_the_rest_is_learned(
         "NaN": (b"m", good.to_bytes().replace(b'"reward":0.8', b'"reward":NaN')),
         "a newer schema": (b"m", good.to_bytes().replace(b'"schema_version":1', b'"schema_version":99', 1)),
         "no key": (None, good.to_bytes()),
-        "a key that is no text": (b"\xff", good.to_bytes()),
+        "an invalid key": (b"\xff", good.to_bytes()),
     }
     for key, value in bad.values():
         await send_raw(settings, key, value, partition)

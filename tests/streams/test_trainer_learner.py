@@ -80,7 +80,7 @@ def cache(settings: Settings) -> Iterator[redis.Redis]:
         yield client
 
 
-def birth(settings: Settings, cache: redis.Redis) -> ModelLearner:
+def untrained(settings: Settings, cache: redis.Redis) -> ModelLearner:
     return ModelLearner.open(settings, "m", None, b"", buffer=ReplayBuffer(100), cache=cache)
 
 
@@ -99,7 +99,7 @@ def publish(learner: ModelLearner, offset: int) -> tuple[WeightsSnapshot, bytes]
 
 @pytest.mark.integration
 def test_an_untrained_model_equals_that_of_inference(settings: Settings, cache: redis.Redis) -> None:
-    snapshot, _ = birth(settings, cache).next_version({})
+    snapshot, _ = untrained(settings, cache).next_version({})
     own = CortexModel.create(model_config(settings), "m")
     assert snapshot.payload == WeightsSnapshot.of(own, model_id="m", version=1).payload
 
@@ -111,7 +111,7 @@ def unpublished(learner: ModelLearner) -> int | None:
 
 @pytest.mark.integration
 def test_counts_and_versions(settings: Settings, cache: redis.Redis) -> None:
-    learner = birth(settings, cache)
+    learner = untrained(settings, cache)
     assert learn(learner, experience("a"), 0)[0] == "learned"
     assert learn(learner, experience("a"), 1)[0] == "repeated"
     assert learn(learner, experience("b", revision=0), 2)[0] == "no_reply"
@@ -146,7 +146,7 @@ def test_a_restart_continues_as_if_there_had_been_none(
     settings: Settings, cache: redis.Redis, cached: bool
 ) -> None:
     """The same weights, counts and learned experiences, and the optimizer's moments if they are cached."""
-    learner = birth(settings, cache)
+    learner = untrained(settings, cache)
     for i in range(12):
         learn(learner, experience(f"e{i}"), i)
     snapshot, resume = learner.next_version({TP: 12})
@@ -174,7 +174,7 @@ def test_a_restart_continues_as_if_there_had_been_none(
 def test_the_cache_has_two_versions_and_those_of_others_are_not_used(
     settings: Settings, cache: redis.Redis
 ) -> None:
-    learner = birth(settings, cache)
+    learner = untrained(settings, cache)
     for version in (1, 2, 3, 4):
         learn(learner, experience(f"e{version}"), version)
         snapshot, resume = learner.next_version({})
@@ -189,7 +189,7 @@ def test_the_cache_has_two_versions_and_those_of_others_are_not_used(
 
 @pytest.mark.integration
 def test_a_rollback_restores_the_weights_and_keeps_the_counts(settings: Settings, cache: redis.Redis) -> None:
-    learner = birth(settings, cache)
+    learner = untrained(settings, cache)
     learn(learner, experience("a"), 0)
     first, _ = publish(learner, 1)
     learn(learner, experience("b"), 1)

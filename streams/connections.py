@@ -7,6 +7,7 @@ import contextlib
 import random
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import redis
@@ -14,8 +15,10 @@ import redis.asyncio
 import redis.asyncio.retry
 import redis.retry
 import structlog
-from aiokafka.conn import collect_hosts, create_conn
-from aiokafka.errors import KafkaError
+from aiokafka.conn import AIOKafkaConnection, collect_hosts, create_conn
+from aiokafka.errors import IllegalSaslStateError, KafkaError
+from aiokafka.protocol.admin import SaslHandShakeRequest
+from aiokafka.protocol.metadata import MetadataRequest
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
@@ -124,36 +127,61 @@ def async_redis_client(settings: Settings) -> redis.asyncio.Redis:
 
 
 async def explain(error: BaseException, settings: Settings) -> CortexError | None:
-    """What an error of a client means to the process (see `streams.failures`).
+    """The meaning of a client's error for the process (see `streams.failures`).
 
-    Asks Kafka where aiokafka hides the reason: it says of a wrong password only that no broker was reached.
+    Connects to Kafka if aiokafka may hide the reason: when a broker refuses a password, aiokafka reports only
+    that no broker could be reached, or retries until a timeout.
 
     Returns:
-        `ConfigError`: end, and say what to do. `UnavailableError`: transient, with what was answered; wait.
-        None: neither, for the caller to judge.
+        `ConfigError`: the process should end; the message says what to change. `UnavailableError`: transient;
+        the message has the server's answer. None: neither; the caller decides.
     """
     if refused := configuration_error(error, settings):
         return refused
     if not is_transient(error):
         return None
-    if isinstance(error, KafkaError) and (refused := await _kafka_refusal(settings)):
+    if not is_redis(error) and (refused := await _kafka_refusal(settings)):
         return refused
     return unavailable_error(error, settings)
 
 
 async def _kafka_refusal(settings: Settings) -> ConfigError | None:
-    """Why Kafka refuses connections, where the configuration is the reason."""
+    """The reason why a broker refuses connections, if it is the configuration; else None."""
     options = kafka_client_options(settings)
     for host, port, _ in collect_hosts(options.pop("bootstrap_servers")):
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                connection = await create_conn(host, port, **options)
+                await _connect_once(partial(create_conn, host, port, **options))
         except (KafkaError, OSError) as error:
             if refused := configuration_error(error, settings):
                 return refused
-        else:
-            await connection.close()
     return None
+
+
+async def _connect_once(connect: Callable[[], Awaitable[AIOKafkaConnection]]) -> None:
+    """Opens a connection, sends a request, and closes it.
+
+    Raises:
+        IllegalSaslStateError: the listener requires SASL, and these options do not use it.
+        KafkaError, OSError: the broker does not answer or refuses the connection.
+    """
+    connection = await connect()
+    try:
+        await connection.send(MetadataRequest([]))
+        return
+    except KafkaError as error:
+        # Without a message, a listener with SASL closes connections that send anything but a handshake.
+        closed = error
+    finally:
+        await connection.close()
+    connection = await connect()
+    try:
+        answer = await connection.send(SaslHandShakeRequest("PLAIN"))
+    finally:
+        await connection.close()
+    if answer.error_code == IllegalSaslStateError.errno:  # the listener does not use SASL, or is past it
+        raise closed
+    raise IllegalSaslStateError(f"the listener requires SASL: {', '.join(answer.enabled_mechanisms)}")
 
 
 async def why_unavailable(error: Exception, settings: Settings) -> UnavailableError:

@@ -165,6 +165,18 @@ def configuration_error(error: BaseException, settings: Settings) -> ConfigError
     return ConfigError(f"{problem} (Kafka at {settings.kafka_address}: {error_text(error)})")
 
 
+def refused_command(error: BaseException, settings: Settings) -> ConfigError | None:
+    """Any other error reply of a server as a `ConfigError`, for commands, which do one thing; else None."""
+    if isinstance(error, redis.ResponseError):
+        return ConfigError(
+            f"Redis at {settings.redis_shown} refused a command ({error_text(error)}): check that no other "
+            f"program uses the keys {settings.topic_prefix}:* of this database"
+        )
+    if isinstance(error, KafkaError):
+        return ConfigError(f"Kafka at {settings.kafka_address} refused a request ({error_text(error)})")
+    return None
+
+
 def unavailable_error(error: BaseException, settings: Settings) -> UnavailableError:
     """A transient error as an `UnavailableError` that names the server and its answer."""
     if isinstance(error, UnavailableError):

@@ -91,12 +91,14 @@ def run(work: Any, settings: Settings) -> Any:
     import asyncio
 
     from streams.connections import explain
+    from streams.failures import refused_command
 
     async def explained() -> Any:
         try:
             return await work
         except Exception as error:
-            if (meaning := await explain(error, settings)) is None:
+            meaning = await explain(error, settings) or refused_command(error, settings)
+            if meaning is None or meaning is error:
                 raise
             raise meaning from error
 

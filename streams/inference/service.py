@@ -93,12 +93,18 @@ class Service:
             self._decider.close()
 
     async def until_refused(self) -> NoReturn:
-        """Waits until Kafka refuses this process for good, if it ever does.
+        """Waits until Kafka refuses the configuration of this process, if that ever happens.
 
         Raises:
-            ConfigError: it does.
+            ConfigError: it happened.
         """
-        await self._publisher.until_refused()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._publisher.until_refused())
+                group.create_task(self._follower.until_refused())
+        except BaseExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None
+        raise AssertionError("both wait for a refusal")
 
     @property
     def refused(self) -> Counter[str]:

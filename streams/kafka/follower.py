@@ -16,14 +16,16 @@ import abc
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import prometheus_client
 import structlog
 from aiokafka import TopicPartition
 
+from cortex_core.errors import ConfigError
 from streams.connections import backoff, explain, retry
 from streams.kafka.reader import STALL_S, EndProbe, Watchdog, reading
+from streams.kafka.refusal import Refusal
 from streams.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -71,6 +73,7 @@ class TopicFollower:
         self._stalled = False
         self._unavailable = False
         self._busy = False
+        self._refusal = Refusal()
 
     async def start(self) -> None:
         """Starts reading in the background; the broker need not be available yet."""
@@ -110,6 +113,14 @@ class TopicFollower:
         target = await retry(self.end, self.settings, lambda _, why: self._on_state(why))
         async with self._moved:
             await self._moved.wait_for(lambda: self.position >= target)
+
+    async def until_refused(self) -> NoReturn:
+        """Waits until Kafka refuses the configuration of this process, if that ever happens.
+
+        Raises:
+            ConfigError: it happened.
+        """
+        await self._refusal.wait()
 
     async def _read_forever(self) -> None:
         async for _ in backoff():
@@ -164,6 +175,8 @@ class TopicFollower:
         if meaning is None:
             log.exception("reading failed", topic=self.partition.topic, error=str(error))
             return
+        if isinstance(meaning, ConfigError):
+            self._refusal.set(meaning)
         write = log.debug if self._unavailable else log.warning
         write("unavailable", topic=self.partition.topic, why=str(meaning))
         self._unavailable = True
@@ -213,6 +226,14 @@ class StateFollower(abc.ABC):
         """
         assert self._starting is not None, "start() first"
         await asyncio.shield(self._starting)
+
+    async def until_refused(self) -> NoReturn:
+        """Waits until Kafka refuses the configuration of this process, if that ever happens.
+
+        Raises:
+            ConfigError: it happened.
+        """
+        await self._topic.until_refused()
 
     async def catch_up(self) -> None:
         """Returns when everything committed before this call has been read."""

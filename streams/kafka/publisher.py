@@ -35,6 +35,7 @@ from cortex_core.errors import ConfigError, InputError, UnavailableError
 from streams.connections import PROBE_TIMEOUT_S, kafka_client_options, retry
 from streams.failures import configuration_error, error_text
 from streams.kafka.clients import start, stop
+from streams.kafka.refusal import Refusal
 from streams.kafka.topics import MAX_RECORD_BYTES, create_topics
 from streams.settings import Settings
 
@@ -76,8 +77,7 @@ class Publisher:
         self._broken = False
         self._late = 0
         self._failed = asyncio.Event()
-        self._refused: ConfigError | None = None
-        self._refusal = asyncio.Event()
+        self._refusal = Refusal()
         self._recovery: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -155,8 +155,6 @@ class Publisher:
             ConfigError: it happened.
         """
         await self._refusal.wait()
-        assert self._refused is not None
-        raise self._refused
 
     async def _batched(
         self, producer: AIOKafkaProducer, messages: Iterable[Message]
@@ -178,8 +176,8 @@ class Publisher:
         return batches
 
     def _usable(self) -> AIOKafkaProducer:
-        if self._refused is not None:
-            raise self._refused
+        if self._refusal.error is not None:
+            raise self._refusal.error
         if self.unavailable is not None or self._producer is None:
             raise UnavailableError(self.unavailable or "not connected yet")
         return self._producer
@@ -230,8 +228,7 @@ class Publisher:
         self._failed.set()
 
     def _refuse(self, error: ConfigError) -> None:
-        self._refused = error
-        self._refusal.set()
+        self._refusal.set(error)
         self._set_unavailable(str(error))
 
     def _set_unavailable(self, why: str | None) -> None:
@@ -244,7 +241,7 @@ class Publisher:
 
     async def _recover(self) -> None:
         """After each failure, waits until Kafka answers, and replaces the producer if it is broken."""
-        while self._refused is None:
+        while self._refusal.error is None:
             await self._failed.wait()
             self._failed.clear()
             try:

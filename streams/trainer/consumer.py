@@ -100,7 +100,8 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
             stack.callback(self._thread.shutdown, wait=False, cancel_futures=True)
             stack.push_async_callback(self._probe.close)
             async with asyncio.TaskGroup() as group:
-                watches = [group.create_task(watch()) for watch in (self._watch_redis, self._watch_kafka)]
+                watched = (self._watch_redis, self._watch_kafka, self._follower.until_refused)
+                watches = [group.create_task(watch()) for watch in watched]
                 if await self._or_shutdown(self._connect(stack)):
                     await self._work()
                 for watch in watches:

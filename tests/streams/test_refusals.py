@@ -1,4 +1,4 @@
-"""What workers and commands do when a server refuses: wait, end with what to do, or give up one event."""
+"""Workers and commands when a server refuses: they wait, end with instructions, or reject one event."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def demoted(url: str) -> Iterator[None]:
         administer(url, "REPLICAOF", "NO", "ONE")
 
 
-def test_a_wrong_password_ends_workers_and_commands_with_the_setting_to_mend(
+def test_a_wrong_password_ends_workers_and_commands_and_names_the_setting(
     settings: Settings, tmp_path: Path
 ) -> None:
     with own_redis(tmp_path / "closed", "--requirepass", "right") as url:
@@ -85,7 +85,7 @@ def test_a_wrong_password_ends_workers_and_commands_with_the_setting_to_mend(
             assert "Traceback" not in text
 
 
-async def test_a_joiner_waits_for_a_demoted_primary_and_goes_on(settings: Settings, own_url: str) -> None:
+async def test_a_joiner_waits_for_a_demoted_primary(settings: Settings, own_url: str) -> None:
     its = with_redis(settings, own_url).model_copy(update={"session_timeout_s": 1.0})
     joiner = await asyncio.to_thread(lambda: spawn_worker("joiner", its).wait_ready())
     events = [e for n in range(5) for e in (interaction(f"i{n}", f"c{n}"), reply(f"r{n}", f"i{n}", f"c{n}"))]
@@ -105,7 +105,7 @@ async def test_a_joiner_waits_for_a_demoted_primary_and_goes_on(settings: Settin
     assert await read_all(its, Topics.of(its).dead_letters) == []
 
 
-async def test_a_key_of_another_type_costs_the_joiner_its_model_alone(
+async def test_a_key_of_another_type_affects_one_model_of_the_joiner(
     settings: Settings, redis_url: str
 ) -> None:
     taken = ReplayKeys(settings.topic_prefix, "taken").entries
@@ -129,7 +129,7 @@ async def test_a_key_of_another_type_costs_the_joiner_its_model_alone(
     assert joiner.get("/readyz").status_code == 200
 
 
-async def test_a_key_of_another_type_costs_the_trainer_its_model_alone(settings: Settings) -> None:
+async def test_a_key_of_another_type_affects_one_model_of_the_trainer(settings: Settings) -> None:
     settings = for_trainers(settings)
     taken = ReplayKeys(settings.topic_prefix, "taken").order
     administer(settings.redis_address, "SET", taken, "a string")
@@ -145,9 +145,7 @@ async def test_a_key_of_another_type_costs_the_trainer_its_model_alone(settings:
         await async_wait_for(lambda: not trainer.worker.missing, "the trainer to be ready again")
 
 
-async def test_a_trainer_goes_on_where_its_redis_is_demoted_and_promoted(
-    settings: Settings, own_url: str
-) -> None:
+async def test_a_trainer_continues_while_its_redis_is_demoted(settings: Settings, own_url: str) -> None:
     its = for_trainers(with_redis(settings, own_url))
     key = f"{its.topic_prefix}:trainer:{{m}}:optimizer"
 
@@ -192,3 +190,15 @@ def test_status_says_what_redis_refused_and_fails(settings: Settings, tmp_path: 
     assert set(report["errors"]) == {"replay"}
     assert "CORTEX_REDIS_URL" in report["errors"]["replay"]
     assert report["groups"]
+
+
+@pytest.mark.parametrize("arguments", [("audit",), ("rebuild", "--from", "beginning")])
+def test_commands_report_an_error_reply_in_one_line(settings: Settings, arguments: tuple[str, ...]) -> None:
+    asyncio.run(send(settings, [interaction("i"), reply("r", "i")]))
+    administer(settings.redis_address, "SET", ReplayKeys(settings.topic_prefix, "").models, "a string")
+    done = command(settings, *arguments)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"cortex: Redis at {settings.redis_shown} refused a command")
+    assert "WRONGTYPE" in last
+    assert "Traceback" not in done.stderr

@@ -10,6 +10,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; 
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# Without cached bytecode every process compiles torch at its start (8 CPU seconds). Empty: not set.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Keyed by contents, not by date, so that a fresh checkout of the same files repeats nothing.
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import signal
@@ -72,8 +73,20 @@ async def test_sigterm_finishes_the_batch_commits_it_and_leaves_the_group(
     settings: Settings, client: redis.Redis
 ) -> None:
     joiner = spawn_worker("joiner", settings, join_batch=20).wait_ready()
-    events = [event for n in range(300) for event in conversation(n, named=n % 2 == 0)]
-    sending = asyncio.create_task(send(settings, events))
+    sent = 0
+
+    def events() -> Iterator[InteractionEvent | ReplyEvent]:
+        """Conversation after conversation, the last one after the joiner has ended."""
+        nonlocal sent
+        for n in itertools.count():
+            ended = not joiner.alive
+            for event in conversation(n, named=n % 2 == 0):
+                sent += 1
+                yield event
+            if ended:
+                return
+
+    sending = asyncio.create_task(send(settings, events()))
     await async_wait_for(lambda: len(replay(settings, client)) > 20, "progress")
     assert await asyncio.to_thread(joiner.stop, settings.shutdown_timeout_s) == 0
     await sending
@@ -90,7 +103,7 @@ async def test_sigterm_finishes_the_batch_commits_it_and_leaves_the_group(
                 InteractionEvent if is_interaction else ReplyEvent
             )
             done.append(parse(kind, record.value))
-    assert 20 < len(done) < len(events)
+    assert 20 < len(done) < sent
     assert summary(replay(settings, client)) == expected(done), "committed and done are the same"
 
 

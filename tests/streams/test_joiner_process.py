@@ -165,6 +165,7 @@ main(Settings.load())
 
 
 async def test_a_joiner_whose_main_thread_hangs_ends(settings: Settings) -> None:
+    settings = settings.model_copy(update={"shutdown_timeout_s": 2.0})  # what it has to end by itself
     await send(settings, conversation(1))
     code, said = await asyncio.to_thread(run_python, "-c", HANGING, settings=settings)
     assert code == 1, said

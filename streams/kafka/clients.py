@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import traceback
 from collections.abc import AsyncIterator, Iterator
+from itertools import chain
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -78,7 +79,7 @@ async def _clean_up(client: Any) -> None:
     inner = client.client if isinstance(client, AIOKafkaProducer) else client._client
     left = {task for task in _tasks(client) if task is not None and not task.done()}
     if isinstance(client, AIOKafkaProducer):
-        client._message_accumulator.fail_all(KafkaConnectionError("the producer was stopped"))
+        _give_up_events(client._message_accumulator)
     for _ in range(3):
         for task in left:
             task.cancel()
@@ -89,6 +90,16 @@ async def _clean_up(client: Any) -> None:
         if not left:
             return
         _, left = await asyncio.wait(left, timeout=0.3)
+
+
+def _give_up_events(accumulator: Any) -> None:
+    """Fails events that are not acknowledged; asyncio reports none for which nobody waits any more."""
+    batches = [*chain(*accumulator._batches.values()), *accumulator._pending_batches]
+    accumulator.fail_all(KafkaConnectionError("the producer was stopped"))
+    for batch in batches:
+        for future in (batch.future, *(future for future, _ in batch._msg_futures)):
+            if not future.cancelled():
+                future.exception()  # which marks it as retrieved
 
 
 def _tasks(client: Any) -> Iterator[asyncio.Task[Any] | None]:

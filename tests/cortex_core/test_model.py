@@ -97,14 +97,15 @@ def test_propensities_are_the_frequencies() -> None:
     first = np.zeros(6)
     strategies = np.zeros(3)
     claimed: dict[int, float] = {}
-    for _ in range(3000):
+    draws = 1500
+    for _ in range(draws):
         decision = model.decide(message, None, None, memories, top_k=2, rng=rng)
         first[decision.memory_indices[0]] += 1
         strategies[decision.strategy_index] += 1
         claimed[decision.memory_indices[0]] = decision.memory_propensities[0]
-    assert strategies / 3000 == pytest.approx(decision.probabilities, abs=0.04)
+    assert strategies / draws == pytest.approx(decision.probabilities, abs=0.04)
     for index, propensity in claimed.items():
-        assert first[index] / 3000 == pytest.approx(propensity, abs=0.04)
+        assert first[index] / draws == pytest.approx(propensity, abs=0.04)
 
 
 def test_bad_inputs_are_named() -> None:

@@ -82,7 +82,7 @@ class LongCommand:
     def is_ready(self, url: str) -> bool:
         self.text()
         try:
-            return httpx.get(f"{url}/readyz").status_code == 200
+            return httpx.get(f"{url}/readyz", verify=False).status_code == 200
         except httpx.HTTPError:
             return False
 

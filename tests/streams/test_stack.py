@@ -194,7 +194,7 @@ async def test_a_worker_that_is_killed_is_started_again_at_its_port(settings: Se
 
         async def ready() -> bool:
             try:
-                async with httpx.AsyncClient(timeout=5) as http:
+                async with httpx.AsyncClient(timeout=5, verify=False) as http:
                     return worker.child.pid != first and (await http.get(f"{url}/readyz")).status_code == 200
             except httpx.HTTPError:
                 return False

@@ -11,8 +11,9 @@ Classification") keeps information that the embedding, an average, loses. Traine
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -85,6 +86,56 @@ class Meaning:
     """The words that contributed most to a positive and to a negative result; "" for none."""
 
 
+class WordWindows:
+    """What each word adds to the three windows that it is in, computed when a word first comes.
+
+    W: components of a word, C: channels.
+    """
+
+    CAPACITY = 4096
+    """Words kept, in 19 MB; beyond it all are computed anew as they come."""
+
+    def __init__(self, word_vectors: npt.NDArray[np.int8], window_weight: FloatArray) -> None:
+        """Takes (V, W) vectors, and (3 * W, C) weights of the previous word, the word and the next word."""
+        self._vectors = word_vectors
+        size = word_vectors.shape[1]
+        self._weight = np.hstack([window_weight[k * size : (k + 1) * size] for k in range(3)])
+        self._slot = np.full(len(word_vectors), -1)
+        self._added = np.zeros((0, 3, window_weight.shape[1]), np.float32)
+        self._used = 0
+        self._lock = threading.Lock()
+
+    def sums(
+        self, before: npt.NDArray[np.intp], word: npt.NDArray[np.intp], after: npt.NDArray[np.intp]
+    ) -> FloatArray:
+        """(n, C) sums over n windows, given the rows of their (n,) words.
+
+        The products are exact (see `Head`), and so is their sum in any order.
+        """
+        with self._lock:
+            self._require(np.unique(np.concatenate((before[:1], word))))
+            out: FloatArray = self._added[self._slot[before], 0]
+            out += self._added[self._slot[word], 1]
+            out += self._added[self._slot[after], 2]
+        return out
+
+    def _require(self, rows: npt.NDArray[np.intp]) -> None:
+        """Fills in what is missing of these words; forgets all others where there is no room."""
+        missing = rows[self._slot[rows] < 0]
+        if not len(missing):
+            return
+        if self._used + len(missing) > len(self._added):
+            self._slot.fill(-1)
+            self._used, missing = 0, rows
+            if len(rows) > len(self._added):
+                self._added = np.zeros((max(len(rows), self.CAPACITY), *self._added.shape[1:]), np.float32)
+        end = self._used + len(missing)
+        products = self._vectors[missing].astype(np.float32) @ self._weight
+        self._added[self._used : end] = products.reshape(len(missing), 3, -1)
+        self._slot[missing] = np.arange(self._used, end)
+        self._used = end
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """An ensemble of networks whose logits are averaged; the first M of them use words.
@@ -118,6 +169,10 @@ class Head:
     """D"""
     least_share: float
     """minimum `Meaning.share`; smaller for embeddings of a different encoder or language"""
+    word_windows: WordWindows = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "word_windows", WordWindows(self.word_vectors, self.window_weight))
 
     def read(
         self, texts: Sequence[str], embeddings: FloatArray, features: FloatArray, *, evidence: bool = True
@@ -154,23 +209,21 @@ class Head:
     def _channels(
         self, rows: Sequence[Sequence[int]], locate: bool
     ) -> tuple[DoubleArray, list[npt.NDArray[np.intp]]]:
-        """(n, M * K) maximum of each channel over the windows of each reply; with `locate` also its position.
-
-        Replies of the same length are processed together.
-        """
+        """(n, M * K) maximum of each channel over a reply's windows; with `locate` also its position."""
         out = np.zeros((len(rows), len(self.window_bias)))
         where = [np.zeros(0, dtype=np.intp)] * len(rows)
-        for length in {len(r) for r in rows} - {0}:
-            members = [i for i, r in enumerate(rows) if len(r) == length]
-            padded = np.array([[PADDING, *rows[i], PADDING] for i in members])
-            vectors = self.word_vectors[padded].astype(np.float32)
-            windows = np.concatenate((vectors[:, :-2], vectors[:, 1:-1], vectors[:, 2:]), axis=2)
-            moved = windows.reshape(-1, windows.shape[2]) @ self.window_weight
-            moved = moved.reshape(len(members), length, -1)
-            out[members] = moved.max(1) + self.window_bias.astype(np.float64)
+        filled = [i for i, row in enumerate(rows) if row]
+        if filled:
+            # All replies in one sequence, each between two paddings, where no window is.
+            padded = np.array([row for i in filled for row in (PADDING, *rows[i], PADDING)])
+            lengths = np.array([len(rows[i]) for i in filled])
+            starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+            middle = np.arange(lengths.sum()) + np.repeat(2 * np.arange(len(filled)) + 1, lengths)
+            windows = self.word_windows.sums(padded[middle - 1], padded[middle], padded[middle + 1])
+            out[filled] = np.maximum.reduceat(windows, starts) + self.window_bias.astype(np.float64)
             if locate:
-                for i, at in zip(members, moved.argmax(1), strict=True):
-                    where[i] = at
+                for i, start in zip(filled, starts, strict=True):
+                    where[i] = windows[start : start + len(rows[i])].argmax(0)
         return _rounded(out.clip(0.0), UNIT_GRID), where
 
     def _evidence(

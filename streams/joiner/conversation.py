@@ -54,11 +54,11 @@ class ReceivedReply(Struct, frozen=True):
     """A `Reading`, as JSON values."""
     until: float = 0.0
     """How long it waits for its interaction: a window from when it occurred or, if later, arrived."""
-    otherwise: dict[str, dict[str, Any]] | None = None
-    """The readings that hold instead, by the `Turn` from the interaction's message to the reply; None: what
-    the interaction was about makes no difference."""
+    turns: str = ""
+    """Which `Turn`s from the interaction's message to the reply would change the reading ("r": repeated, "s":
+    switched); the join's."""
     embedding: bytes | None = None
-    """float16 of the text, where `otherwise` is given: what tells which of them holds."""
+    """float16 of the text, where any would: what tells which of them it is."""
 
     @property
     def order(self) -> tuple[float, str]:
@@ -288,6 +288,4 @@ class Conversation:
 
 _pending = msgspec.json.Decoder(dict[str, int])
 _interaction = msgspec.json.Decoder(tuple[float, str, str, float])
-_reply = msgspec.json.Decoder(
-    tuple[float, str | None, dict[str, Any], float, dict[str, dict[str, Any]] | None, bytes | None]
-)
+_reply = msgspec.json.Decoder(tuple[float, str | None, dict[str, Any], float, str, bytes | None])

@@ -11,6 +11,7 @@ it, drops it or says what is wrong. So what becomes of an event is a function of
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -18,7 +19,15 @@ import numpy as np
 from msgspec import Meta, Raw, Struct
 from pydantic import AwareDatetime, TypeAdapter
 
-from streams.events import MAX_ID, MAX_SIDE, SCHEMA_VERSION, InteractionEvent, ReplyEvent, parse
+from streams.events import (
+    MAX_ID,
+    MAX_SIDE,
+    SCHEMA_VERSION,
+    Float16Array,
+    InteractionEvent,
+    ReplyEvent,
+    parse,
+)
 
 Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID)]
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -42,6 +51,19 @@ class Interaction(Struct, frozen=True):
     """The same, as the body has it."""
     body: bytes
     """JSON of the `InteractionEvent`; without its text, unless that is stored."""
+
+
+class Reply(Struct, frozen=True):
+    """What the join needs of a reply; the fields are those of `ReplyEvent`."""
+
+    reply_id: str
+    conversation_id: str
+    interaction_id: str | None
+    occurred_at: datetime
+    kind: str
+    text: str
+    rating: float | None
+    embedding: Float16Array | None
 
 
 class _Array(Struct, forbid_unknown_fields=True):
@@ -149,7 +171,7 @@ def decode_interaction(value: bytes | None, *, store_text: bool) -> Interaction:
     )
 
 
-def decode_reply(value: bytes | None) -> ReplyEvent:
+def decode_reply(value: bytes | None) -> Reply:
     """A reply out of a record.
 
     Raises:
@@ -162,20 +184,20 @@ def decode_reply(value: bytes | None) -> ReplyEvent:
         if said and (array is None or (_is_array(array) and _are_finite(array.f16))):
             if array is not None:
                 embedding = np.frombuffer(array.f16, dtype="<f2").reshape(array.shape)
-            return ReplyEvent.model_construct(
-                schema_version=fields.schema_version,
-                occurred_at=_moment(fields.occurred_at),
-                reply_id=fields.reply_id,
-                conversation_id=fields.conversation_id,
-                interaction_id=fields.interaction_id,
-                kind=fields.kind,
-                text=fields.text,
-                rating=fields.rating,
-                embedding=embedding,
+            return Reply(
+                fields.reply_id,
+                fields.conversation_id,
+                fields.interaction_id,
+                _moment(fields.occurred_at),
+                fields.kind,
+                fields.text,
+                fields.rating,
+                embedding,
             )
     except ValueError:
         pass
-    return parse(ReplyEvent, value)
+    event = parse(ReplyEvent, value)
+    return Reply(*(getattr(event, name) for name in Reply.__struct_fields__))
 
 
 def decode_experience(value: bytes) -> StoredExperience | None:

@@ -46,13 +46,17 @@ from cortex_core.feedback_collector import (
     aggregate_rewards,
     turn_between,
 )
-from streams.events import SCHEMA_VERSION, ReplyEvent
+from streams.events import SCHEMA_VERSION
 from streams.joiner.conversation import LATE_S, Conversation, ReceivedReply, TrackedInteraction
-from streams.joiner.decode import Interaction, StoredExperience, message_of, moment
+from streams.joiner.decode import Interaction, Reply, StoredExperience, message_of, moment
 
 MAX_KEPT = 256
 """Interactions, and replies that wait, kept for one conversation: beyond it the earliest are let go. Also
 the replies that one interaction takes: what comes after them is counted as excess."""
+
+
+_REPEATS, _SWITCHES = "r", "s"
+"""In `ReceivedReply.turns`: what the reply may turn out to do."""
 
 
 @dataclass(slots=True)
@@ -105,9 +109,10 @@ class Join:
             changes.counts["joined"] += waited
             conversation.set_pending(new)
         excess = len(conversation.interactions) - self.max_kept
-        for interaction in conversation.in_order()[: max(0, excess)]:
-            if interaction.id not in conversation.pending:
-                self._forget(conversation, interaction, changes)
+        if excess > 0:
+            for earliest in conversation.in_order()[:excess]:
+                if earliest.id not in conversation.pending:
+                    self._forget(conversation, earliest, changes)
 
     def on_reply(
         self, conversation: Conversation, reply: ReceivedReply, arrived: float, changes: Changes
@@ -167,12 +172,11 @@ class Join:
 
     # -- readings and experiences --------------------------------------------------------------------------
 
-    def read(self, replies: Sequence[ReplyEvent]) -> list[ReceivedReply]:
+    def read(self, replies: Sequence[Reply]) -> list[ReceivedReply]:
         """Reads each reply once, for good: what it says is a function of the reply alone.
 
         Whether it switched the topic, or asks the same again, depends on the interaction as well, which may
-        not be known yet: where that would make a difference the other readings are kept too, and the
-        embedding that decides between them.
+        not be known yet: where that would make a difference the embedding is kept, too.
         """
         texts = [reply for reply in replies if reply.kind == "text"]
         read = iter(self.collector.read([r.text for r in texts], [r.embedding for r in texts]))
@@ -181,29 +185,30 @@ class Join:
             for reply in replies
         ]
 
-    def _text(self, reply: ReplyEvent, read: TextReading) -> ReceivedReply:
-        feedback, otherwise, embedding = read.feedback(), None, reply.embedding
-        if embedding is not None and not read.explicit:
-            turns = {turn: read.feedback(turn) for turn in (Turn.SWITCHED, Turn.REPEATED)}
-            otherwise = {str(t): self._reading(reply, f) for t, f in turns.items() if f != feedback} or None
+    def _text(self, reply: Reply, read: TextReading) -> ReceivedReply:
+        turns = ""
+        if reply.embedding is not None and not read.explicit:
+            turns = _REPEATS * read.can_repeat + _SWITCHES * read.can_switch
         return ReceivedReply(
             reply.reply_id,
             reply.occurred_at.timestamp(),
             reply.interaction_id,
-            self._reading(reply, feedback),
-            otherwise=otherwise,
-            embedding=embedding.tobytes() if otherwise and embedding is not None else None,
+            self._reading(reply.reply_id, _iso(reply.occurred_at), read.feedback()),
+            turns=turns,
+            embedding=reply.embedding.tobytes() if turns and reply.embedding is not None else None,
         )
 
-    def _rating(self, reply: ReplyEvent) -> ReceivedReply:
-        assert reply.rating is not None, "ReplyEvent requires it"
-        reading = self._reading(reply, self.collector.from_rating(reply.rating))
+    def _rating(self, reply: Reply) -> ReceivedReply:
+        assert reply.rating is not None, "decoding requires it"
+        reading = self._reading(
+            reply.reply_id, _iso(reply.occurred_at), self.collector.from_rating(reply.rating)
+        )
         return ReceivedReply(reply.reply_id, reply.occurred_at.timestamp(), reply.interaction_id, reading)
 
-    def _reading(self, reply: ReplyEvent, feedback: Feedback) -> dict[str, Any]:
+    def _reading(self, reply_id: str, occurred_at: str, feedback: Feedback) -> dict[str, Any]:
         return {
-            "reply_id": reply.reply_id,
-            "occurred_at": _iso(reply.occurred_at),
+            "reply_id": reply_id,
+            "occurred_at": occurred_at,
             "reward": feedback.reward,
             "confidence": feedback.confidence,
             "signals": [
@@ -246,11 +251,20 @@ class Join:
         readings = []
         for reply in replies:
             reading = reply.reading
-            if reply.otherwise is not None and reply.embedding is not None:
+            if reply.embedding is not None:
                 if message is None:
                     message = message_of(body)
                 embedding = np.frombuffer(reply.embedding, dtype="<f2").astype(np.float32)
-                reading = reply.otherwise.get(turn_between(message, embedding), reading)
+                turn = turn_between(message, embedding)
+                if turn is not Turn.CONTINUED:
+                    read = TextReading(
+                        (),
+                        reading["confidence"],
+                        reading["extractor"],
+                        can_repeat=_REPEATS in reply.turns,
+                        can_switch=_SWITCHES in reply.turns,
+                    )
+                    reading = self._reading(reply.id, reading["occurred_at"], read.feedback(turn))
             readings.append(reading)
         return readings
 

@@ -28,9 +28,8 @@ from redis.exceptions import LockError
 
 from cortex_core.errors import UnavailableError
 from streams.connections import async_redis_client, redis_client
-from streams.events import ReplyEvent
 from streams.joiner.conversation import Conversation
-from streams.joiner.decode import Interaction
+from streams.joiner.decode import Interaction, Reply
 from streams.joiner.effects import Engine, Task
 from streams.joiner.records import EventTime, extract_feedback, make_join, read
 from streams.joiner.states import MemoryStates, RedisStates, Save, Stored
@@ -319,7 +318,7 @@ def _tasks(
     received = [
         it
         for it in read(records, topics, refuse, store_text=engine.rules.store_text)
-        if since is None or isinstance(it.event, ReplyEvent) or it.event.at >= since.timestamp()
+        if since is None or isinstance(it.event, Reply) or it.event.at >= since.timestamp()
     ]
     tasks = extract_feedback(received, engine.rules, refuse)
     interactions = sum(isinstance(it.event, Interaction) for it in received)

@@ -11,9 +11,8 @@ from aiokafka import TopicPartition
 
 from cortex_core.errors import InputError
 from cortex_core.feedback_collector import DEFAULT_EXTRACTOR, FeedbackCollector
-from streams.events import ReplyEvent
 from streams.joiner.conversation import Conversation, ReceivedReply
-from streams.joiner.decode import Interaction, decode_interaction, decode_reply
+from streams.joiner.decode import Interaction, Reply, decode_interaction, decode_reply
 from streams.joiner.effects import Step, Task
 from streams.joiner.join import Changes, Join
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
@@ -28,7 +27,7 @@ class Received:
     """An event, and the record that it came in."""
 
     record: Any
-    event: Interaction | ReplyEvent
+    event: Interaction | Reply
 
 
 Refuse = Callable[[Any, str], None]
@@ -61,7 +60,7 @@ def read(records: Iterable[Any], topics: Topics, refuse: Refuse, *, store_text: 
 
 def extract_feedback(received: Sequence[Received], join: Join, refuse: Refuse) -> list[Task]:
     """What each event does to its conversation; the replies are read for what they say, once and for good."""
-    replies = [it for it in received if isinstance(it.event, ReplyEvent)]
+    replies = [it for it in received if isinstance(it.event, Reply)]
     try:
         read = _read(replies, join)
     except Exception:  # one of them; which one is found by reading them one by one
@@ -87,7 +86,7 @@ def extract_feedback(received: Sequence[Received], join: Join, refuse: Refuse) -
 
 
 def _read(replies: Sequence[Received], join: Join) -> dict[int, ReceivedReply]:
-    events = [it.event for it in replies if isinstance(it.event, ReplyEvent)]
+    events = [it.event for it in replies if isinstance(it.event, Reply)]
     return dict(zip(map(id, replies), join.read(events), strict=True))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cortex_core.feedback_collector import Aggregation, FeedbackCollector
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
 from streams.joiner.conversation import LATE_S, Conversation
-from streams.joiner.decode import StoredExperience, decode_experience, decode_interaction
+from streams.joiner.decode import StoredExperience, decode_experience, decode_interaction, decode_reply
 from streams.joiner.join import Changes, Join
 from streams.testing import T0, at, interaction, reply
 
@@ -51,7 +51,7 @@ class World:
             received = decode_interaction(event.to_bytes(), store_text=self.join.store_text)
             self.join.on_interaction(work, received, self.now, changes)
         else:
-            [reply] = self.join.read([event])
+            [reply] = self.join.read([decode_reply(event.to_bytes())])
             self.join.on_reply(work, reply, self.now, changes)
         return self._apply(work, changes)
 
@@ -316,7 +316,7 @@ def test_what_is_pending_is_neither_closed_nor_forgotten() -> None:
     for n in range(3):
         event = decode_interaction(interaction(f"i{n}", at_s=n).to_bytes(), store_text=False)
         join.on_interaction(conversation, event, START, changes)
-        [reply_] = join.read([reply(f"r{n}", f"i{n}", at_s=n + 0.5)])
+        [reply_] = join.read([decode_reply(reply(f"r{n}", f"i{n}", at_s=n + 0.5).to_bytes())])
         join.on_reply(conversation, reply_, START, changes)
     conversation.stamp(7)
     assert conversation.pending == {"i0": 7, "i1": 7, "i2": 7}
@@ -392,7 +392,7 @@ def test_a_stored_conversation_comes_back_as_it_was(
             received = decode_interaction(event.to_bytes(), store_text=False)
             join.on_interaction(conversation, received, START, changes)
         else:
-            [reply] = join.read([event])
+            [reply] = join.read([decode_reply(event.to_bytes())])
             join.on_reply(conversation, reply, START, changes)
         new, gone = conversation.fields()
         fields = {k: v for k, v in fields.items() if k.decode() not in gone}

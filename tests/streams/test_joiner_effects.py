@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cortex_core.feedback_collector import FeedbackCollector
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
 from streams.joiner.conversation import LATE_S, Conversation
-from streams.joiner.decode import decode_interaction
+from streams.joiner.decode import decode_interaction, decode_reply
 from streams.joiner.effects import Engine, Experience, Task
 from streams.joiner.join import Changes, Join
 from streams.joiner.states import MemoryStates, RedisStates, Save, States
@@ -77,7 +77,7 @@ def _interaction(join: Join, event: InteractionEvent, conversation: Conversation
 
 
 def _reply(join: Join, event: ReplyEvent, conversation: Conversation, changes: Changes) -> None:
-    [reply] = join.read([event])
+    [reply] = join.read([decode_reply(event.to_bytes())])
     join.on_reply(conversation, reply, START, changes)
 
 

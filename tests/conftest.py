@@ -53,6 +53,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"{server}, {', '.join(sorted(addresses))}" for server, addresses in shown.items()]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: the many short ones then fill the end, and no process idles while another works."""
+    items.sort(key=lambda item: not {"kafka", "redis_url"} & set(getattr(item, "fixturenames", ())))
+
+
 @pytest.fixture(scope="session")
 def kafka(pytestconfig: pytest.Config) -> Iterator[str]:
     """host:port of a real Kafka, shared by all tests of this process."""

@@ -1,12 +1,14 @@
 """Fixtures for all tests. Integration tests always run on a real Kafka and a real Redis; none is skipped.
 
 Both servers come from `CORTEX_TEST_KAFKA` and `CORTEX_TEST_REDIS_URL` if set, else from containers if Docker
-runs, else from the packages of the extra `embedded`. Each process of a test run starts them at most once; the
-first lines of a run name them.
+runs, else from the packages of the extra `embedded`. The processes of a test run share one Kafka, and each has a
+Redis of its own, which some tests configure; the first lines of a run name them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import tempfile
 import uuid
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from pydantic import SecretStr
 
 from streams import testing
@@ -22,7 +25,7 @@ from streams.settings import Settings
 from streams.testing import servers
 
 SERVERS = pytest.StashKey[Path]()
-"""The folder of this process's servers."""
+"""The folder of this process's Redis; Kafka's, which all processes of a run share, is its parent."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,22 +33,21 @@ def pytest_configure(config: pytest.Config) -> None:
     if worker is None:
         folder = tempfile.TemporaryDirectory(prefix="cortex-test-", ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
-        config.stash[SERVERS] = Path(folder.name)
+        config.stash[SERVERS] = Path(folder.name) / "gw0"
     else:
         config.stash[SERVERS] = Path(worker["servers"]) / worker["workerid"]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    node.workerinput["servers"] = str(node.config.stash[SERVERS])
+    node.workerinput["servers"] = str(node.config.stash[SERVERS].parent)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    own, processes = config.stash[SERVERS], len(config.getoption("tx", None) or ())
-    folders = [own / f"gw{n}" for n in range(processes)] or [own]
-    urls = {servers.redis_url(folder) for folder in folders}
+    shared, processes = config.stash[SERVERS].parent, len(config.getoption("tx", None) or ()) or 1
+    urls = {servers.redis_url(shared / f"gw{n}") for n in range(processes)}
     shown = {
-        f"Kafka: {servers.source(servers.KAFKA_VARIABLES)}": {servers.kafka_address(f) for f in folders},
+        f"Kafka: {servers.source(servers.KAFKA_VARIABLES)}": {servers.kafka_address(shared)},
         f"Redis: {servers.source(servers.REDIS_VARIABLES)}": {
             Settings.model_construct(redis_url=SecretStr(url)).redis_shown for url in urls
         },
@@ -60,14 +62,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def kafka(pytestconfig: pytest.Config) -> Iterator[str]:
-    """host:port of a real Kafka, shared by all tests of this process."""
-    with testing.kafka_server(pytestconfig.stash[SERVERS]) as address:
+    """host:port of a real Kafka, shared by all tests of this run."""
+    with _shared_kafka(pytestconfig.stash[SERVERS].parent) as address:
         yield address
+
+
+@contextlib.contextmanager
+def _shared_kafka(folder: Path) -> Iterator[str]:
+    """The first process to ask starts it, and stops it once no other uses it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    address, starting = folder / "kafka.address", FileLock(folder / "kafka.starting")
+    with (folder / "kafka.users").open("w") as users, contextlib.ExitStack() as stack:
+        with starting:
+            started_here = not address.exists()
+            if started_here:
+                address.write_text(stack.enter_context(testing.kafka_server(folder)))
+            fcntl.flock(users, fcntl.LOCK_SH)  # until this file is closed, also by a crash
+        yield address.read_text()
+        if started_here:
+            with starting:
+                fcntl.flock(users, fcntl.LOCK_EX)
+                address.unlink()
+                stack.close()
 
 
 @pytest.fixture(scope="session")
 def redis_url(pytestconfig: pytest.Config) -> Iterator[str]:
-    """URL of a real Redis, shared by all tests of this process."""
+    """URL of a real Redis, shared by all tests of this process alone."""
     with testing.redis_server(pytestconfig.stash[SERVERS]) as url:
         yield url
 

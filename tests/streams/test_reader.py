@@ -7,6 +7,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import UnknownTopicOrPartitionError
 
 from cortex_core.errors import UnavailableError
+from streams.connections import kafka_client_options
 from streams.kafka import reader
 from streams.kafka.reader import EndProbe, Watchdog, reading, records_to_end
 from streams.kafka.topics import Topics, create_topics
@@ -44,7 +45,12 @@ async def test_it_reads_what_is_committed_from_any_offset_to_the_present_end(set
         await producer.stop()
 
 
-async def test_a_topic_that_does_not_exist_is_an_error(settings: Settings) -> None:
+async def test_a_topic_that_does_not_exist_is_an_error(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # For so long aiokafka asks again, in case that the topic is new; 15 s would show no more.
+    options = kafka_client_options(settings) | {"request_timeout_ms": 1_000}
+    monkeypatch.setattr(reader, "kafka_client_options", lambda _: options)
     with pytest.raises(UnknownTopicOrPartitionError):
         async with reading(settings, ["no-such-topic"]):
             pass

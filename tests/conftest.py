@@ -1,8 +1,8 @@
 """Fixtures for all tests. Integration tests always run on a real Kafka and a real Redis; none is skipped.
 
 Both servers come from `CORTEX_TEST_KAFKA` and `CORTEX_TEST_REDIS_URL` if set, else from containers if Docker
-runs, else from the packages of the extra `embedded`. The processes of a test run share one Kafka, and each has a
-Redis of its own, which some tests configure; the first lines of a run name them.
+runs, else from the packages of the extra `embedded`. The processes of a test run share one Kafka, and each
+has a Redis of its own, which some tests configure; the first lines of a run name them.
 """
 
 from __future__ import annotations

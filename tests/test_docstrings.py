@@ -33,6 +33,7 @@ from streams.demo.view import Frame
 from streams.inference.api import DecideRequest, ReplyRequest
 from streams.joiner.batch import Batch
 from streams.joiner.decode import decode_interaction, decode_reply
+from streams.kafka.publisher import Message
 from streams.kafka.topics import Topics
 from streams.local.embedded import redis_program
 from streams.local.processes import Child
@@ -220,7 +221,7 @@ ON_SERVERS: dict[str, Callable[[Settings], dict[str, Any]]] = {
         "topic": Topics.of(settings).replies,
         "key": b"c-1",
         "value": testing.reply("r-2").to_bytes(),
-        "messages": [(Topics.of(settings).replies, b"c-1", testing.reply("r-3").to_bytes())],
+        "messages": [Message(Topics.of(settings).replies, b"c-1", testing.reply("r-3").to_bytes())],
     },
     "streams.kafka.reader": lambda settings: {"topic": Topics.of(settings).replies},
     "streams.local.stack": lambda _: {},

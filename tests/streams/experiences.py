@@ -120,7 +120,7 @@ async def send_raw(
     await producer.start()
     try:
         topic = Topics.of(settings).experiences
-        await producer.send_and_wait(topic, value, key=key, partition=partition, headers=headers)
+        await producer.send_and_wait(topic, value, key=key, partition=partition, headers=[*headers])
     finally:
         await producer.stop()
 

@@ -107,7 +107,7 @@ async def test_an_invalid_control_record_affects_no_other(settings: Settings) ->
 
 
 def test_any_bytes_of_a_resume_header_are_read_or_refused() -> None:
-    head = b'{"control_offset": 7, "experiences": %s}\n'
+    head = b'{"control_offset": 7, "lowest": 0, "experiences": %s}\n'
     assert Resume.from_bytes(head % b"0").control_offset == Resume.control_offset_in(head % b"0") == 7
     for raw in (
         head % (b"9" * 400),

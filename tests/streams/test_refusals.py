@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import subprocess
 import sys
@@ -124,9 +125,16 @@ async def test_a_key_of_another_type_affects_one_model_of_the_joiner(
     )
     await async_wait_for(lambda: joined(settings, "free") == 2, "the other model's to be joined")
 
-    [letter] = await async_wait_for(lambda: dead_letters(settings), "the dead letter", every_s=0.2)
-    assert "WRONGTYPE" in letter.reason
+    # The reply, and also the interaction if it came with it: its conversation has an experience pending.
+    letters = await async_wait_for(lambda: dead_letters(settings), "the dead letter", every_s=0.2)
+    assert {json.loads(base64.b64decode(it.raw))["conversation_id"] for it in letters} == {"c1"}
+    assert all("WRONGTYPE" in letter.reason for letter in letters)
     assert joiner.get("/readyz").status_code == 200
+
+    # Nothing is lost: the next event of the conversation writes what is pending.
+    administer(redis_url, "DEL", taken)
+    await send(settings, [reply("r1", "i1", "c1")])
+    await async_wait_for(lambda: joined(settings, "taken") == 1, "the pending experience")
 
 
 async def test_a_key_of_another_type_affects_one_model_of_the_trainer(settings: Settings) -> None:

@@ -149,6 +149,9 @@ def url(home: Path) -> Iterator[str]:
         process.stop(signal.SIGINT)
     finally:
         process.kill()
+        print(process.output.read_text())  # shown where a test fails
+        for log in sorted(home.rglob("*.log")):
+            print(f"--- {log.name}", log.read_text()[-2_000:], sep="\n")
 
 
 @on_one_stack

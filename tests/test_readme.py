@@ -149,9 +149,9 @@ def url(home: Path) -> Iterator[str]:
         process.stop(signal.SIGINT)
     finally:
         process.kill()
-        print(process.output.read_text())  # shown where a test fails
-        for log in sorted(home.rglob("*.log")):
-            print(f"--- {log.name}", log.read_text()[-2_000:], sep="\n")
+        # Shown where a test fails.
+        for log in (process.output, *sorted(home.rglob("*.log"))):
+            sys.stderr.write(f"--- {log.name}\n{log.read_text()[-2_000:]}\n")
 
 
 @on_one_stack

@@ -306,6 +306,7 @@ class ModelSummary(BaseModel):
     model_id: str
     version: int = Field(description="0 for untrained weights.")
     in_memory: bool = Field(description="Whether it is loaded; other models are loaded from Kafka on demand.")
+    pinned: int | None = Field(None, description="The only version served (`cortex control pin`).")
     updates: int = Field(0, description="Gradient steps since initialisation.")
     interactions: int = Field(0, description="Experiences learned from since initialisation.")
     ema_loss: float | None = None

@@ -48,7 +48,9 @@ class Served:
 
 
 Fetch = Callable[[str], Awaitable[tuple[WeightsSnapshot, CortexModel] | None]]
-"""Loads the newest version of a model; None if it has none."""
+"""Loads the version of a model to serve; None if it has none."""
+Pinned = Callable[[str], int | None]
+"""The only version of a model that may be served; None: the newest."""
 
 
 class Models:
@@ -58,22 +60,25 @@ class Models:
     requests.
     """
 
-    def __init__(self, config: ModelConfig, capacity: int, fetch: Fetch) -> None:
+    def __init__(
+        self, config: ModelConfig, capacity: int, fetch: Fetch, pinned: Pinned = lambda _: None
+    ) -> None:
         self.config = config
         self.capacity = capacity
         self._fetch = fetch
+        self._pinned = pinned
         self._ready: OrderedDict[str, Served] = OrderedDict()
         self._versions: dict[str, deque[AppliedVersion]] = {}
         self._loading: dict[str, asyncio.Task[Served]] = {}
 
     async def get(self, model_id: str) -> Served:
-        """The newest version of a model, or an untrained model if it has none.
+        """The pinned or the newest version of a model, or an untrained model if it has none.
 
         Raises:
             WeightsError, KafkaError, OSError, TimeoutError: it could not be loaded from Kafka.
         """
         served = self._ready.get(model_id)
-        if served is not None:
+        if served is not None and self._may_serve(model_id, served.version):
             self._ready.move_to_end(model_id)
             return served
         loading = self._loading.get(model_id)
@@ -82,9 +87,20 @@ class Models:
             loading.add_done_callback(lambda _: self._loading.pop(model_id, None))
         return await asyncio.shield(loading)
 
+    async def reload(self, model_id: str) -> None:
+        """Loads the version to serve of a model in memory, after it was pinned or unpinned.
+
+        Raises:
+            WeightsError, KafkaError, OSError, TimeoutError: as `get`; the version in memory stays.
+        """
+        if model_id in self._ready:
+            await self._load(model_id)
+
     def put(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
         """Swaps in a version. A model that was not requested yet is added only if there is room."""
         model_id = snapshot.manifest.model_id
+        if not self._may_serve(model_id, snapshot.manifest.version):
+            return
         if model_id in self._ready or model_id in self._loading or len(self._ready) < self.capacity:
             self._swap(Served(model_id, snapshot.manifest.version, model, snapshot.manifest))
 
@@ -96,6 +112,7 @@ class Models:
             model_id=model_id,
             version=manifest.version if manifest else 0,
             in_memory=served is not None,
+            pinned=self._pinned(model_id),
             updates=manifest.updates if manifest else 0,
             interactions=manifest.interactions if manifest else 0,
             ema_loss=manifest.ema_loss if manifest else None,
@@ -110,18 +127,23 @@ class Models:
         """Ids of the loaded models."""
         return list(self._ready)
 
+    def _may_serve(self, model_id: str, version: int) -> bool:
+        return self._pinned(model_id) in (None, version)
+
     async def _load(self, model_id: str) -> Served:
-        fetched = await self._fetch(model_id)
-        if fetched is None:
-            model = await asyncio.to_thread(lambda: CortexModel.create(self.config, model_id).freeze())
-            return self._swap(Served(model_id, 0, model))
-        snapshot, model = fetched
-        return self._swap(Served(model_id, snapshot.manifest.version, model, snapshot.manifest))
+        while True:
+            fetched = await self._fetch(model_id)
+            if fetched is None:
+                model = await asyncio.to_thread(lambda: CortexModel.create(self.config, model_id).freeze())
+                return self._swap(Served(model_id, 0, model))
+            snapshot, model = fetched
+            if self._may_serve(model_id, snapshot.manifest.version):  # not pinned meanwhile
+                return self._swap(Served(model_id, snapshot.manifest.version, model, snapshot.manifest))
 
     def _swap(self, served: Served) -> Served:
         model_id, manifest = served.model_id, served.manifest
         old = self._ready.get(model_id)
-        if old is not None and old.version >= served.version:
+        if old is not None and old.version >= served.version and self._may_serve(model_id, old.version):
             return old
         self._ready[model_id] = served
         self._ready.move_to_end(model_id)

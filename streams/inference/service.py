@@ -1,10 +1,10 @@
-"""The inference service, without HTTP: makes decisions, accepts replies, follows weights.
+"""The inference service, without HTTP: makes decisions, accepts replies, follows weights and pins.
 
     service = Service(settings)
     await service.start()                        # returns when encoder, Kafka and weights are ready
     answer = await service.decide(request)       # its interaction is in Kafka
     await service.reply(reply)
-    await service.stop()                         # what was not acknowledged was not error_text
+    await service.stop()                         # what was not acknowledged was not answered
 
 The inference worker serves it over HTTP; an in-process client owns one. The order of effects is: decide,
 publish, wait for Kafka's acknowledgement, answer.
@@ -43,6 +43,7 @@ from streams.kafka.publisher import Publisher
 from streams.kafka.topics import Topics
 from streams.settings import Settings
 from streams.weights.architecture import model_config
+from streams.weights.control import Control, ControlFollower
 from streams.weights.follower import WeightsFollower
 
 log = structlog.get_logger(__name__)
@@ -52,7 +53,7 @@ DEPENDENCIES = ("encoder", "kafka", "weights")
 
 
 class Service:
-    """Makes decisions and accepts replies; reads weights from Kafka and publishes events to it."""
+    """Makes decisions and accepts replies; reads weights and pins from Kafka and publishes events to it."""
 
     def __init__(self, settings: Settings, on_state: Callable[[str, str | None], None] | None = None) -> None:
         """
@@ -67,7 +68,8 @@ class Service:
         self._topics = Topics.of(settings)
         self._publisher = Publisher(settings, lambda why: self._state("kafka", why))
         self._follower = WeightsFollower(settings, self._swap, on_state=self._follower_state)
-        self._models = Models(model_config(settings), settings.models_in_memory, self._fetch)
+        self._controls = ControlFollower(settings, self._control, on_state=self._follower_state)
+        self._models = Models(model_config(settings), settings.models_in_memory, self._fetch, self._pinned)
         self._decider: Decider | None = None
         self._interactions = IdempotentPublisher(DecideResponse, "interaction_id", self._publisher)
         self._replies = IdempotentPublisher(ReplyResponse, "reply_id", self._publisher)
@@ -88,6 +90,7 @@ class Service:
     async def stop(self) -> None:
         """Waits briefly for events in flight, then closes everything; can be called repeatedly."""
         await self._publisher.stop()
+        await self._controls.stop()
         await self._follower.stop()
         if self._decider is not None:
             self._decider.close()
@@ -102,9 +105,10 @@ class Service:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._publisher.until_refused())
                 group.create_task(self._follower.until_refused())
+                group.create_task(self._controls.until_refused())
         except BaseExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
-        raise AssertionError("both wait for a refusal")
+        raise AssertionError("all wait for a refusal")
 
     @property
     def refused(self) -> Counter[str]:
@@ -207,7 +211,7 @@ class Service:
 
     def _follower_state(self, reason: str | None) -> None:
         # Once caught up, decisions continue with the current weights while the topic cannot be read.
-        if not self._follower.caught_up.is_set():
+        if not (self._follower.caught_up.is_set() and self._controls.caught_up.is_set()):
             self._state("weights", reason or "loading")
 
     async def _load_encoder(self) -> None:
@@ -220,20 +224,31 @@ class Service:
     async def _connect(self) -> None:
         await self._publisher.start()
         self._state("weights", "loading")
-        await self._follower.start()
-        await self._follower.until_caught_up()
+        # Pins first, so that no version but the pinned one is ever served.
+        for follower in (self._controls, self._follower):
+            await follower.start()
+            await follower.until_caught_up()
         self._state("weights", None)
 
     async def _swap(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
         self._models.put(snapshot, model)
         log.debug("weights swapped", model_id=snapshot.manifest.model_id, version=snapshot.manifest.version)
 
+    async def _control(self, model_id: str, control: Control) -> None:
+        """Serves the version that was pinned, or the newest again."""
+        if self._follower.caught_up.is_set():
+            await self._models.reload(model_id)
+            log.info("pin applied", model_id=model_id, pinned=control.pinned)
+
+    def _pinned(self, model_id: str) -> int | None:
+        return self._controls.of(model_id).pinned
+
     async def _fetch(self, model_id: str) -> tuple[WeightsSnapshot, CortexModel] | None:
-        """Loads the newest version of a model that is not in memory."""
-        manifest = self._follower.newest(model_id)
+        """Loads the version to serve: the pinned one, else the newest."""
+        manifest, pinned = self._follower.newest(model_id), self._pinned(model_id)
         if manifest is None:
             return None
-        snapshot = await self._follower.fetch(model_id, manifest.version)
+        snapshot = await self._follower.fetch(model_id, pinned or manifest.version)
         return snapshot, await asyncio.to_thread(snapshot.to_model)
 
 

@@ -19,11 +19,14 @@ from structlog.testing import capture_logs
 from cortex_core.errors import ConfigError, UnavailableError
 from cortex_core.model import CortexModel
 from cortex_core.text_encoder import HashingEncoder
+from cortex_core.weights import WeightsSnapshot
 from streams.inference.api import DecideRequest, Memory, unit_vector
+from streams.inference.models import Models
 from streams.inference.service import Service
 from streams.settings import Settings
 from streams.testing import async_wait_for
 from streams.weights.architecture import model_config
+from streams.weights.control import send_control
 from tests.streams.serving import (
     JSON,
     body,
@@ -464,6 +467,59 @@ async def test_few_models_in_memory_all_served(settings: Settings) -> None:
             if event.weights_version:
                 model = version(settings, event.weights_version, event.model_id).to_model()
             assert decided_by(event, model)
+
+
+@pytest.mark.integration
+async def test_a_pinned_version_is_all_that_is_served_until_unpin(settings: Settings) -> None:
+    await publish_versions(settings, *(version(settings, n) for n in (1, 2, 3)))
+    async with served(settings) as (first, http):
+        assert (await decided(http))[0] == 3
+        await send_control(settings, "pin", "default", 1)
+        await async_wait_for(lambda: _serves(http, 1), "the pinned version")
+        assert (await decided(http))[0] == 1
+        async with served(settings) as (second, later):
+            assert (await decided(later))[0] == 1
+            assert (await later.get("/v1/models/default")).json()["pinned"] == 1
+            # One that a trainer had on its way when the pin came.
+            await publish_versions(settings, version(settings, 4))
+            for service, client in ((first, http), (second, later)):
+                await service._follower.catch_up()
+                assert (await decided(client))[0] == 1
+            await send_control(settings, "pin", "default", 2)
+            for client in (http, later):
+                await async_wait_for(lambda client=client: _serves(client, 2), "another pinned version")
+                assert (await decided(client))[0] == 2
+            await send_control(settings, "unpin", "default")
+            for client in (http, later):
+                await async_wait_for(lambda client=client: _serves(client, 4), "the newest version")
+                assert (await decided(client))[0] == 4
+        applied = [v["version"] for v in (await http.get("/v1/models/default")).json()["versions"]]
+        assert applied == [3, 1, 2, 4]
+        assert {e.weights_version for e in await interactions(settings)} == {1, 2, 3, 4}
+
+
+@pytest.mark.integration
+async def test_a_model_pinned_while_it_loads_is_served_as_pinned(settings: Settings) -> None:
+    pins: dict[str, int] = {}
+    loaded: list[int] = []
+
+    async def fetch(model_id: str) -> tuple[WeightsSnapshot, CortexModel]:
+        number = pins.get(model_id, 2)
+        loaded.append(number)
+        if len(loaded) == 1:
+            pins[model_id] = 1
+        snapshot = version(settings, number)
+        return snapshot, snapshot.to_model()
+
+    models = Models(model_config(settings), 2, fetch, pins.get)
+    assert (await models.get("default")).version == 1
+    assert loaded == [2, 1]
+    newer = version(settings, 3)
+    models.put(newer, newer.to_model())
+    assert (await models.get("default")).version == 1
+    del pins["default"]
+    await models.reload("default")
+    assert (await models.get("default")).version == 2
 
 
 async def _listed(http: httpx.AsyncClient, model_id: str, number: int) -> bool:

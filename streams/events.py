@@ -265,6 +265,7 @@ class Reading(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     reply_id: Id
+    kind: Literal["text", "rating", "outcome"] = "text"
     occurred_at: AwareDatetime
     reward: Signed
     confidence: Unit
@@ -287,7 +288,7 @@ class ExperienceEvent(Event):
     reward: Signed
     reward_confidence: Unit = 1.0
     signals: Items[Signal] = []
-    """What the reward stands on: of the reply that `aggregation` chose, or of all of them."""
+    """What the reward stands on: of the reply that `aggregation` chose, or of all that decide."""
     readings: Items[Reading] = []
     """Every reply's own reading, by (`occurred_at`, `reply_id`): an experience can be amended from itself."""
     reply_ids: Items[Id] = []

@@ -200,14 +200,16 @@ class Join:
 
     def _rating(self, reply: Reply) -> ReceivedReply:
         assert reply.rating is not None, "decoding requires it"
-        reading = self._reading(
-            reply.reply_id, _iso(reply.occurred_at), self.collector.from_rating(reply.rating)
-        )
+        feedback = self.collector.from_rating(reply.rating)
+        reading = self._reading(reply.reply_id, _iso(reply.occurred_at), feedback, reply.kind)
         return ReceivedReply(reply.reply_id, reply.occurred_at.timestamp(), reply.interaction_id, reading)
 
-    def _reading(self, reply_id: str, occurred_at: str, feedback: Feedback) -> dict[str, Any]:
+    def _reading(
+        self, reply_id: str, occurred_at: str, feedback: Feedback, kind: str = "text"
+    ) -> dict[str, Any]:
         return {
             "reply_id": reply_id,
+            "kind": kind,
             "occurred_at": occurred_at,
             "reward": feedback.reward,
             "confidence": feedback.confidence,
@@ -270,22 +272,23 @@ class Join:
 
     def _compose(self, occurred_at: str, body: bytes, readings: list[dict[str, Any]]) -> bytes:
         """JSON of the `ExperienceEvent` that an interaction and settled readings, in order, make."""
-        rewards = [r["reward"] for r in readings]
-        chosen = readings
-        if self.aggregation in ("first", "last", "min", "max") and readings:
+        chosen = _decisive(readings)
+        rewards = [r["reward"] for r in chosen]
+        reward = aggregate_rewards(rewards, self.aggregation) if chosen else 0.0
+        if self.aggregation in ("first", "last", "min", "max") and chosen:
             index = {
                 "first": 0,
                 "last": -1,
                 "min": rewards.index(min(rewards)),
                 "max": rewards.index(max(rewards)),
             }[self.aggregation]
-            chosen = [readings[index]]
+            chosen = [chosen[index]]
         head = {
             "schema_version": SCHEMA_VERSION,
             "occurred_at": occurred_at,
             "revision": len(readings),
             "outcome": "reply" if readings else "no_reply",
-            "reward": aggregate_rewards(rewards, self.aggregation) if readings else 0.0,
+            "reward": reward,
             # Silence says nothing: it is kept, and weighs nothing.
             "reward_confidence": sum(r["confidence"] for r in chosen) / len(chosen) if chosen else 0.0,
             "signals": [s for r in chosen for s in r["signals"]],
@@ -297,6 +300,28 @@ class Join:
         }
         # The interaction's own bytes go in as they are: it was checked when it came.
         return orjson.dumps(head)[:-1] + b',"interaction":' + body + b"}"
+
+
+def _decisive(readings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of an interaction's readings, in order, that are aggregated to its reward.
+
+    A rating, or an outcome, decides, and after the last one each text from the first that explicitly says the
+    opposite. Without a rating the explicit texts decide, and without one of these all texts.
+    """
+    rated = [n for n, r in enumerate(readings) if r.get("kind", "text") != "text"]
+    if not rated:
+        return [r for r in readings if _is_explicit(r)] or readings
+    after = [r for r in readings[rated[-1] + 1 :] if _is_explicit(r)]
+    opposite = (n for n, r in enumerate(after) if _sign(r) != _sign(readings[rated[-1]]))
+    return [readings[n] for n in rated] + after[next(opposite, len(after)) :]
+
+
+def _is_explicit(reading: dict[str, Any]) -> bool:
+    return any(signal["type"] not in ("engagement", "disengagement") for signal in reading["signals"])
+
+
+def _sign(reading: dict[str, Any]) -> int:
+    return (reading["reward"] > 0.0) - (reading["reward"] < 0.0)
 
 
 def _iso(moment: datetime) -> str:

@@ -164,6 +164,55 @@ def test_rewards_are_aggregated_as_asked_in_the_order_of_time(
     assert [r.reward for r in got.readings] == [0.4, -0.6, 0.2]
 
 
+@pytest.mark.parametrize(
+    ("said", "reward"),
+    [
+        ([-1.0, "ok. How do I rotate the certificate?"], -1.0),
+        (["That is completely wrong!", "ok"], -0.5),
+        ([1.0, "next: list the open tickets"], 1.0),
+        (["Thanks, that worked!", "and what about staging?"], 0.9),
+        (["Thanks, that worked!", -1.0], -1.0),
+        ([-1.0, 1.0], 1.0),
+        ([0.4, "Perfect!"], 0.4),  # the rating says how much
+        (["That is wrong!", 0.4], 0.4),
+        ([1.0, "No, that is wrong."], -0.5),
+        ([-1.0, "That is wrong!", "Thanks, that worked!", "ok"], 0.9),
+        ([-1.0, "Thanks, that worked!", "No, that is wrong."], -0.5),
+        (["ok", "and what about staging?"], 0.1),
+    ],
+)
+@pytest.mark.parametrize("how", ["first", "last", "mean", "min", "max", "sum"])
+def test_what_says_nothing_of_the_answer_takes_the_place_of_nothing(
+    said: list[str | float], reward: float, how: Aggregation
+) -> None:
+    events: list[InteractionEvent | ReplyEvent] = [interaction("i1")]
+    for n, what in enumerate(said):
+        rating: dict[str, Any] = {"kind": "rating", "rating": what, "text": ""}
+        events.append(
+            reply(f"r{n}", "i1", at_s=n + 1, **({"text": what} if isinstance(what, str) else rating))
+        )
+    got = set()
+    for arrivals in itertools.permutations(events) if len(events) < 5 else [events, events[::-1]]:
+        world = World(make_join(aggregation=how))
+        for event in arrivals:
+            world.see(event)
+        experience = world.experience("i1")
+        got.add((experience.reward, experience.reward_confidence))
+    [(made, confidence)] = got
+    if how == "last":
+        assert made == pytest.approx(reward, abs=0.3)
+    silent = [n for n, what in enumerate(said) if what == "ok" or "?" in str(what)]
+    without = World(make_join(aggregation=how))
+    for n, event in enumerate(events):
+        if n - 1 not in silent:
+            without.see(event)
+    if len(silent) < len(said):
+        assert (made, confidence) == (
+            without.experience("i1").reward,
+            without.experience("i1").reward_confidence,
+        )
+
+
 def test_a_reply_without_an_id_is_about_the_latest_interaction_before_it() -> None:
     world = World().see(interaction("i1", at_s=0)).see(interaction("i2", at_s=10))
     world.see(interaction("i3", at_s=20))

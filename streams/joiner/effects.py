@@ -25,13 +25,21 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import structlog
+
 from cortex_core.errors import InputError
+from streams.failures import is_systemic
 from streams.joiner.conversation import Conversation, ReceivedReply, TrackedInteraction
 from streams.joiner.decode import StoredExperience, decode_experience, moment
 from streams.joiner.join import Changes, Join
 from streams.joiner.states import DUE_AT_ONCE, Save, States
 from streams.kafka.publisher import MAX_VALUE
 from streams.replay_store import Found, Replaces, ReplayWrite, ReplayWriter, WriteResult
+
+log = structlog.get_logger(__name__)
+
+POSTPONE_S = 60.0
+"""Seconds until a conversation that could not be closed is tried again."""
 
 Step = Callable[[Conversation, Changes], None]
 
@@ -173,16 +181,34 @@ class Engine:
         self.states.written(joined.saves.values())
 
     async def timer(self, partition: int, now: float) -> Counter[str]:
-        """Closes what is due in a partition; may be called at any time, with any `now`."""
+        """Closes what is due in a partition; may be called at any time, with any `now`.
+
+        A conversation that fails is postponed for `POSTPONE_S`, and does not affect the others.
+        """
         counts: Counter[str] = Counter()
+        step = _timer_step(self.rules, now)
         while due := await self.states.due(partition, now):
-            step = _timer_step(self.rules, now)
-            counts += await self.apply(
-                [Task(conversation_id, partition, step, is_timer=True) for conversation_id in due]
-            )
+            tasks = [Task(conversation_id, partition, step, is_timer=True) for conversation_id in due]
+            try:
+                counts += await self.apply(tasks)
+            except Exception as error:
+                if is_systemic(error):
+                    raise
+                for task in tasks:
+                    counts += await self._timer_alone(task, now)
             if len(due) < DUE_AT_ONCE:
                 break
         return counts
+
+    async def _timer_alone(self, task: Task, now: float) -> Counter[str]:
+        try:
+            return await self.apply([task])
+        except Exception as error:
+            if is_systemic(error):
+                raise
+            log.exception("closing a conversation failed", conversation_id=task.conversation_id)
+            await self.states.postpone(task.partition, task.conversation_id, now + POSTPONE_S)
+            return Counter({"timer_failures": 1})
 
     async def _compose(self, joined: Joined) -> None:
         """The experiences that are pending, with what replay still has of those that are closed."""

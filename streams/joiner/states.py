@@ -60,6 +60,9 @@ class States(Protocol):
     async def due(self, partition: int, now: float) -> list[str]:
         """Conversations of a partition with something to close, earliest first, up to `DUE_AT_ONCE`."""
 
+    async def postpone(self, partition: int, conversation_id: str, until: float) -> None:
+        """The conversation is due no earlier than this."""
+
 
 class MemoryStates:
     """Conversations of one process; what a rebuild uses."""
@@ -98,6 +101,9 @@ class MemoryStates:
     async def due(self, partition: int, now: float) -> list[str]:
         due = self._due.get(partition, {})
         return sorted((i for i, at in due.items() if at <= now), key=lambda i: (due[i], i))[:DUE_AT_ONCE]
+
+    async def postpone(self, partition: int, conversation_id: str, until: float) -> None:
+        self._due.setdefault(partition, {})[conversation_id] = until
 
 
 # KEYS: the conversation. ARGV: version wanted, new version, milliseconds to live (0: for ever; -1: it is
@@ -261,3 +267,6 @@ class RedisStates:
         key = self.due_key(partition)
         found: Any = await self._client.zrangebyscore(key, "-inf", now, start=0, num=DUE_AT_ONCE)
         return [conversation_id.decode() for conversation_id in found]
+
+    async def postpone(self, partition: int, conversation_id: str, until: float) -> None:
+        await self._client.zadd(self.due_key(partition), {conversation_id: until})

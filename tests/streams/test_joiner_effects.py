@@ -17,7 +17,7 @@ from cortex_core.feedback_collector import FeedbackCollector
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
 from streams.joiner.conversation import LATE_S, Conversation
 from streams.joiner.decode import decode_interaction, decode_reply
-from streams.joiner.effects import Engine, Experience, Task
+from streams.joiner.effects import POSTPONE_S, Engine, Experience, Task
 from streams.joiner.join import Changes, Join
 from streams.joiner.states import MemoryStates, RedisStates, Save, States
 from streams.replay_store import ReplayKeys, ReplayWriter, decode
@@ -301,6 +301,19 @@ async def test_the_timer_goes_through_any_number_of_conversations(
     assert len(store_ids) == 1000, "the capacity"
     assert len(bench.published) == 1200
     assert await client.exists(f"{prefix}:join-due:{{0}}") == 0
+
+
+async def test_a_conversation_that_cannot_be_closed_holds_up_no_other(
+    client: redis.asyncio.Redis, prefix: str
+) -> None:
+    await Bench(client, prefix).see(*(interaction(f"i{n}", f"c{n}", at_s=n) for n in range(5)))
+    await client.delete(f"{prefix}:join:{{c0}}")
+    await client.set(f"{prefix}:join:{{c0}}", "a key of another type")
+    engine = Bench(client, prefix).engine
+    for failures, closed in ((1, 4), (0, 0)):
+        counts = await engine.timer(0, START + 2 * WINDOW)
+        assert (counts["timer_failures"], counts["no_reply"]) == (failures, closed)
+    assert (await engine.timer(0, START + 2 * WINDOW + POSTPONE_S))["timer_failures"] == 1
 
 
 @given(data=st.data())

@@ -26,7 +26,7 @@ import structlog
 from aiokafka import TopicPartition
 from redis.exceptions import LockError
 
-from cortex_core.errors import UnavailableError
+from cortex_core.errors import InputError, UnavailableError
 from streams.connections import async_redis_client, redis_client
 from streams.joiner.conversation import Conversation
 from streams.joiner.decode import Interaction, Reply
@@ -169,6 +169,7 @@ async def rebuild(
         extractor: reads the replies anew with another extractor; the report says what that changed.
 
     Raises:
+        InputError: no such model.
         UnavailableError: another rebuild is running, or Kafka sends nothing any more.
         redis.RedisError, KafkaError, OSError: a server does not answer.
     """
@@ -190,7 +191,10 @@ async def rebuild(
                 states = MemoryStates()
                 engine = Engine(join, states, writer)
                 await _replay(settings, engine, since=since, report=report, progress=progress, touch=touch)
-                for name in sorted(writer.models | ({model_id} if model_id else set())):
+                if model_id and model_id not in {*writer.models, *existing}:
+                    known = ", ".join(existing) or "none"
+                    raise InputError(f"the topics have no interaction of {model_id!r}; models are: {known}")
+                for name in sorted(writer.models):
                     if report.rescored is not None:
                         _compare(settings, client, name, report.rescored)
                     report.models[name] = _swap(settings, client, name, force=extractor is None)

@@ -8,13 +8,13 @@ import pytest
 import redis
 
 from cortex_core import feedback_collector
-from cortex_core.errors import UnavailableError
+from cortex_core.errors import InputError, UnavailableError
 from cortex_core.feedback.extractors import Extraction
 from cortex_core.feedback_collector import FeedbackSignal, SignalType
 from streams.events import Event, InteractionEvent, utc_now
 from streams.joiner.rebuild import console_progress, rebuild
 from streams.kafka.topics import Topics
-from streams.replay_store import RedisReplayBuffer, ReplayWrite, decode
+from streams.replay_store import RedisReplayBuffer, ReplayWrite, decode, model_ids
 from streams.settings import Settings
 from streams.testing import async_wait_for, interaction, reply, send, spawn_worker
 from tests.streams.kafka_helpers import lag, read_all
@@ -171,6 +171,20 @@ async def test_from_a_point_in_time_and_one_model_alone(settings: Settings, clie
     got = buffers(settings, client)
     assert [i for i, _ in got["m0"]] == [f"i{n:02d}" for n in range(10, 20, 2)]
     assert [i for i, _ in got["m1"]] == [f"i{n:02d}" for n in range(11, 20, 2)]
+
+
+async def test_an_unknown_model_is_an_error_and_a_known_one_without_events_stays(
+    settings: Settings, client: redis.Redis
+) -> None:
+    await send(settings, [interaction("i1", model_id="m1"), reply("r1", "i1")])
+    old = RedisReplayBuffer.of(settings, "m0", client)
+    old.write([ReplayWrite("old", 1.0, 1, b"{}")])
+    with pytest.raises(InputError, match="no interaction of 'nope'; models are: m0"):
+        await rebuild(settings, model_id="nope")
+    assert model_ids(client, settings.topic_prefix) == ["m0"]
+    assert (await rebuild(settings, model_id="m0")).untouched == ["m0"]
+    assert old.ids() == ["old"]
+    assert (await rebuild(settings, model_id="m1")).models == {"m1": 1}
 
 
 async def test_another_extractor_reads_the_replies_anew(

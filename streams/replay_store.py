@@ -1,17 +1,17 @@
-"""Replay in Redis: one buffer for each model, shared by joiners that write and trainers that sample.
+"""Replay in Redis: one buffer per model. Joiners write, trainers sample.
 
-Keys (the braces are the hash tag that keeps a model on one node of a cluster):
+Keys (the braces are the hash tag that places a model on one node of a cluster):
 
     <prefix>:replay:{<model_id>}:entries   hash    id → version, newline, JSON
     <prefix>:replay:{<model_id>}:order     zset    id by the interaction's time
-    <prefix>:replay:{<model_id>}:removed   hash    id → version of entries that were taken out
-    <prefix>:replay:{<model_id>}:changed   set     ids written while a rebuild is under way
-    <prefix>:replay-models                 set     every model_id that has a buffer
+    <prefix>:replay:{<model_id>}:removed   hash    id → version of removed entries
+    <prefix>:replay:{<model_id>}:changed   set     ids written during a rebuild
+    <prefix>:replay-models                 set     the model_ids with a buffer
 
-The JSON is an `ExperienceEvent` exactly as published, or a `ReplayEntry` where a tool added one. What is
-kept is a function of the set of writes: the highest version of each id, and of those the last `capacity`
-by (`occurred_at`, id), whatever the order of writing. Versions are the joiner's (`streams.joiner.states`); an
-entry that a tool adds has its revision.
+The JSON is an `ExperienceEvent` exactly as published, or a `ReplayEntry` that a tool added. The content is a
+function of the set of writes, not of their order: the highest version of each id, and of those the last
+`capacity` by (`occurred_at`, id). The joiner sets the versions (`streams.joiner.states`); the version of a
+tool's entry is its revision.
 """
 
 from __future__ import annotations
@@ -37,33 +37,34 @@ if TYPE_CHECKING:
     from streams.settings import Settings
 
 CHUNK = 200
-"""Entries per command: some 2.5 MB, so that no single command holds Redis up for long."""
+"""Entries per command: about 2.5 MB, so that no single command blocks Redis for long."""
 
 
 class WriteResult(IntEnum):
-    """What became of one write."""
+    """The result of a write."""
 
     STALE = -1
-    """What is stored is not what this write replaces."""
+    """Rejected: the stored version is not one that the write replaces."""
     SAME = 0
-    """This version is stored already: the work was repeated."""
+    """Unchanged: this version is stored already."""
     CHANGED = 1
     TOO_OLD = 2
-    """The buffer is full of later entries."""
+    """Evicted at once: the buffer is full of later entries."""
 
 
 class Replaces(StrEnum):
-    """What a write takes the place of; nothing is stored in the place of anything else."""
+    """The stored versions that a write replaces; with any other, the write is rejected."""
 
     OLDER = "older"
-    """A lower version, or nothing."""
+    """A lower version, or no entry."""
     NOTHING = "nothing"
+    """No entry: the write only inserts."""
     ANY = "any"
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayWrite:
-    """One entry on its way into a buffer."""
+    """A write of one entry."""
 
     id: str
     occurred_at: float
@@ -71,10 +72,10 @@ class ReplayWrite:
     version: int
     """Less than 2**53."""
     value: bytes
-    """JSON of an `ExperienceEvent` or a `ReplayEntry`; empty: the entry is taken out, and its version stays
-    (unless this replaces any), so that no older write brings it back."""
+    """JSON of an `ExperienceEvent` or a `ReplayEntry`. Empty: removes the entry and keeps its version (unless
+    this replaces any), so that no older write restores it."""
     replaces: Replaces | int = Replaces.OLDER
-    """A number: exactly this version."""
+    """A number: only this version."""
 
     @classmethod
     def of(cls, entry: ReplayEntry) -> ReplayWrite:
@@ -82,11 +83,11 @@ class ReplayWrite:
         return cls(entry.id, entry.occurred_at, entry.revision, value)
 
 
-# KEYS: entries, order, changed, removed. ARGV: capacity, then id, score, version, replaces, value, once for
-# each write.
+# KEYS: entries, order, changed, removed. ARGV: capacity, then id, score, version, replaces, value of each
+# write. Returns the `WriteResult` of each.
 WRITE = """
-local capacity, wrote = tonumber(ARGV[1]), {}
-local noting = redis.call('EXISTS', KEYS[3]) == 1
+local capacity, results = tonumber(ARGV[1]), {}
+local is_rebuilding = redis.call('EXISTS', KEYS[3]) == 1
 local any_removed = redis.call('EXISTS', KEYS[4]) == 1
 for i = 2, #ARGV, 5 do
   local id, score, version, replaces, value = ARGV[i], ARGV[i+1], tonumber(ARGV[i+2]), ARGV[i+3], ARGV[i+4]
@@ -122,13 +123,13 @@ for i = 2, #ARGV, 5 do
       end
     end
   end
-  if noting then redis.call('SADD', KEYS[3], id) end
-  wrote[#wrote+1] = result
+  if is_rebuilding then redis.call('SADD', KEYS[3], id) end
+  results[#results+1] = result
 end
-return wrote
+return results
 """
 
-# KEYS: entries, order. ARGV: positions in the order.
+# KEYS: entries, order. ARGV: positions in the order. Returns the values there.
 AT = """
 local out = {}
 for i = 1, #ARGV do
@@ -142,15 +143,15 @@ return out
 
 @dataclass(frozen=True, slots=True)
 class ReplayKeys:
-    """The keys of one model's buffer; `generation` names one that is being built beside it."""
+    """The keys of one model's buffer; `generation` is the name of a buffer under construction."""
 
     prefix: str
     model_id: str
     generation: str = ""
 
     def _key(self, name: str) -> str:
-        beside = f":{self.generation}" if self.generation else ""
-        return f"{self.prefix}:replay:{{{self.model_id}}}{beside}:{name}"
+        generation = f":{self.generation}" if self.generation else ""
+        return f"{self.prefix}:replay:{{{self.model_id}}}{generation}:{name}"
 
     @property
     def entries(self) -> str:
@@ -175,12 +176,12 @@ class ReplayKeys:
 
     @property
     def models(self) -> str:
-        """The set of all models that have a buffer."""
+        """The set of all models with a buffer."""
         return f"{self.prefix}:replay-models"
 
 
 def _write_arguments(capacity: int, writes: Iterable[ReplayWrite]) -> list[Any]:
-    """ARGV of `WRITE` for up to `CHUNK` writes; it answers with a `WriteResult` for each."""
+    """ARGV of `WRITE` for up to `CHUNK` writes."""
     args: list[Any] = [capacity]
     for w in writes:
         args += (w.id, repr(w.occurred_at), w.version, w.replaces, w.value)
@@ -188,13 +189,13 @@ def _write_arguments(capacity: int, writes: Iterable[ReplayWrite]) -> list[Any]:
 
 
 def decode(value: bytes) -> tuple[int, bytes]:
-    """Version and JSON of a stored value."""
+    """The version and the JSON of a stored value."""
     version, _, body = value.partition(b"\n")
     return int(version), body
 
 
 def to_entry(value: bytes) -> ReplayEntry:
-    """The entry in a stored value."""
+    """The entry of a stored value."""
     _, body = decode(value)
     if b'"interaction":{' in body:
         return parse(ExperienceEvent, body).to_entry()
@@ -207,10 +208,10 @@ class RedisReplayBuffer:
         store = RedisReplayBuffer.of(settings, "default")
         batch = store.sample(16)
 
-    Threads and processes may share one buffer; every write is one atomic script. Cost: `add` one round
-    trip, `extend` one for each 200 entries, `sample` two, whatever the size of the buffer.
+    Threads and processes may share one buffer; every write is an atomic script. Cost, independent of the
+    buffer's size: `add` one round trip, `extend` one per 200 entries, `sample` two.
 
-    Errors of the connection are redis-py's (`redis.RedisError`).
+    Methods raise redis-py's errors (`redis.RedisError`) if Redis does not answer.
     """
 
     def __init__(
@@ -226,12 +227,15 @@ class RedisReplayBuffer:
     ) -> None:
         """
         Args:
-            client: answers in bytes (`decode_responses` off).
-            capacity: most entries kept; all writers of one buffer must agree on it.
-            generation: a buffer that is built beside the one that readers see.
+            client: returns bytes (`decode_responses` off).
+            capacity: the most entries; must be the same for all writers of the buffer.
+            generation: the name of a buffer under construction, which readers do not see; "": the live one.
+
+        Raises:
+            ConfigError: `capacity` is not a positive integer.
         """
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise ConfigError(f"capacity is {capacity!r}, wanted a positive integer")
+            raise ConfigError(f"capacity is {capacity!r}, expected a positive integer")
         self.capacity = capacity
         self.model_id = model_id
         self.keys = ReplayKeys(prefix, model_id, generation)
@@ -252,16 +256,16 @@ class RedisReplayBuffer:
         )
 
     def add(self, entry: ReplayEntry) -> bool:
-        """Insert, or amend in place where the id is known and the revision is higher; whether it changed."""
+        """Inserts an entry, or replaces the stored one of a lower revision; returns whether it did."""
         return self.extend((entry,)) == 1
 
     def extend(self, entries: Iterable[ReplayEntry]) -> int:
-        """Add many; returns how many changed anything. An entry without an id is given one."""
+        """Adds entries; returns how many were inserted or replaced. Entries without an id get one."""
         writes = [ReplayWrite.of(e if e.id else replace(e, id=new_id())) for e in entries]
         return sum(result == WriteResult.CHANGED for result in self.write(writes))
 
     def write(self, writes: Sequence[ReplayWrite]) -> list[WriteResult]:
-        """Makes the writes, in order; what became of each."""
+        """Writes in order; returns the result of each."""
         if not writes:
             return []
         out: list[WriteResult] = []
@@ -273,11 +277,11 @@ class RedisReplayBuffer:
         return out
 
     def remove(self, entry_id: str) -> bool:
-        """Takes an entry out; whether it was there."""
+        """Removes an entry; returns whether it existed."""
         return self.write([ReplayWrite(entry_id, 0.0, 0, b"", Replaces.ANY)]) == [WriteResult.CHANGED]
 
     def sample(self, n: int, prioritize_recent: bool = True) -> list[ReplayEntry]:
-        """Up to `n` distinct entries; recent ones oftener (see `RecencySampler`), or uniformly."""
+        """Up to `n` distinct entries, drawn uniformly or with more recent ones (see `RecencySampler`)."""
         sampler = self.sampler if prioritize_recent else RecencySampler(floor=1.0)
         positions = sampler.draw(len(self), n, self._rng).tolist()
         if not positions:
@@ -290,30 +294,30 @@ class RedisReplayBuffer:
         return self.get_many([entry_id])[0]
 
     def get_many(self, entry_ids: Sequence[str]) -> list[ReplayEntry | None]:
-        """The entries with these ids, None where there is none."""
+        """The entry of each id, or None."""
         values = [v for _, v in self.raw_values(entry_ids)]
         return [None if value is None else to_entry(value) for value in values]
 
     def ids(self) -> list[str]:
-        """Every id, in order."""
+        """All ids, in order."""
         found: Any = self._client.zrange(self.keys.order, 0, -1)
         return [entry_id.decode() for entry_id in found]
 
     def entries(self) -> Iterator[ReplayEntry]:
-        """Every entry, earliest first, of those there at the call; one that leaves meanwhile is left out."""
+        """All entries at the time of the call, earliest first, except those removed during the iteration."""
         for _, value in self.raw_values(self.ids()):
             if value is not None:
                 yield to_entry(value)
 
     def raw_values(self, entry_ids: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Each id with its stored value (see `decode`), read in chunks as the iterator goes on."""
+        """Each id with its stored value (see `decode`) or None, read in chunks during the iteration."""
         for start in range(0, len(entry_ids), CHUNK):
             ids = entry_ids[start : start + CHUNK]
             values: Any = self._client.hmget(self.keys.entries, list(ids))
             yield from zip(ids, values, strict=True)
 
     def clear(self) -> None:
-        """Deletes every entry."""
+        """Deletes all entries."""
         self._client.delete(self.keys.entries, self.keys.order, self.keys.removed)
 
     def __len__(self) -> int:
@@ -325,7 +329,7 @@ class RedisReplayBuffer:
 
 
 def model_ids(client: redis.Redis, prefix: str) -> list[str]:
-    """Every model that has a buffer."""
+    """All models with a buffer, sorted."""
     found: Any = client.smembers(ReplayKeys(prefix, "").models)
     return sorted(model_id.decode() for model_id in found)
 
@@ -341,7 +345,7 @@ class Found:
 
 
 class ReplayWriter:
-    """Writes of many models' entries at once, in one pipeline; for the joiner's event loop."""
+    """Writes entries of many models in one pipeline, for the joiner's event loop."""
 
     def __init__(
         self, client: redis.asyncio.Redis, *, prefix: str, capacity: int, generation: str = ""
@@ -354,7 +358,7 @@ class ReplayWriter:
         self._known: set[str] = set()
 
     async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[WriteResult]:
-        """Makes (model_id, write) pairs in one round trip; what became of each, in order."""
+        """Writes (model_id, write) pairs in one round trip; returns the result of each."""
         if not writes:
             return []
         positions: dict[str, list[int]] = {}
@@ -362,27 +366,27 @@ class ReplayWriter:
             positions.setdefault(model_id, []).append(i)
         pipe = self._client.pipeline(transaction=False)
         chunks: list[list[int]] = []
-        for model_id, where in positions.items():
+        for model_id, indices in positions.items():
             keys = ReplayKeys(self._prefix, model_id, self._generation)
             if model_id not in self._known and not self._generation:
                 pipe.sadd(keys.models, model_id)
                 chunks.append([])
-            for start in range(0, len(where), CHUNK):
-                chunk = where[start : start + CHUNK]
+            for start in range(0, len(indices), CHUNK):
+                chunk = indices[start : start + CHUNK]
                 arguments = _write_arguments(self._capacity, [writes[i][1] for i in chunk])
                 await self._write(keys.written, arguments, client=pipe)
                 chunks.append(chunk)
         out = [WriteResult.SAME] * len(writes)
-        for chunk, answers in zip(chunks, await pipe.execute(), strict=True):
-            for i, answer in zip(chunk, answers if chunk else (), strict=True):
-                out[i] = WriteResult(answer)
+        for chunk, results in zip(chunks, await pipe.execute(), strict=True):
+            for i, result in zip(chunk, results if chunk else (), strict=True):
+                out[i] = WriteResult(result)
         self._known.update(positions)
         return out
 
     async def find(self, wanted: Sequence[tuple[str | None, str]]) -> list[Found | None]:
-        """What is stored of each (model_id or None for any, interaction_id).
+        """The stored experience of each (model_id, or None for any; interaction_id), or None.
 
-        One round trip where the models are given, else two.
+        Costs one round trip if all models are given, else two.
         """
         if not wanted:
             return []
@@ -391,14 +395,14 @@ class ReplayWriter:
             found: Any = await self._client.smembers(ReplayKeys(self._prefix, "").models)
             models = sorted({model_id.decode() for model_id in found} | self._known)
         pipe = self._client.pipeline(transaction=False)
-        asked: list[tuple[int, str]] = []
+        lookups: list[tuple[int, str]] = []
         for i, (model_id, entry_id) in enumerate(wanted):
             for candidate in models if model_id is None else [model_id]:
                 pipe.hget(ReplayKeys(self._prefix, candidate, self._generation).entries, entry_id)
-                asked.append((i, candidate))
+                lookups.append((i, candidate))
         out: list[Found | None] = [None] * len(wanted)
-        for (i, model_id), value in zip(asked, await pipe.execute(), strict=True):
-            # A tool's entry has no interaction, and so nothing to amend.
+        for (i, model_id), value in zip(lookups, await pipe.execute(), strict=True):
+            # A tool's entry has no interaction to amend.
             if value is not None and out[i] is None and b'"interaction":' in value:
                 out[i] = Found(model_id, *decode(value))
         return out

@@ -7,8 +7,8 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # Faust asks the package for `app`, more than once, and wants the app and not the module of that name.
-    # Made on demand: `import streams.joiner` reads no settings.
+    # Faust looks up `app` in the package, several times, and expects the app, not the module of that name.
+    # Created on demand: `import streams.joiner` reads no settings.
     if name == "app":
         globals()[name] = importlib.import_module("streams.joiner.app").app
         return globals()[name]

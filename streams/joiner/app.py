@@ -1,9 +1,9 @@
-"""The joiner: a Faust agent on the interactions and the replies.
+"""The joiner: a Faust agent that consumes interactions and replies.
 
     cortex joiner
     faust -A streams.joiner worker
 
-The agent's body is the pipeline. It is handed whole batches (`streams.joiner.consumer`), and tries each until
+The agent's body is the pipeline. It receives whole batches (`streams.joiner.consumer`) and retries each until
 its offsets are committed (`streams.joiner.batch`).
 """
 
@@ -40,10 +40,13 @@ log = structlog.get_logger(__name__)
 
 
 def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
-    """The app; with `worker`, one that runs inside a process which somebody else starts and ends.
+    """Creates the app.
+
+    Args:
+        worker: of the process that starts and stops the app; None: `faust worker` does.
 
     Raises:
-        ConfigError: an address is neither configured nor known from a running stack.
+        ConfigError: an address is neither configured nor published by a running stack.
     """
     app = JoinerApp(settings.resolved(), worker)
     topics, join, engine = app.cortex_topics, app.join, app.engine
@@ -53,7 +56,7 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
 
     @app.agent(events, name="joiner", supervisor_strategy=CrashingSupervisor)
     async def joiner(batches: AsyncIterable[Batch]) -> None:
-        """Joins interactions with replies; fills replay and the experiences topic."""
+        """Joins interactions with replies; writes replay and the experiences topic."""
         async for batch in batches:
             async for attempt in batch.attempts():
                 async with attempt as part:
@@ -70,30 +73,30 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
                     await part.commit()
 
     @app.timer(interval=0.5)  # type: ignore[untyped-decorator]  # faust publishes no types
-    async def close_silent_interactions() -> None:
+    async def close_unanswered_interactions() -> None:
         for partition, now in app.batches.event_time.items():
             try:
                 count(await engine.timer(partition, now))
-            except Exception as error:  # what is due stays due, and is tried again
+            except Exception as error:  # the conversations stay due, and the next run retries them
                 log.warning("the timer failed", partition=partition, exc_info=not is_transient(error))
                 count({"timer_failures": 1})
 
     @app.on_partitions_revoked.connect
-    async def forget_conversations(*_: Any, **__: Any) -> None:
-        app.states.forget_cache()
+    async def clear_cache(*_: Any, **__: Any) -> None:
+        app.states.clear_cache()
 
     return app
 
 
 class JoinerBoot(BootStrategy):
-    """Starts no producer (`Publisher` is idempotent, and comes back by itself) and no web server."""
+    """Starts no producer of Faust (`Publisher` is idempotent and reconnects by itself) and no web server."""
 
     enable_kafka_producer = False
     enable_web = False
 
 
 class JoinerApp(faust.App):
-    """What the agent works with, and its process: health over HTTP, connections, the end."""
+    """The agent's dependencies (connections, join, engine) and the process's lifecycle and health checks."""
 
     BootStrategy = JoinerBoot
 
@@ -109,8 +112,8 @@ class JoinerApp(faust.App):
         )
         self.cortex_settings = settings
         self.cortex_topics = Topics.of(settings)
-        self.runs_alone = worker is None
-        """Whether `faust worker` runs it, so that nobody else turns a failure into an exit code."""
+        self.is_standalone = worker is None
+        """Whether `faust worker` runs the app: then the app itself turns a failure into an exit code."""
         self.worker = worker or Worker("joiner", settings)
         self.transport = BatchTransport(self, settings, self.worker)
         self.publisher = Publisher(settings, self._on_publisher)
@@ -126,7 +129,7 @@ class JoinerApp(faust.App):
 
     @property
     def batches(self) -> BatchConsumer:
-        """Faust's consumer, which is ours."""
+        """The consumer, with its type."""
         return cast(BatchConsumer, self.consumer)
 
     async def _publish_experiences(self, experiences: Sequence[Experience]) -> None:
@@ -138,7 +141,7 @@ class JoinerApp(faust.App):
         count({"experiences": len(experiences)})
 
     async def publish_dead_letters(self, letters: Sequence[DeadLetter]) -> None:
-        """Returns when all are acknowledged."""
+        """Publishes dead letters; returns when all are acknowledged."""
         topic = self.cortex_topics.dead_letters
         await self.publisher.send(
             Message(topic, base64.b64decode(letter.key or ""), letter.to_bytes()) for letter in letters
@@ -150,7 +153,7 @@ class JoinerApp(faust.App):
     # -- lifecycle -----------------------------------------------------------------------------------------
 
     async def on_start(self) -> None:
-        """Serves health, then waits until Redis and Kafka answer; only then is the consumer started."""
+        """Serves health checks, then waits until Redis and Kafka answer; then Faust starts the consumer."""
         await self.add_async_context(self.worker.serving())
         self.async_exit_stack.push_async_callback(self.redis.aclose)
         self.async_exit_stack.push_async_callback(self.publisher.stop, timeout_s=1.0)
@@ -158,7 +161,7 @@ class JoinerApp(faust.App):
         try:
             await self.wait(self._connect())
         except ConfigError as error:
-            if not self.runs_alone:
+            if not self.is_standalone:
                 raise
             log.error("cannot run with these settings", error=str(error))
             raise SystemExit(2) from error
@@ -169,9 +172,9 @@ class JoinerApp(faust.App):
         await self.publisher.start()
         self.worker.not_ready("kafka", "joining the group")
 
-    def _on_publisher(self, why: str | None) -> None:
-        if why is not None:
-            self.worker.not_ready("kafka", why)
+    def _on_publisher(self, reason: str | None) -> None:
+        if reason is not None:
+            self.worker.not_ready("kafka", reason)
         elif self.batches.is_reading:
             self.worker.ready("kafka")
 
@@ -182,12 +185,12 @@ class JoinerApp(faust.App):
             await self.crash(RuntimeError(self.worker.failed))
 
     async def on_stop(self) -> None:
-        if self.runs_alone:
-            self.worker.stop()  # ends the process hard if all that follows takes too long
+        if self.is_standalone:
+            self.worker.stop()  # ends the process with code 1 if the rest of the shutdown takes too long
         await super().on_stop()
 
     def _create_directories(self) -> None:
-        """Faust keeps tables on disk; there are none."""
+        """Creates none: Faust would store tables there, and the app has no tables."""
 
 
 async def run(worker: Worker) -> None:
@@ -210,9 +213,9 @@ def main(settings: Settings) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    # `faust -A streams.joiner worker` looks for `app`; nobody else needs settings at import.
+    # Only `faust -A streams.joiner worker` needs `app`; other imports of this module read no settings.
     if name == "app":
-        import click  # noqa: PLC0415 - Faust's command line is click's
+        import click  # noqa: PLC0415 - Faust's command line uses click
 
         try:
             settings = Settings.load().of_worker("joiner")

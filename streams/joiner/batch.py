@@ -1,14 +1,14 @@
-"""A batch on its way through the agent: tried until its offsets are committed, or dropped.
+"""A batch of records: retried until its offsets are committed, or dropped.
 
     async for attempt in batch.attempts():
         async with attempt as part:
-            ...                     # the effects of part.records, all of them repeatable
+            ...                     # the effects of part.records; all of them are idempotent
             await part.commit()
 
-An attempt that fails while Redis or Kafka are unavailable is repeated, with backoff. One that fails for
-another reason is repeated record by record, so that one record cannot hold up the others; a record that fails
-alone becomes a dead letter. A batch is dropped when its partitions were revoked before an attempt began, or
-before it ended in time: whoever owns the partitions next reads it again.
+An attempt that fails because Redis or Kafka is unavailable is retried with backoff. After any other failure,
+the records are retried one by one, so that one record cannot block the others; a record that fails alone
+becomes a dead letter. A batch is dropped if its partitions are revoked before an attempt begins, or if the
+attempt does not end in time after that: the next owner of the partitions reads it again.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from streams.settings import Settings
 log = structlog.get_logger(__name__)
 
 REVOKED = (CommitFailedError, IllegalStateError)
-"""What committing raises when the partitions are another member's by now."""
+"""Errors of a commit whose partitions have another owner by now."""
 
 
 class Owner(Protocol):
-    """Whoever fetched a batch, and commits its offsets."""
+    """The consumer that fetched a batch and commits its offsets."""
 
     settings: Settings
 
@@ -48,42 +48,46 @@ class Owner(Protocol):
         """Whether an attempt at the batch may begin."""
 
     def attempt_begins(self, limit: asyncio.Timeout) -> None:
-        """An attempt begins; rescheduling `limit` ends it."""
+        """Called when an attempt begins. Reschedule `limit` to give the attempt a deadline."""
 
     def attempt_ended(self, batch: Batch, error: Exception | None) -> None:
-        """An attempt at the batch has ended, with this error."""
+        """Called when an attempt has ended, with its error."""
 
-    def unavailable(self, server: str, why: str) -> None:
-        """The batch waits for "kafka" or "redis"."""
+    def unavailable(self, server: str, reason: str) -> None:
+        """Called when the batch waits for "kafka" or "redis"."""
 
     async def commit_done(self, offsets: Mapping[TopicPartition, int]) -> None:
-        """Commits offsets whose effects are all done; raises one of `REVOKED`."""
+        """Commits the offsets of records whose effects are done.
+
+        Raises:
+            CommitFailedError, IllegalStateError: the partitions have another owner (`REVOKED`).
+        """
 
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """Records that are handled together: all of a batch, or a single one."""
+    """Records that are processed together: a whole batch, or one record."""
 
     batch: Batch
     records: Sequence[Any]
-    """aiokafka's; interactions first, so that fewer replies have to wait, then in the order of offsets."""
+    """aiokafka records: interactions first, so that fewer replies have to wait, then by offset."""
     refused: str | None = None
-    """Why its one record goes to the dead letters unread."""
+    """The reason why its only record becomes a dead letter without another attempt to join it."""
     dead_letters: list[DeadLetter] = field(default_factory=list)
     error: Exception | None = None
-    """How the last attempt ended."""
+    """The error of the last attempt."""
 
     @property
     def readable(self) -> Sequence[Any]:
-        """The records to read."""
+        """The records to join."""
         return () if self.refused else self.records
 
     def refuse(self, record: Any, reason: str) -> None:
-        """Makes a dead letter of a record that cannot be joined."""
+        """Adds a dead letter for a record that cannot be joined."""
         self.dead_letters.append(dead_letter(record, reason))
 
     async def commit(self) -> None:
-        """Commits the offsets behind its records: call it when all their effects are done."""
+        """Commits the offsets after its records. Call it when all their effects are done."""
         await self.batch.owner.commit_done(
             {TopicPartition(r.topic, r.partition): r.offset + 1 for r in self.records}
         )
@@ -95,19 +99,19 @@ class Batch:
 
     owner: Owner
     generation: int
-    """Of the assignment that it was fetched under."""
+    """The generation of the assignment under which it was fetched."""
     records: Sequence[Any]
     event_time: Mapping[int, float]
-    """For each partition: all that was sent before this (Unix seconds) is in this batch or an earlier one."""
+    """Of each partition, Unix seconds: all events sent before are in this batch or an earlier one."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when it was committed or dropped."""
+    """Set when the batch is committed or dropped."""
 
     async def attempts(self) -> AsyncIterator[AbstractAsyncContextManager[Part]]:
-        """Attempts at its records, one after the other, until all are committed or the batch is dropped.
+        """Yields attempts, one after another, until all records are committed or the batch is dropped.
 
         Raises:
-            ConfigError: a server refuses this configuration.
-            Exception: a dead letter cannot be written, for a reason of its own.
+            ConfigError: a server refuses the configuration.
+            Exception: publishing a dead letter failed, and the error is not transient.
         """
         parts = deque([Part(self, self.records)])
         try:
@@ -118,17 +122,17 @@ class Batch:
                         if not self.owner.owns(self):
                             return
                         yield self._attempt(part)
-                        if part.error is None or not await self._waits(part.error):
+                        if part.error is None or not await self._should_retry(part.error):
                             break
                     if part.error is None:
                         continue
                     if part.refused:
                         raise part.error
                     if len(part.records) > 1:
-                        log.warning("a batch fails; trying its records one by one", error=str(part.error))
+                        log.warning("batch failed; retrying its records one by one", error=str(part.error))
                         parts.extend(Part(self, [record]) for record in part.records)
                     else:
-                        log.error("a record cannot be joined", exc_info=part.error)
+                        log.error("record failed", exc_info=part.error)
                         reason = f"joining it failed: {type(part.error).__name__}: {part.error}"
                         parts.appendleft(Part(self, part.records, refused=reason))
         finally:
@@ -148,10 +152,11 @@ class Batch:
         finally:
             self.owner.attempt_ended(self, part.error)
 
-    async def _waits(self, error: Exception) -> bool:
-        """Whether to try the same again: a server is unavailable, or the batch is no longer this one's."""
+    async def _should_retry(self, error: Exception) -> bool:
+        """Whether to retry the same records: a server is unavailable. Also if the partitions were revoked:
+        then `attempts` drops the batch."""
         if not self.owner.owns(self):
-            log.info("a batch is dropped, and read again by its partitions' owner", error=repr(error))
+            log.info("batch dropped: its partitions were revoked", error=repr(error))
             return True
         meaning = await explain(error, self.owner.settings)
         if meaning is None:
@@ -159,6 +164,6 @@ class Batch:
         if not isinstance(meaning, UnavailableError):
             raise meaning from error
         RETRIES.inc()
-        log.warning("trying again", why=str(meaning))
+        log.warning("retrying", why=str(meaning))
         self.owner.unavailable("redis" if is_redis(error) else "kafka", str(meaning))
         return True

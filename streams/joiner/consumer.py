@@ -1,16 +1,16 @@
-"""Faust's consumer, in batches: one message is one fetch, and only what the agent says is done is committed.
+"""A Faust consumer for batches: one Faust message is one fetch, and only the agent commits offsets.
 
-Faust as it comes hands over record by record, and commits what it counts as acknowledged. The classes here
-replace just that, through Faust's own seams: a `Transport` names the `Consumer`, which makes the thread that
-runs the Kafka client.
+Faust's own consumer delivers single records and commits those that it counts as acknowledged. The classes
+here replace that through Faust's extension points: a `Transport` names the `Consumer`, which creates the
+thread that runs the Kafka client.
 
-* A fetched batch crosses the conductor, the topic and the stream as one message (`Batch`). The next one is
-  fetched when it is done or dropped: nothing is committed past a record that is still in hand.
-* `wait_empty`, which Faust calls at a rebalance and at the end, gives the batch in hand a limited time. What
-  is not done by then is dropped: the partitions' next owner reads it again.
-* Kafka refuses the commit of a member that has lost its place in the group.
-* The thread has an event loop of its own: heartbeats go on while the agent computes or waits for Redis, and
-  the process ends when nothing is handled although there is something to read.
+* A fetched batch passes the conductor, the topic and the stream as one message (`Batch`). The next one is
+  fetched when it is committed or dropped: no commit includes a record in progress.
+* `wait_empty`, which Faust calls at a rebalance and at shutdown, gives the batch in progress a limited time,
+  after which it is dropped: the next owner of the partitions reads it again.
+* Kafka refuses the commit of a member that was removed from the group.
+* The thread has its own event loop: heartbeats continue while the agent computes or waits for Redis, and the
+  process ends if no event is processed although there are more.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from streams.worker import Worker
 log = structlog.get_logger(__name__)
 
 POLL_MS = 200
-"""Longest wait of one fetch; after it event time has advanced, although nothing was sent."""
+"""The longest wait of a fetch. Event time advances at least so often, also without new events."""
 REVOKE_S = 5.0
-"""How long a rebalance waits for the batch in hand."""
+"""How long a rebalance waits for the batch in progress."""
 PROBE_S = 2.0
-"""Seconds between two questions where the topics end: for `/readyz`, the lag, and the watchdog."""
+"""Seconds between queries of the topics' end offsets: for `/readyz`, the lag, and the watchdog."""
 
 
 class BatchThread(driver.AIOKafkaConsumerThread):
-    """The thread with the Kafka client. What begins with an underscore runs in it."""
+    """The thread with the Kafka client. Methods whose names begin with an underscore run in it."""
 
     transport: BatchTransport
     consumer: BatchConsumer
@@ -65,15 +65,15 @@ class BatchThread(driver.AIOKafkaConsumerThread):
         self.settings = self.transport.settings
         self.worker = self.transport.worker
         self.generation = 0
-        """Counts revocations: what was fetched before the last one carries less."""
+        """Number of revocations so far; batches fetched before the last one have a lower generation."""
         self._topics = Topics.of(self.settings)
         self._event_time = EventTime((self._topics.interactions, self._topics.replies))
         self._unreachable = False
-        # Over all partitions: with a backlog, one may wait long for its turn.
+        # Over all partitions together: under a backlog, a single one can wait long for its turn.
         self.watchdog: Watchdog[bool] = Watchdog(STALL_S)
 
     async def on_start(self) -> None:
-        """Joins the group, waiting for a broker that is unavailable as long as it takes."""
+        """Joins the group; waits without a limit for an unavailable broker."""
         result = await self.wait(retry(self._connect, self.settings, self._unavailable))
         self._consumer, self.time_started = result.result, time.monotonic()
 
@@ -84,12 +84,12 @@ class BatchThread(driver.AIOKafkaConsumerThread):
             group_id=self.app.conf.id,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            # Range over two topics of equal partition counts: partition i of both goes to one member.
+            # Both topics have equally many partitions: range assigns partition i of both to one member.
             partition_assignment_strategy=[RangePartitionAssignor],
             session_timeout_ms=session_ms,
             heartbeat_interval_ms=max(200, session_ms // 4),
             rebalance_timeout_ms=int(1000 * 2 * REVOKE_S),
-            # Waiting for Redis is no reason to leave the group; a process that hangs is ended by `_watch`.
+            # Waiting for Redis must not remove the member from the group; `_watch` ends a hanging process.
             max_poll_interval_ms=24 * 3_600_000,
             max_partition_fetch_bytes=MAX_RECORD_BYTES,
             fetch_max_wait_ms=POLL_MS,
@@ -97,30 +97,30 @@ class BatchThread(driver.AIOKafkaConsumerThread):
         return await start(consumer)
 
     async def on_thread_stop(self) -> None:
-        # Not the driver's, which stops the client without a limit.
+        # Skips the driver's method, which stops the client without a timeout.
         await ConsumerThread.on_thread_stop(self)
         if self._consumer is not None:
             await stop(self._consumer)
 
     async def on_partitions_revoked(self, revoked: set[TP]) -> None:
-        # Before anything is awaited, and so before anything of the next assignment can be fetched.
+        # Before the first await, and so before a record of the next assignment can be fetched.
         self.generation += 1
         self._event_time = EventTime((self._topics.interactions, self._topics.replies))
         await super().on_partitions_revoked(revoked)
 
     async def fetch(self) -> Batch:
-        """The next records, or none after `POLL_MS`."""
+        """The next records; empty if none came within `POLL_MS`."""
         batch: Batch = await self.call_thread(retry, self._fetch, self.settings, self._unavailable)
         return batch
 
     async def _fetch(self) -> Batch:
         consumer = self._ensure_consumer()
         fetched = await consumer.getmany(timeout_ms=POLL_MS, max_records=self.settings.join_batch)
-        # `getmany` waits through a rebalance and comes back with records of the next assignment. Nothing is
-        # awaited from here on, so that all of the batch is of one.
+        # `getmany` waits during a rebalance and then returns records of the next assignment. The code below
+        # does not await, so that the whole batch belongs to one assignment.
         for tp, records in fetched.items():
             if records:
-                self._event_time.saw(tp, records[-1].timestamp)
+                self._event_time.advance(tp, records[-1].timestamp)
         now = {}
         for partition in {tp.partition for tp in consumer.assignment()}:
             with contextlib.suppress(IllegalStateError, AssertionError, KeyError):
@@ -129,27 +129,27 @@ class BatchThread(driver.AIOKafkaConsumerThread):
         return Batch(self.consumer, self.generation, [r for tp in order for r in fetched[tp]], now)
 
     def _position(self, tp: TopicPartition) -> tuple[bool, float | None]:
-        """Whether all of it was read, and when the broker last said so."""
+        """Whether the partition was read to its end, and when the broker last reported that end."""
         consumer = self._ensure_consumer()
-        end, asked_ms = consumer.highwater(tp), consumer.last_poll_timestamp(tp)
-        # `consumer.position` would wait for one where there is none yet.
+        end, polled_ms = consumer.highwater(tp), consumer.last_poll_timestamp(tp)
+        # `consumer.position` would wait until there is a position.
         state = consumer._subscription.subscription.assignment.state_value(tp)
-        if end is None or asked_ms is None or not state.has_valid_position:
+        if end is None or polled_ms is None or not state.has_valid_position:
             return False, None
-        return state.position >= end, asked_ms / 1000
+        return state.position >= end, polled_ms / 1000
 
     async def _commit(self, offsets: Mapping[TP, int]) -> bool:
-        # Faust's own ends the app when it fails; here the agent decides.
+        # Faust's method ends the app if the commit fails; here the agent handles the error.
         await self._ensure_consumer().commit(offsets)
         return True
 
-    def _unavailable(self, server: str, why: str) -> None:
+    def _unavailable(self, server: str, reason: str) -> None:
         self._unreachable = True
-        self.worker.not_ready(server, why)
+        self.worker.not_ready(server, reason)
 
     @Service.task
     async def _watch(self) -> None:
-        """Asks where the topics end; ends the process when reading has stalled, or the main thread hangs."""
+        """Queries the topics' ends; ends the process if reading has stalled or the main thread hangs."""
         while not self.should_stop:
             await self.sleep(PROBE_S)
             if self._consumer is None:
@@ -172,23 +172,23 @@ class BatchThread(driver.AIOKafkaConsumerThread):
             if self._unreachable and is_reading:
                 self._unreachable = False
                 self.worker.ready("kafka")
-            # Where the group goes on rebalancing, there may be anything to read.
+            # During a rebalance there may be unread events: assume one.
             end = sum(ends.values()) if is_reading else position + 1
             if self.watchdog.stalled({is_reading: position}, {is_reading: end}):
-                what = f"{end - position} events wait" if is_reading else "the group goes on rebalancing"
-                self._end_process(f"{what}, and nothing was handled for {STALL_S:g} s")
+                state = f"lag of {end - position} events" if is_reading else "the group is still rebalancing"
+                self._end_process(f"no event was processed for {STALL_S:g} s: {state}")
                 return
 
-    def _end_process(self, why: str) -> None:
-        self.parent_loop.call_soon_threadsafe(self.worker.fail, why)
-        # The main thread may be what hangs.
+    def _end_process(self, reason: str) -> None:
+        self.parent_loop.call_soon_threadsafe(self.worker.fail, reason)
+        # In case the main thread hangs.
         end = threading.Timer(self.settings.shutdown_timeout_s, os._exit, [1])
         end.daemon = True
         end.start()
 
 
 class BatchConsumer(driver.Consumer):
-    """Hands batches to the conductor, and commits what it is told. Runs on the app's event loop."""
+    """Delivers batches to the conductor and commits the agent's offsets. Runs on the app's event loop."""
 
     transport: BatchTransport
     _thread: BatchThread
@@ -198,9 +198,9 @@ class BatchConsumer(driver.Consumer):
         self.settings = self.transport.settings
         self.worker = self.transport.worker
         self.event_time: Mapping[int, float] = {}
-        """For each partition: all that was sent before this (Unix seconds) is done."""
-        self._lost = -1
-        """The last generation of which a commit was refused: a rebalance follows."""
+        """Of each partition, Unix seconds: the effects of all events sent before are done."""
+        self._refused_generation = -1
+        """The last generation whose commit was refused: a rebalance follows."""
         self._limit: asyncio.Timeout | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -210,7 +210,7 @@ class BatchConsumer(driver.Consumer):
 
     @property
     def is_reading(self) -> bool:
-        """Whether the group is settled and its partitions are read."""
+        """Whether the assigned partitions are read; False during a rebalance."""
         return self.can_resume_flow.is_set()
 
     # -- from Kafka to the agent ---------------------------------------------------------------------------
@@ -222,14 +222,14 @@ class BatchConsumer(driver.Consumer):
                 batch = await self._thread.fetch()
                 while batch.records and self.owns(batch) and not batch.done.is_set():
                     await self.wait(self.can_resume_flow.wait())
-                    await self.wait_first(self._hand_over(batch), self.suspend_flow.wait())
+                    await self.wait_first(self._deliver(batch), self.suspend_flow.wait())
                 if self.owns(batch):
                     self.event_time = batch.event_time
         except (asyncio.CancelledError, ConsumerStoppedError):
             if not self.app.should_stop:
                 raise
 
-    async def _hand_over(self, batch: Batch) -> None:
+    async def _deliver(self, batch: Batch) -> None:
         first = batch.records[0]
         message = ConsumerMessage(
             topic=first.topic,
@@ -239,7 +239,7 @@ class BatchConsumer(driver.Consumer):
             timestamp_type=first.timestamp_type,
             headers=None,
             key=None,
-            value=cast(bytes, batch),  # the topic's raw serializer hands on whatever it is given
+            value=cast(bytes, batch),  # the topic's raw serializer passes any object on
             checksum=None,
             tp=TP(first.topic, first.partition),
             generation_id=self.app.consumer_generation_id,
@@ -247,10 +247,10 @@ class BatchConsumer(driver.Consumer):
         await self.callback(message)
         await batch.done.wait()
 
-    # -- the batch in hand ---------------------------------------------------------------------------------
+    # -- the batch in progress -----------------------------------------------------------------------------
 
     def owns(self, batch: Batch) -> bool:
-        is_current = self._lost < batch.generation == self._thread.generation
+        is_current = self._refused_generation < batch.generation == self._thread.generation
         return is_current and not (self.should_stop or self.app.should_stop)
 
     def attempt_begins(self, limit: asyncio.Timeout) -> None:
@@ -263,17 +263,17 @@ class BatchConsumer(driver.Consumer):
         if error is None:
             self.worker.ready("redis")
         elif isinstance(error, REVOKED):
-            self._lost = batch.generation
+            self._refused_generation = batch.generation
 
-    def unavailable(self, server: str, why: str) -> None:
-        self.worker.not_ready(server, why)
+    def unavailable(self, server: str, reason: str) -> None:
+        self.worker.not_ready(server, reason)
         self._thread.thread_loop.call_soon_threadsafe(self._thread.watchdog.reset)
 
     async def commit_done(self, offsets: Mapping[TopicPartition, int]) -> None:
         await self._commit(cast(Mapping[TP, int], offsets))
 
     async def wait_empty(self) -> None:
-        """Waits for the batch in hand, within limits."""
+        """Waits for the batch in progress, for a limited time."""
         if self._limit is not None:
             allowed = 0.6 * self.settings.shutdown_timeout_s if self.app.should_stop else REVOKE_S
             self._limit.reschedule(self.loop.time() + allowed)
@@ -303,18 +303,18 @@ class BatchConsumer(driver.Consumer):
         log.info("partitions assigned", partitions=_shown(assigned))
 
     async def perform_seek(self) -> None:
-        """Does nothing: the Kafka client begins every assignment at the committed offsets by itself."""
+        """Does nothing: the Kafka client itself starts each assignment at the committed offsets."""
 
     def close(self) -> None:
-        """Does nothing: the thread closes its client. Faust would, from another thread, if a rebalance meets
-        the end."""
+        """Does nothing: the thread closes its client. Faust's method would close it from another thread if a
+        rebalance coincides with the shutdown."""
 
     def verify_event_path(self, now: float, tp: TP) -> None:
-        """Does nothing: the watchdog is `_watch`. Faust's compares two kinds of clock."""
+        """Does nothing: `_watch` is the watchdog. Faust's compares times of two different clocks."""
 
 
 class BatchTransport(driver.Transport):
-    """Faust's transport for Kafka, with batches."""
+    """Faust's transport for Kafka, with `BatchConsumer`."""
 
     Consumer = BatchConsumer
 
@@ -325,14 +325,14 @@ class BatchTransport(driver.Transport):
 
 
 class JoinedTopic(Topic):
-    """Faust's topic; of two names, it shows both where `faust agents` asks for its name."""
+    """Faust's topic; `faust agents` shows all its names, not only the first."""
 
     def get_topic_name(self) -> str:
         return ", ".join(self.topics)
 
 
 class NoTables(TableManager):
-    """Faust's table manager, which also resumes reading after a rebalance; without its second's sleep."""
+    """Faust's table manager, which also resumes reading after a rebalance, without its delay of a second."""
 
     async def on_start(self) -> None:
         await self._update_channels()

@@ -1,7 +1,7 @@
-"""What the join knows of one conversation, and how that is stored: plain values and no rules.
+"""The state of one conversation, and its storage format: data structures without the join's rules.
 
-A conversation is stored as fields, one for each interaction and each reply, and a change writes the fields
-that it changed: what an event costs does not grow with the conversation.
+A conversation is stored as one field per interaction and per reply, and a save writes only changed fields:
+the cost of an event does not grow with the conversation.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import msgspec
 from msgspec import Struct
 
 LATE_S = 24 * 3600.0
-"""A reply that names no interaction may lie this long after the one it is about."""
+"""The longest time from an interaction to a reply without an interaction id."""
 
 INTERACTION, REPLY = "i:", "r:"
-"""Begin the names of the fields of a stored conversation; the rest of a name is the id."""
+"""Prefixes of the field names of a stored conversation; the id follows."""
 PENDING = "p"
-"""Name of the field with `Conversation.pending`."""
+"""Name of the field that stores `Conversation.pending`."""
 _BODY = b"\n"
-"""Before the body of an open interaction, in its field."""
+"""Separates an open interaction's attributes from its body, in its field."""
 
 
 class TrackedInteraction(Struct, frozen=True):
@@ -31,12 +31,13 @@ class TrackedInteraction(Struct, frozen=True):
     at: float
     """Unix seconds."""
     occurred_at: str
-    """The same, as the event has it."""
+    """The same, as in the event."""
     model_id: str
     until: float
-    """A window after it occurred or, if later, arrived; it is not forgotten before `LATE_S` after this."""
+    """Unix seconds: one window after it occurred or arrived, whichever is later. It is kept for at least
+    `LATE_S` longer."""
     body: bytes | None
-    """The event's JSON; None once the window has closed, for replay has it by then."""
+    """The event's JSON; None when the window has closed: then replay has it."""
 
     @property
     def order(self) -> tuple[float, str]:
@@ -44,21 +45,22 @@ class TrackedInteraction(Struct, frozen=True):
 
 
 class ReceivedReply(Struct, frozen=True):
-    """A reply as it was read; its text is gone."""
+    """A reply with its extracted feedback, without its text."""
 
     id: str
     at: float
-    names: str | None
-    """The interaction it names."""
+    """Unix seconds."""
+    interaction_id: str | None
     reading: dict[str, Any]
     """A `Reading`, as JSON values."""
     until: float = 0.0
-    """How long it waits for its interaction: a window from when it occurred or, if later, arrived."""
+    """Unix seconds until which it waits for its interaction: one window after it occurred or arrived,
+    whichever is later."""
     turns: str = ""
-    """Which `Turn`s from the interaction's message to the reply would change the reading ("r": repeated, "s":
-    switched); the join's."""
+    """The `Turn`s between the interaction's message and the reply that would change the reading: "r"
+    (repeated), "s" (switched). Set by `Join.read`."""
     embedding: bytes | None = None
-    """float16 of the text, where any would: what tells which of them it is."""
+    """(D,) float16 of the text if `turns` is not empty: determines the turn."""
 
     @property
     def order(self) -> tuple[float, str]:
@@ -66,10 +68,10 @@ class ReceivedReply(Struct, frozen=True):
 
 
 class Conversation:
-    """What the join knows of one conversation, with each reply at the interaction it is about."""
+    """The interactions and replies of one conversation, with each reply assigned to its interaction."""
 
     __slots__ = (
-        "_answers",
+        "_assigned",
         "_open",
         "_order",
         "_waiting",
@@ -84,68 +86,69 @@ class Conversation:
         self.interactions: dict[str, TrackedInteraction] = {}
         self.replies: dict[str, ReceivedReply] = {}
         self.changed: set[str] = set()
-        """Names of the fields that changed since it was copied or loaded."""
+        """Names of the fields that changed since the copy or load."""
         self.pending: dict[str, int] = {}
-        """Interactions whose experience is still to be written and published, with the version that it gets.
+        """Interaction ids whose experience must be written and published, with its version.
 
-        It is stored in one write with the change that caused it, and before the experience is: a worker that
-        dies in between leaves it to the next one, which gives each reply to the same interaction."""
+        Stored in one write with the change that caused it, before the experience: if the worker crashes in
+        between, the next one writes the experience and assigns each reply to the same interaction."""
         self.size = 500
-        """About how many bytes it holds."""
+        """Approximate size in bytes."""
         self._order: list[tuple[float, str]] = []
-        """Of all interactions."""
+        """`TrackedInteraction.order` of all interactions, sorted."""
         self._open: dict[str, float] = {}
-        """When each interaction with a body occurred."""
-        self._answers: dict[str, tuple[ReceivedReply, ...]] = {}
-        """The replies about each interaction that has any, in order."""
+        """Interaction ids with a body, with the times when they occurred."""
+        self._assigned: dict[str, tuple[ReceivedReply, ...]] = {}
+        """Interaction ids with replies, with these in order."""
         self._waiting: dict[str, ReceivedReply] = {}
+        """Replies without an interaction, by id."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Conversation):
             return NotImplemented
         return self.interactions == other.interactions and self.replies == other.replies
 
-    __hash__ = None  # type: ignore[assignment]  # as Python has it
+    __hash__ = None  # type: ignore[assignment]  # mutable, and so not hashable
 
     def copy(self) -> Conversation:
-        """One that may change without this one; its values are immutable and shared."""
+        """A copy that changes independently of this conversation; it shares the immutable values."""
         new = Conversation.__new__(Conversation)
         new.interactions, new.replies = self.interactions.copy(), self.replies.copy()
         new.changed, new.size, new.pending = set(), self.size, self.pending.copy()
         new._order, new._open = self._order.copy(), self._open.copy()
-        new._answers, new._waiting = self._answers.copy(), self._waiting.copy()
+        new._assigned, new._waiting = self._assigned.copy(), self._waiting.copy()
         return new
 
     @property
     def is_empty(self) -> bool:
         return not self.interactions and not self.replies
 
-    # -- what belongs together -----------------------------------------------------------------------------
+    # -- queries -------------------------------------------------------------------------------------------
 
     def target(self, reply: ReceivedReply) -> TrackedInteraction | None:
-        """The interaction that a reply is about; None while it waits."""
-        if reply.names is not None:
-            return self.interactions.get(reply.names)
-        place = bisect_left(self._order, (reply.at,))
-        if not place:
+        """The interaction that a reply belongs to; None if it is not known (yet)."""
+        if reply.interaction_id is not None:
+            return self.interactions.get(reply.interaction_id)
+        index = bisect_left(self._order, (reply.at,))
+        if not index:
             return None
-        at, latest = self._order[place - 1]
+        at, latest = self._order[index - 1]
         return self.interactions[latest] if at >= reply.at - LATE_S else None
 
     def replies_of(self, interaction: TrackedInteraction) -> tuple[ReceivedReply, ...]:
-        """The replies about an interaction, in order."""
-        return self._answers.get(interaction.id, ())
+        """The replies to an interaction, in order."""
+        return self._assigned.get(interaction.id, ())
 
     def waiting(self) -> list[ReceivedReply]:
         """Replies without an interaction, in order."""
         return sorted(self._waiting.values(), key=lambda r: r.order)
 
     def in_order(self) -> list[TrackedInteraction]:
-        """All interactions, the one that occurred first at the head."""
+        """All interactions, in the order in which they occurred."""
         return [self.interactions[interaction_id] for _, interaction_id in self._order]
 
     def due(self, window_s: float) -> float | None:
-        """When `Join.on_timer` has something to do; None: only forgetting is left."""
+        """When `Join.on_timer` must next close an interaction or end a wait, Unix seconds; None: never."""
         times = [min(self._open.values()) + window_s] if self._open else []
         times += [reply.until for reply in self._waiting.values()]
         return min(times, default=None)
@@ -153,30 +156,34 @@ class Conversation:
     # -- changes -------------------------------------------------------------------------------------------
 
     def add_interaction(self, new: TrackedInteraction) -> tuple[int, TrackedInteraction | None]:
-        """Adds an interaction and gives it the replies that are about it.
+        """Adds an interaction and assigns its replies to it.
 
         Returns:
-            How many of them had waited, and the interaction that had the others.
+            How many of the replies were waiting, and the interaction from which the others moved, if any.
         """
-        # A reply that names none is about the latest before it: only the one just before can lose any.
-        place = bisect_left(self._order, new.order)
-        before = self.interactions[self._order[place - 1][1]] if place else None
+        # A reply without an interaction id belongs to the latest interaction before it: replies can move only
+        # from the one directly before the new one.
+        index = bisect_left(self._order, new.order)
+        before = self.interactions[self._order[index - 1][1]] if index else None
         self.interactions[new.id] = new
         insort(self._order, new.order)
-        self._note(new)
+        if new.body is not None:
+            self._open[new.id] = new.at
+        self.size += 200 + len(new.body or b"")
+        self.changed.add(INTERACTION + new.id)
         waited = [reply for reply in self._waiting.values() if self.target(reply) is new]
         for reply in waited:
             del self._waiting[reply.id]
-        had = () if before is None else self.replies_of(before)
-        moved = [reply for reply in had if self.target(reply) is new]
+        earlier = () if before is None else self.replies_of(before)
+        moved = [reply for reply in earlier if self.target(reply) is new]
         if before is not None and moved:
-            self._set_answers(before, [reply for reply in had if reply not in moved])
+            self._assign(before, [reply for reply in earlier if reply not in moved])
         if waited or moved:
-            self._set_answers(new, waited + moved)
+            self._assign(new, waited + moved)
         return len(waited), before if moved else None
 
     def add_reply(self, reply: ReceivedReply) -> None:
-        """Adds a reply, to the interaction it is about or to those that wait."""
+        """Adds a reply: assigns it to its interaction, or keeps it waiting."""
         self.replies[reply.id] = reply
         self.changed.add(REPLY + reply.id)
         self.size += 600
@@ -184,61 +191,56 @@ class Conversation:
         if target is None:
             self._waiting[reply.id] = reply
         else:
-            self._set_answers(target, [*self.replies_of(target), reply])
+            self._assign(target, [*self.replies_of(target), reply])
 
     def set_pending(self, interaction: TrackedInteraction) -> None:
-        """The interaction's experience must be written anew; `stamp` gives it its version."""
+        """Marks an interaction's experience as to be written; `stamp` sets its version."""
         self.pending[interaction.id] = 0
 
     def stamp(self, version: int) -> None:
-        """Gives this version to all that became pending since the conversation was copied."""
+        """Sets the version of all experiences that became pending since the copy."""
         self.pending = {i: known or version for i, known in self.pending.items()}
 
     def close(self, interaction: TrackedInteraction) -> None:
-        """Lets go of an interaction's body."""
+        """Removes an interaction's body."""
         self.interactions[interaction.id] = msgspec.structs.replace(interaction, body=None)
         self.size -= len(interaction.body or b"")
         del self._open[interaction.id]
         self.changed.add(INTERACTION + interaction.id)
 
-    def forget_reply(self, reply: ReceivedReply) -> None:
-        """Lets go of a reply that waits."""
+    def remove_waiting(self, reply: ReceivedReply) -> None:
+        """Removes a waiting reply."""
         del self._waiting[reply.id]
-        self._drop(reply)
+        self._remove(reply)
 
-    def forget_interaction(self, interaction: TrackedInteraction) -> None:
-        """Lets go of a closed interaction and of the replies about it."""
-        for reply in self._answers.pop(interaction.id, ()):
-            self._drop(reply)
+    def remove_interaction(self, interaction: TrackedInteraction) -> None:
+        """Removes a closed interaction and its replies."""
+        for reply in self._assigned.pop(interaction.id, ()):
+            self._remove(reply)
         del self.interactions[interaction.id]
         del self._order[bisect_left(self._order, interaction.order)]
         self.size -= 200
         self.changed.add(INTERACTION + interaction.id)
 
-    def _note(self, new: TrackedInteraction) -> None:
-        if new.body is not None:
-            self._open[new.id] = new.at
-        self.size += 200 + len(new.body or b"")
-        self.changed.add(INTERACTION + new.id)
-
-    def _set_answers(self, interaction: TrackedInteraction, replies: list[ReceivedReply]) -> None:
+    def _assign(self, interaction: TrackedInteraction, replies: list[ReceivedReply]) -> None:
         if replies:
-            self._answers[interaction.id] = tuple(sorted(replies, key=lambda r: r.order))
+            self._assigned[interaction.id] = tuple(sorted(replies, key=lambda r: r.order))
         else:
-            self._answers.pop(interaction.id, None)
+            self._assigned.pop(interaction.id, None)
 
-    def _drop(self, reply: ReceivedReply) -> None:
+    def _remove(self, reply: ReceivedReply) -> None:
         del self.replies[reply.id]
         self.size -= 600
         self.changed.add(REPLY + reply.id)
 
-    # -- stored --------------------------------------------------------------------------------------------
+    # -- storage -------------------------------------------------------------------------------------------
 
     def fields(self, *, whole: bool = False) -> tuple[dict[str, bytes], list[str]]:
-        """Fields to set, and fields to delete, that bring what is stored up to date.
+        """The stored fields to set, and the names of those to delete.
 
         Args:
-            whole: nothing is stored; else what was copied or loaded is.
+            whole: all fields, for a conversation that is not stored yet; else those that changed since the
+                copy or load.
         """
         if whole:
             names = [INTERACTION + i for i in self.interactions] + [REPLY + r for r in self.replies]
@@ -264,7 +266,7 @@ class Conversation:
 
     @classmethod
     def load(cls, fields: Mapping[bytes, bytes]) -> Conversation:
-        """The conversation that is stored as these fields; those of other names are left alone."""
+        """Decodes a conversation from its stored fields; ignores fields with other names."""
         new = cls()
         interactions, replies = [], []
         for key, value in fields.items():

@@ -1,12 +1,12 @@
-"""Events for the join, decoded without a pydantic model where they are as every producer of ours writes them.
+"""Decodes events for the join, without pydantic models if they have the format that our producers write.
 
     interaction = decode_interaction(interaction_bytes, store_text=False)
-    interaction.body              # the bytes that came, or, where those cannot be kept, canonical ones
+    interaction.body              # the record's bytes, or canonical JSON if those must not be stored
     reply = decode_reply(reply_bytes)
 
-The models of `streams.events` decide what an event is. What is decoded here is checked as strictly; all else
-(another type that a model would convert, an unknown field, an error) goes through the model, which converts
-it, drops it or says what is wrong. So what becomes of an event is a function of its bytes.
+The models of `streams.events` define valid events. The decoders here are as strict; any other input (a type
+that a model converts, an unknown field, an error) is parsed by the model, which converts the value, drops the
+field or raises. So both ways give the same result for the same bytes.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Side = Annotated[int, Meta(ge=0, le=MAX_SIDE)]
 Schema = Annotated[int, Meta(le=SCHEMA_VERSION)]
 
 _NOT_FINITE = np.uint16(0x7C00)
-"""Exponent bits of a float16: infinity and NaN have all of them."""
+"""The exponent bits of a float16: all set in infinity and NaN, and only there."""
 
 
 class Interaction(Struct, frozen=True):
-    """What the join needs of an interaction, and all of it as JSON."""
+    """The fields of an interaction that the join uses, and the whole event as JSON."""
 
     id: str
     conversation_id: str
@@ -48,13 +48,13 @@ class Interaction(Struct, frozen=True):
     at: float
     """Unix seconds."""
     occurred_at: str
-    """The same, as the body has it."""
+    """The same, as in the body."""
     body: bytes
-    """JSON of the `InteractionEvent`; without its text, unless that is stored."""
+    """JSON of the `InteractionEvent`; without `text` unless `store_text` is set."""
 
 
 class Reply(Struct, frozen=True):
-    """What the join needs of a reply; the fields are those of `ReplyEvent`."""
+    """The fields of a `ReplyEvent` that the join uses."""
 
     reply_id: str
     conversation_id: str
@@ -120,7 +120,7 @@ class _Head(Struct):
 
 
 class StoredExperience(Struct):
-    """What an amendment needs of an `ExperienceEvent`."""
+    """The fields of an `ExperienceEvent` that an amendment uses."""
 
     occurred_at: str
     interaction: Raw
@@ -136,13 +136,13 @@ _moment = TypeAdapter(AwareDatetime).validate_python
 
 
 def decode_interaction(value: bytes | None, *, store_text: bool) -> Interaction:
-    """An interaction out of a record.
+    """Decodes a record's value.
 
     Args:
-        store_text: whether the user's message, where the event has it, stays in the body.
+        store_text: whether the body keeps the text of the user's message, if the event has it.
 
     Raises:
-        InputError: it is no `InteractionEvent`; the message says why.
+        InputError: the value is not a valid `InteractionEvent`; the message has the reason.
     """
     try:
         fields = _interaction.decode(value or b"")
@@ -172,16 +172,16 @@ def decode_interaction(value: bytes | None, *, store_text: bool) -> Interaction:
 
 
 def decode_reply(value: bytes | None) -> Reply:
-    """A reply out of a record.
+    """Decodes a record's value.
 
     Raises:
-        InputError: it is no `ReplyEvent`; the message says why.
+        InputError: the value is not a valid `ReplyEvent`; the message has the reason.
     """
     try:
         fields = _reply.decode(value or b"")
         array, embedding = fields.embedding, None
-        said = fields.text.strip() if fields.kind == "text" else fields.rating is not None
-        if said and (array is None or (_is_array(array) and _are_finite(array.f16))):
+        has_value = fields.text.strip() if fields.kind == "text" else fields.rating is not None
+        if has_value and (array is None or (_is_array(array) and _are_finite(array.f16))):
             if array is not None:
                 embedding = np.frombuffer(array.f16, dtype="<f2").reshape(array.shape)
             return Reply(
@@ -201,7 +201,7 @@ def decode_reply(value: bytes | None) -> Reply:
 
 
 def decode_experience(value: bytes) -> StoredExperience | None:
-    """A stored experience; None where a tool added an entry that has no interaction to amend."""
+    """Decodes a stored experience; None if the value is a tool's `ReplayEntry`, which has no interaction."""
     try:
         return _experience.decode(value)
     except msgspec.ValidationError:
@@ -209,7 +209,7 @@ def decode_experience(value: bytes) -> StoredExperience | None:
 
 
 def moment(text: str) -> float:
-    """Unix seconds of a time as events have it."""
+    """Unix seconds of an event's timestamp."""
     return _moment(text).timestamp()
 
 
@@ -219,7 +219,7 @@ def message_of(body: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def _is_valid(it: _Interaction) -> bool:
-    """Whether its arrays and lists agree, as `InteractionEvent` wants it."""
+    """Whether its arrays and lists have consistent sizes, as `InteractionEvent` requires."""
     dim, n, k = it.message.shape, len(it.memory_ids), len(it.memory_scores)
     arrays = (it.message, it.history, it.situation, it.memories)
     return (
@@ -249,6 +249,6 @@ def _are_finite(f16: bytes) -> bool:
 
 
 def _has_no_text(it: _Interaction, value: bytes) -> bool:
-    # Of a name that comes twice JSON readers take the last; the first would stay in the bytes. Where nothing
-    # is escaped, the name can be spelled in one way only.
+    # JSON readers use the last of repeated names; the text of an earlier one would stay in the bytes. Without
+    # escapes there is only one spelling of the name.
     return it.text is None and value.count(b'"text"') <= 1 and b"\\" not in value

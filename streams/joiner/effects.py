@@ -1,21 +1,22 @@
-"""One batch of events through the join: state, then its effects. Shared by live joining and rebuilds.
+"""Joins a batch of events and writes the effects: state, replay, experiences. Used by joiner and rebuild.
 
     while tasks:
-        joined = await engine.join(tasks)     # what the events make of their conversations
-        await engine.settle(joined)           # into replay and out: what the state is about to let go of
+        joined = await engine.join(tasks)     # compute: new conversation states and their experiences
+        await engine.settle(joined)           # replay and topic: what the state is about to remove
         tasks = await engine.save(joined)     # state: compare-and-set on each conversation's version
-        await engine.store(joined)            # replay: an upsert by version; repeating it is harmless
-        await engine.publish(joined)          # the same (id, version) carries the same bytes
+        await engine.store(joined)            # replay: an idempotent upsert by version
+        await engine.publish(joined)          # topic: the same (id, version) has the same bytes
 
-State comes before the experiences that it makes, so that a reply is never in one that the state knows nothing
-of: after a crash the next worker would give it to another interaction as well. The experiences still to be
-written are in the state (`Conversation.pending`), and whoever loads it next writes them; the caller commits
-the batch's offsets last, so that somebody does. What `settle` writes gives no reply to anybody else: silence,
-and replies that name an interaction which is in replay alone.
+The state is written before its experiences, so that each reply of an experience is in the state: else, after
+a crash, the next worker could assign it to a second interaction. The state lists the experiences still to be
+written (`Conversation.pending`), and the next worker that loads it writes them. The caller commits the
+batch's offsets last, so that the next worker reads these events again. `settle` may write before the state,
+because it assigns no reply to another interaction: it writes interactions without a reply, and replies with
+the id of an interaction that only replay has.
 
-When another worker changed a conversation meanwhile (for a moment two may own it, in a rebalance), `save`
-hands back the tasks on it, and nothing of them has been written. What a worker that was taken for dead writes
-afterwards has a lower version, and replay does not take it.
+If another worker changed a conversation meanwhile (during a rebalance, two may own it for a moment), `save`
+returns its tasks and writes nothing of them. Later writes of a worker that was removed from the group have a
+lower version, and replay rejects them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from streams.failures import is_systemic
 from streams.joiner.conversation import Conversation, ReceivedReply, TrackedInteraction
 from streams.joiner.decode import StoredExperience, decode_experience, moment
 from streams.joiner.join import Changes, Join
-from streams.joiner.states import DUE_AT_ONCE, Save, States
+from streams.joiner.states import DUE_LIMIT, Save, States
 from streams.kafka.publisher import MAX_VALUE
 from streams.replay_store import Found, Replaces, ReplayWrite, ReplayWriter, WriteResult
 
@@ -46,18 +47,18 @@ Step = Callable[[Conversation, Changes], None]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One thing that happens to one conversation."""
+    """One change of one conversation: an event or the timer."""
 
     conversation_id: str
     partition: int
     step: Step
     is_timer: bool = False
-    """Saved even where nothing changed, so that what is due next is noted."""
+    """Whether to save an unchanged conversation too, which updates when it is due next."""
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """An experience on its way to replay, and out."""
+    """An experience to write to replay and to publish."""
 
     model_id: str
     value: bytes
@@ -66,31 +67,30 @@ class Experience:
 
 
 Publish = Callable[[Sequence[Experience]], Awaitable[None]]
-"""Returns when all are acknowledged."""
+"""Publishes experiences; returns when all are acknowledged."""
 
 
 @dataclass(slots=True)
 class Joined:
-    """What a batch of tasks made of its conversations."""
+    """The results of a batch of tasks."""
 
     tasks: dict[str, list[Task]]
     """By conversation."""
     changes: dict[str, Changes] = field(default_factory=dict)
     saves: dict[str, Save] = field(default_factory=dict)
-    """After `Engine.save`, those that were written."""
+    """By conversation; after `Engine.save`, only those that were written."""
     pending: dict[str, list[Experience]] = field(default_factory=dict)
-    """The experiences that are pending, by conversation."""
-    news: list[Experience] = field(default_factory=list)
-    """Those to publish: replay took them."""
+    """The pending experiences, by conversation."""
+    accepted: list[Experience] = field(default_factory=list)
+    """The experiences that replay accepted: to be published."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What happened, by the names of `Changes`; complete after `Engine.save`."""
+    """Event counts (see `Changes.counts`); complete after `Engine.save`."""
 
 
 class Engine:
-    """Runs tasks on conversations and makes their effects.
+    """Runs tasks on conversations and writes their effects.
 
-    Its methods raise whatever Redis or Kafka raise. Do the same tasks again then: what was done is not done
-    twice, and what was not is.
+    Its methods raise the errors of Redis and Kafka. Then run the same tasks again: every step is idempotent.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Engine:
         self._publish = publish
 
     async def apply(self, tasks: Sequence[Task]) -> Counter[str]:
-        """Does all tasks, in order for each conversation; returns what happened, by names of `Changes`."""
+        """Runs all tasks, in order for each conversation; returns event counts (see `Changes.counts`)."""
         counts: Counter[str] = Counter()
         while tasks:
             joined = await self.join(tasks)
@@ -114,10 +114,10 @@ class Engine:
         return counts
 
     async def join(self, tasks: Sequence[Task]) -> Joined:
-        """Does the tasks, in order for each conversation, on copies of what is stored.
+        """Runs the tasks, in order for each conversation, on copies of the stored conversations.
 
         Raises:
-            InputError: an experience would be larger than a record may be.
+            InputError: an experience exceeds the maximum size of a record.
         """
         by_conversation: dict[str, list[Task]] = {}
         for task in tasks:
@@ -131,10 +131,10 @@ class Engine:
                 task.step(after, changes)
             joined.changes[conversation_id] = changes
             due = after.due(self.rules.window_s)
-            must_note = its_tasks[-1].is_timer or (due is not None and not before.is_cached)
-            if after.changed or after.pending or must_note:
-                # By the clock, so that versions grow although Redis may lose the state that has the last one.
-                version = max(before.version + 1, _clock())
+            must_save_due = its_tasks[-1].is_timer or (due is not None and not before.is_cached)
+            if after.changed or after.pending or must_save_due:
+                # From the clock, so that versions increase even if Redis loses the state with the last one.
+                version = max(before.version + 1, _now_ms())
                 after.stamp(version)
                 joined.saves[conversation_id] = Save(
                     conversation_id, its_tasks[-1].partition, before, after, version, due
@@ -143,24 +143,24 @@ class Engine:
         return joined
 
     async def settle(self, joined: Joined) -> None:
-        """Writes and publishes what the state is about to let go of: silence, and replies that waited."""
-        # Lower than the version of any reply, and in the place of nothing: whoever was answered stays so.
-        silent = []
+        """Writes and publishes what the state removes next: interactions without a reply, and orphans."""
+        # With a lower version than any experience with replies, and only if replay has none.
+        unanswered = []
         for conversation_id, changes in joined.changes.items():
             for it in changes.closed:
                 version = joined.saves[conversation_id].before.version
-                silent.append(self._experience(it, (), it.body or b"", version, Replaces.NOTHING))
-        await self._send(await self._write(silent))
+                unanswered.append(self._experience(it, (), it.body or b"", version, Replaces.NOTHING))
+        await self._send(await self._write(unanswered))
         late: dict[str, list[ReceivedReply]] = {}
         for changes in joined.changes.values():
             for reply in changes.orphans:
-                late.setdefault(reply.names or "", []).append(reply)
+                late.setdefault(reply.interaction_id or "", []).append(reply)
         joined.counts["orphans"] += len(late.pop("", ()))
         while late:
             late = await self._amend(late, joined.counts)
 
     async def save(self, joined: Joined) -> list[Task]:
-        """Writes the conversations' state; returns the tasks on those that another worker changed."""
+        """Writes the states; returns the tasks of conversations that another worker changed."""
         conflicts = await self.states.save([*joined.saves.values()])
         for conversation_id in conflicts:
             del joined.saves[conversation_id]
@@ -171,19 +171,22 @@ class Engine:
         return [task for conversation_id in conflicts for task in joined.tasks[conversation_id]]
 
     async def store(self, joined: Joined) -> None:
-        """Writes what is pending to replay."""
+        """Writes pending experiences to replay."""
         pending = [e for conversation_id in joined.saves for e in joined.pending.get(conversation_id, ())]
-        joined.news = await self._write(pending)
+        joined.accepted = await self._write(pending)
 
     async def publish(self, joined: Joined) -> None:
-        """Publishes what replay took; returns when all is acknowledged, and nothing is pending any more."""
-        await self._send(joined.news)
-        self.states.written(joined.saves.values())
+        """Publishes the accepted experiences; when all are acknowledged, marks none as pending."""
+        await self._send(joined.accepted)
+        self.states.clear_pending(joined.saves.values())
 
     async def timer(self, partition: int, now: float) -> Counter[str]:
-        """Closes what is due in a partition; may be called at any time, with any `now`.
+        """Runs `Join.on_timer` on a partition's due conversations; returns event counts.
 
         A conversation that fails is postponed for `POSTPONE_S`, and does not affect the others.
+
+        Args:
+            now: event time, Unix seconds; may go back.
         """
         counts: Counter[str] = Counter()
         step = _timer_step(self.rules, now)
@@ -196,7 +199,7 @@ class Engine:
                     raise
                 for task in tasks:
                     counts += await self._timer_alone(task, now)
-            if len(due) < DUE_AT_ONCE:
+            if len(due) < DUE_LIMIT:
                 break
         return counts
 
@@ -211,7 +214,7 @@ class Engine:
             return Counter({"timer_failures": 1})
 
     async def _compose(self, joined: Joined) -> None:
-        """The experiences that are pending, with what replay still has of those that are closed."""
+        """Composes the pending experiences; reads the bodies of closed interactions from replay."""
         pending = [
             (conversation_id, save.after.interactions[interaction_id], version, save.after)
             for conversation_id, save in joined.saves.items()
@@ -241,9 +244,9 @@ class Engine:
         value = self.rules.experience(it, body, replies)
         if len(value) > MAX_VALUE:
             raise InputError(
-                f"the experience of {it.id!r} has {len(value)} bytes, at most {MAX_VALUE} can be published"
+                f"the experience of interaction {it.id!r} has {len(value)} bytes; the maximum is {MAX_VALUE}"
             )
-        # Open again, for its one reply was another's: out of replay until it is answered or closed.
+        # Its only reply moved to another interaction: remove it from replay until it is closed or replied to.
         is_open = it.body is not None and not replies and replaces is Replaces.OLDER
         write = ReplayWrite(it.id, it.at, version, b"" if is_open else value, replaces)
         return Experience(it.model_id, value, write)
@@ -251,33 +254,39 @@ class Engine:
     async def _amend(
         self, late: Mapping[str, list[ReceivedReply]], counts: Counter[str]
     ) -> dict[str, list[ReceivedReply]]:
-        """Adds replies to what replay has of the interactions that they name, and publishes that; returns
-        those whose experience another worker changed meanwhile."""
+        """Amends the experiences that only replay has, and publishes them.
+
+        Args:
+            late: replies by interaction id.
+
+        Returns:
+            The replies whose experience another worker changed meanwhile: to be retried.
+        """
         amended: dict[str, Experience] = {}
-        found = await self._replay.find([(None, names) for names in late])
-        for (names, replies), entry in zip(late.items(), found, strict=True):
+        found = await self._replay.find([(None, interaction_id) for interaction_id in late])
+        for (interaction_id, replies), entry in zip(late.items(), found, strict=True):
             stored = _stored(entry)
             if entry is None or stored is None:
                 counts["orphans"] += len(replies)
                 continue
-            value, version = self.rules.amended(stored, replies), max(entry.version + 1, _clock())
-            if value is None:  # it was amended, and perhaps not published
+            value, version = self.rules.amended(stored, replies), max(entry.version + 1, _now_ms())
+            if value is None:  # amended before, possibly without being published
                 value, version = entry.value, entry.version
-            write = ReplayWrite(names, moment(stored.occurred_at), version, value, entry.version)
-            amended[names] = Experience(entry.model_id, value, write)
-        taken = await self._write([*amended.values()])
-        await self._send(taken)
-        again: dict[str, list[ReceivedReply]] = {}
-        for names, experience in amended.items():
-            if experience in taken:
+            write = ReplayWrite(interaction_id, moment(stored.occurred_at), version, value, entry.version)
+            amended[interaction_id] = Experience(entry.model_id, value, write)
+        accepted = await self._write([*amended.values()])
+        await self._send(accepted)
+        conflicts: dict[str, list[ReceivedReply]] = {}
+        for interaction_id, experience in amended.items():
+            if experience in accepted:
                 is_new = experience.write.version != experience.write.replaces
-                counts["late" if is_new else "duplicates"] += len(late[names])
+                counts["late" if is_new else "duplicates"] += len(late[interaction_id])
             else:
-                again[names] = late[names]
-        return again
+                conflicts[interaction_id] = late[interaction_id]
+        return conflicts
 
     async def _write(self, experiences: Sequence[Experience]) -> list[Experience]:
-        """Writes to replay; those that it took, now or before."""
+        """Writes to replay; returns the experiences that it accepted, now or in an earlier attempt."""
         results = await self._replay.write([(e.model_id, e.write) for e in experiences])
         return [e for e, it in zip(experiences, results, strict=True) if it is not WriteResult.STALE]
 
@@ -286,8 +295,7 @@ class Engine:
             await self._publish(experiences)
 
 
-def _clock() -> int:
-    """Milliseconds."""
+def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 

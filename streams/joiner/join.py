@@ -1,4 +1,4 @@
-"""The join of interactions and replies, as plain state: no Kafka, no Redis, no clock.
+"""The join of interactions and replies: pure functions of a conversation's state; no Kafka, Redis or clock.
 
     join = Join(window_s=1800.0, aggregation="last", collector=FeedbackCollector())
     conversation = Conversation()
@@ -7,22 +7,22 @@
     [received] = join.read([reply])
     join.on_reply(conversation, received, arrived, changes)
     join.on_timer(conversation, now, changes)
-    conversation.pending     # interactions whose experience is now made of other replies
-    changes.closed           # interactions that nobody answered
+    conversation.pending     # interactions whose experience must be written
+    changes.closed           # interactions without a reply
     changes.orphans          # replies without an interaction
-    changes.counts           # what happened, for the metrics
+    changes.counts           # event counts, for the metrics
 
-What an experience becomes is a function of the set of events: each reply belongs to the interaction it
-names, else to its conversation's latest interaction before it, and an interaction's experience is made of
-its replies in the order of (`occurred_at`, `reply_id`). A reply that had gone to the wrong interaction is
-moved, and both experiences are pending.
+An experience is a function of the set of events, not of their order. A reply belongs to the interaction whose
+id it has; without an id, to its conversation's latest interaction before it. An interaction's experience
+contains its replies in the order of (`occurred_at`, `reply_id`). If an interaction arrives after its reply
+was assigned to an earlier one, the reply moves, and both experiences are pending.
 
-That holds where an interaction and its replies arrive within `window_s` of each other, however long ago they
-occurred. What comes later still is joined to what the state or replay holds by then, or counted.
+This holds if an interaction and its replies arrive within `window_s` of each other, however long ago they
+occurred. A later reply amends the experience in the state or in replay, or is counted as an orphan.
 
-`now` is seconds on the axis of event time: everything that was sent before it has been read. It and
-`arrived`, when an event was sent, come from outside. They decide how long things are kept and when silence
-closes an interaction, never what an experience becomes. A `now` that goes back changes nothing.
+`now` is event time in Unix seconds: all events sent before it have been read. `arrived` is when an event was
+sent. The caller passes both. They decide how long state is kept and when an interaction without a reply is
+closed, never the content of an experience. A `now` that goes back changes nothing.
 """
 
 from __future__ import annotations
@@ -51,28 +51,28 @@ from streams.joiner.conversation import LATE_S, Conversation, ReceivedReply, Tra
 from streams.joiner.decode import Interaction, Reply, StoredExperience, message_of, moment
 
 MAX_KEPT = 256
-"""Interactions, and replies that wait, kept for one conversation: beyond it the earliest are let go. Also
-the replies that one interaction takes: what comes after them is counted as excess."""
+"""The most interactions, and the most waiting replies, kept per conversation; the earliest are removed. Also
+the most replies of one interaction; later ones are counted as excess."""
 
 
 _REPEATS, _SWITCHES = "r", "s"
-"""In `ReceivedReply.turns`: what the reply may turn out to do."""
+"""Flags of `ReceivedReply.turns`: the reply may repeat the request, or switch the topic."""
 
 
 @dataclass(slots=True)
 class Changes:
-    """What calls on a conversation add up to, beyond what stands in the conversation itself."""
+    """Results of calls of `Join` that are not part of the conversation's state."""
 
     closed: list[TrackedInteraction] = field(default_factory=list)
-    """Interactions that nobody answered within the window: `no_reply`, unless replay has them already."""
+    """Interactions without a reply within the window: `no_reply`, unless replay has an experience already."""
     orphans: list[ReceivedReply] = field(default_factory=list)
-    """Replies whose wait is over and whose interaction the state does not have; replay may have it still."""
+    """Replies that waited for a window and whose interaction is not in the state; replay may have it."""
     counts: Counter[str] = field(default_factory=Counter)
     """interactions, replies, duplicates, joined, amended, late, moved, waiting, excess, no_reply"""
 
 
 class Join:
-    """The rules. Holds no state of its own; one object may serve every conversation."""
+    """The rules of the join. Stateless: one object serves all conversations."""
 
     def __init__(
         self,
@@ -94,17 +94,17 @@ class Join:
     def on_interaction(
         self, conversation: Conversation, event: Interaction, arrived: float, changes: Changes
     ) -> None:
-        """Adds an interaction; takes the replies that are its own, also from one that had them wrongly."""
+        """Adds an interaction; assigns its replies: waiting ones, and those of the interaction before it."""
         changes.counts["interactions"] += 1
         if event.id in conversation.interactions:
             changes.counts["duplicates"] += 1
             return
         until = max(event.at, arrived) + self.window_s
         new = TrackedInteraction(event.id, event.at, event.occurred_at, event.model_id, until, event.body)
-        waited, loser = conversation.add_interaction(new)
-        if loser is not None:
+        waited, moved_from = conversation.add_interaction(new)
+        if moved_from is not None:
             changes.counts["moved"] += 1
-            conversation.set_pending(loser)
+            conversation.set_pending(moved_from)
         if conversation.replies_of(new):
             changes.counts["joined"] += waited
             conversation.set_pending(new)
@@ -112,12 +112,12 @@ class Join:
         if excess > 0:
             for earliest in conversation.in_order()[:excess]:
                 if earliest.id not in conversation.pending:
-                    self._forget(conversation, earliest, changes)
+                    self._remove(conversation, earliest, changes)
 
     def on_reply(
         self, conversation: Conversation, reply: ReceivedReply, arrived: float, changes: Changes
     ) -> None:
-        """Adds a reply: completes or amends its interaction's experience, or lets it wait."""
+        """Adds a reply: completes or amends its interaction's experience, or keeps the reply waiting."""
         changes.counts["replies"] += 1
         if reply.id in conversation.replies:
             changes.counts["duplicates"] += 1
@@ -140,15 +140,15 @@ class Join:
         conversation.set_pending(target)
 
     def on_timer(self, conversation: Conversation, now: float, changes: Changes) -> None:
-        """Closes what nobody answered in time, ends waits, and forgets what no event can change any more.
+        """Closes interactions whose window has passed, ends waits, and removes expired interactions.
 
-        What is pending stays until its experience is written: the conversation has all that it is made of.
+        Skips pending interactions: their experience is composed from the conversation's state.
         """
         for interaction in conversation.in_order():
             if interaction.id in conversation.pending:
                 continue
             if interaction.until + LATE_S <= now:
-                self._forget(conversation, interaction, changes)
+                self._remove(conversation, interaction, changes)
             elif interaction.body is not None and interaction.at + self.window_s <= now:
                 self._close(conversation, interaction, changes)
         for reply in conversation.waiting():
@@ -162,21 +162,21 @@ class Join:
         conversation.close(interaction)
 
     def _orphan(self, conversation: Conversation, reply: ReceivedReply, changes: Changes) -> None:
-        conversation.forget_reply(reply)
+        conversation.remove_waiting(reply)
         changes.orphans.append(reply)
 
-    def _forget(self, conversation: Conversation, interaction: TrackedInteraction, changes: Changes) -> None:
+    def _remove(self, conversation: Conversation, interaction: TrackedInteraction, changes: Changes) -> None:
         if interaction.body is not None:
             self._close(conversation, interaction, changes)
-        conversation.forget_interaction(interaction)
+        conversation.remove_interaction(interaction)
 
     # -- readings and experiences --------------------------------------------------------------------------
 
     def read(self, replies: Sequence[Reply]) -> list[ReceivedReply]:
-        """Reads each reply once, for good: what it says is a function of the reply alone.
+        """Extracts the feedback of replies, once for each: a function of the reply alone.
 
-        Whether it switched the topic, or asks the same again, depends on the interaction as well, which may
-        not be known yet: where that would make a difference the embedding is kept, too.
+        Whether a reply repeats the request or switches the topic depends on its interaction too, which may
+        not have arrived. If that can change the feedback, the result keeps the embedding for `experience`.
         """
         texts = [reply for reply in replies if reply.kind == "text"]
         read = iter(self.collector.read([r.text for r in texts], [r.embedding for r in texts]))
@@ -228,27 +228,28 @@ class Join:
     def experience(
         self, interaction: TrackedInteraction, body: bytes, replies: Iterable[ReceivedReply]
     ) -> bytes:
-        """JSON of the `ExperienceEvent` that an interaction and its replies, in order, make.
+        """JSON of the `ExperienceEvent` of an interaction and its replies.
 
         Args:
-            body: the interaction's, also where the conversation has let go of it.
+            body: the interaction's JSON; from replay if the interaction is closed.
+            replies: in order.
         """
-        return self._compose(interaction.occurred_at, body, self._settled(body, replies))
+        return self._compose(interaction.occurred_at, body, self._final_readings(body, replies))
 
     def amended(self, stored: StoredExperience, replies: Iterable[ReceivedReply]) -> bytes | None:
-        """A stored experience with more replies; None when it has them all already."""
+        """JSON of a stored experience with further replies; None if it has all of them already."""
         readings = {(moment(r["occurred_at"]), r["reply_id"]): r for r in stored.readings}
         known = {reply_id for _, reply_id in readings}
         new = [r for r in replies if r.id not in known]
         if not new:
             return None
         body = bytes(stored.interaction)
-        readings |= zip((r.order for r in new), self._settled(body, new), strict=True)
+        readings |= zip((r.order for r in new), self._final_readings(body, new), strict=True)
         in_order = [readings[order] for order in sorted(readings)]
         return self._compose(stored.occurred_at, body, in_order)
 
-    def _settled(self, body: bytes, replies: Iterable[ReceivedReply]) -> list[dict[str, Any]]:
-        """Each reply's reading, now that it is known what the interaction was about."""
+    def _final_readings(self, body: bytes, replies: Iterable[ReceivedReply]) -> list[dict[str, Any]]:
+        """The replies' readings, given the interaction: applies repeated requests and switched topics."""
         message = None
         readings = []
         for reply in replies:
@@ -271,7 +272,7 @@ class Join:
         return readings
 
     def _compose(self, occurred_at: str, body: bytes, readings: list[dict[str, Any]]) -> bytes:
-        """JSON of the `ExperienceEvent` that an interaction and settled readings, in order, make."""
+        """JSON of the `ExperienceEvent` of an interaction and its final readings, in order."""
         chosen = _decisive(readings)
         rewards = [r["reward"] for r in chosen]
         reward = aggregate_rewards(rewards, self.aggregation) if chosen else 0.0
@@ -289,7 +290,7 @@ class Join:
             "revision": len(readings),
             "outcome": "reply" if readings else "no_reply",
             "reward": reward,
-            # Silence says nothing: it is kept, and weighs nothing.
+            # Without a reply nothing is known of the reward: the experience has no weight.
             "reward_confidence": sum(r["confidence"] for r in chosen) / len(chosen) if chosen else 0.0,
             "signals": [s for r in chosen for s in r["signals"]],
             "readings": readings,
@@ -298,7 +299,7 @@ class Join:
             "extractor": "+".join(sorted({r["extractor"] for r in readings})),
             "aggregation": self.aggregation,
         }
-        # The interaction's own bytes go in as they are: it was checked when it came.
+        # The interaction was validated when it was decoded: its bytes are inserted unchanged.
         return orjson.dumps(head)[:-1] + b',"interaction":' + body + b"}"
 
 
@@ -325,5 +326,5 @@ def _sign(reading: dict[str, Any]) -> int:
 
 
 def _iso(moment: datetime) -> str:
-    # As pydantic writes it, so that a reading is the same bytes whether fresh or read back from replay.
+    # In pydantic's format, so that a new reading and one read from replay have the same bytes.
     return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")

@@ -1,4 +1,4 @@
-"""What a joiner counts, for Prometheus."""
+"""A joiner's Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from prometheus_client import Counter, Gauge, Histogram
 EVENTS = Counter("cortex_joiner_events_total", "Events read", ["kind"])
 OUTCOMES = Counter(
     "cortex_joiner_outcomes_total",
-    "What became of events: joined, amended, duplicates, late, too_late (replay had let it go), waiting, "
-    "orphans (their interaction never came), moved (to their own interaction), excess, no_reply, conflicts, "
-    "experiences",
+    "Events by outcome: joined, amended, duplicates, late, too_late (replay had evicted the interaction), "
+    "waiting, orphans (the interaction never arrived), moved (to the interaction they belong to), excess, "
+    "no_reply, conflicts, experiences, timer_failures",
     ["outcome"],
 )
-DEAD_LETTERS = Counter("cortex_joiner_dead_letters_total", "Records that could not be read", ["topic"])
-RETRIES = Counter("cortex_joiner_retries_total", "Attempts that failed because Kafka or Redis did not answer")
-LAG = Gauge("cortex_joiner_lag", "Events written and not yet committed", ["topic", "partition"])
+DEAD_LETTERS = Counter("cortex_joiner_dead_letters_total", "Records that could not be joined", ["topic"])
+RETRIES = Counter(
+    "cortex_joiner_retries_total", "Attempts that failed because Kafka or Redis was unavailable"
+)
+LAG = Gauge(
+    "cortex_joiner_lag", "Events in the topic whose offsets are not committed yet", ["topic", "partition"]
+)
 BATCH_S = Histogram(
     "cortex_joiner_batch_seconds",
-    "From taking a batch up to its committed offsets",
+    "Time from receiving a batch to committing its offsets",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0),
 )
 
 
 def count(counts: Mapping[str, int]) -> None:
-    """Counts what happened, by the names of `Changes`."""
+    """Adds counts of events (see `Changes.counts`) to the metrics."""
     for name, n in counts.items():
         if name in ("interactions", "replies"):
             EVENTS.labels(name).inc(n)

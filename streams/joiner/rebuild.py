@@ -1,13 +1,12 @@
-"""From the topics to replay, anew: the same join on what Kafka still holds, built beside and swapped in.
+"""Rebuilds replay from the topics: runs the join on all events that Kafka retains, then swaps the buffers.
 
     report = await rebuild(settings, since=None)
 
-It belongs to no consumer group and commits nothing. Readers see the old buffer until the new one takes its
-place in one step. What live joiners write meanwhile is not lost: while a rebuild is under way every write
-notes its id beside the buffer, and the swap carries those entries over. A model of which the topics hold
-nothing keeps the buffer it has.
+Reads without a consumer group and commits nothing. Readers see the old buffer until one atomic swap replaces
+it. Live joiners' writes are not lost: during a rebuild every write records its id in a set, and the swap
+copies those entries to the new buffer. A model without events in the topics keeps its buffer.
 
-Where Redis lost the joiners' own state as well, the conversations that are still open are put back.
+Also restores open conversations of the joiners' state if Redis has lost them.
 """
 
 from __future__ import annotations
@@ -55,44 +54,44 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Told how many records of how many have been read."""
+"""Called with the number of records read and the total."""
 
 GENERATION = "rebuild"
 LOCK_S = 60
-"""A rebuild that died gives way to another after so long."""
+"""Seconds until the lock of a crashed rebuild expires."""
 
 
 @dataclass(slots=True)
 class Rescored:
-    """How rewards differ from those of the buffer before, entry by entry."""
+    """The differences between the rewards of the old and the new buffer."""
 
     compared: int = 0
     changed: int = 0
     mean_change: float = 0.0
-    """Of the rewards that changed; new minus old."""
+    """Mean of new minus old, over the rewards that changed."""
     sign_flips: int = 0
 
 
 @dataclass(slots=True)
 class RebuildReport:
-    """What a rebuild did."""
+    """The result of a rebuild."""
 
     interactions: int = 0
     replies: int = 0
     unreadable: int = 0
-    """Records that are no events; the joiner has them in the dead letters."""
+    """Records that are not valid events; the joiner published them as dead letters."""
     models: dict[str, int] = field(default_factory=dict)
-    """Entries in the new buffer of each model."""
+    """Number of entries in each model's new buffer."""
     untouched: list[str] = field(default_factory=list)
-    """Models whose buffer stayed, for the topics hold nothing of them."""
+    """Models that kept their buffer because the topics have no events of them."""
     conversations_restored: int = 0
     seconds: float = 0.0
     rescored: Rescored | None = None
-    """Given with another extractor."""
+    """Set if the rebuild used another extractor."""
 
 
-# KEYS: live entries, order, changed; new entries, order. ARGV: capacity, "1" where a noted entry with as many
-# replies takes the place of the new one.
+# KEYS: live entries, order, changed; new entries, order. ARGV: capacity, "1" if an entry written during the
+# rebuild replaces a new one with equally many replies.
 SWAP = """
 local function replies(value) return tonumber(string.match(value, '"revision":(%d+)') or 0) end
 for _, id in ipairs(redis.call('SMEMBERS', KEYS[3])) do
@@ -110,8 +109,8 @@ for _, id in ipairs(redis.call('SMEMBERS', KEYS[3])) do
 end
 local over = redis.call('ZCARD', KEYS[5]) - tonumber(ARGV[1])
 if over > 0 then
-  local gone = redis.call('ZPOPMIN', KEYS[5], over)
-  for i = 1, #gone, 2 do redis.call('HDEL', KEYS[4], gone[i]) end
+  local evicted = redis.call('ZPOPMIN', KEYS[5], over)
+  for i = 1, #evicted, 2 do redis.call('HDEL', KEYS[4], evicted[i]) end
 end
 redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
 if redis.call('EXISTS', KEYS[4]) == 1 then
@@ -123,9 +122,9 @@ return redis.call('ZCARD', KEYS[2])
 
 
 class _Writer(ReplayWriter):
-    """Writes into the new buffers; of one model alone, where one was asked for.
+    """Writes to the new buffers, of one model if given.
 
-    What is rebuilt has version 0, so that whatever a joiner writes afterwards takes its place.
+    Rebuilt entries have version 0, so that any later write of a joiner replaces them.
     """
 
     def __init__(self, client: redis.asyncio.Redis, settings: Settings, model_id: str | None) -> None:
@@ -139,8 +138,8 @@ class _Writer(ReplayWriter):
 
     async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[WriteResult]:
         mine = [(model_id, _rebuilt(w)) for model_id, w in writes if self._only in (None, model_id)]
-        answers = iter(await super().write(mine))
-        return [next(answers) if self._only in (None, w[0]) else WriteResult.SAME for w in writes]
+        results = iter(await super().write(mine))
+        return [next(results) if self._only in (None, w[0]) else WriteResult.SAME for w in writes]
 
     @property
     def models(self) -> set[str]:
@@ -148,7 +147,7 @@ class _Writer(ReplayWriter):
 
 
 def _rebuilt(write: ReplayWrite) -> ReplayWrite:
-    # One worker, in order: the last write is the newest.
+    # A single writer, in order: the last write is the newest.
     replaces = Replaces.ANY if write.replaces is Replaces.OLDER else write.replaces
     return dataclasses.replace(write, version=0, replaces=replaces)
 
@@ -161,16 +160,16 @@ async def rebuild(
     extractor: str | None = None,
     progress: Progress | None = None,
 ) -> RebuildReport:
-    """Replays the topics into fresh replay buffers and swaps them in.
+    """Rebuilds the replay buffers from the topics and swaps them in.
 
     Args:
-        since: interactions that occurred from here on; None: everything that the topics hold.
-        model_id: this model alone; None: every model.
-        extractor: reads the replies anew with another extractor; the report says what that changed.
+        since: includes interactions that occurred at or after this time; None: all in the topics.
+        model_id: rebuilds only this model; None: all models.
+        extractor: extracts the feedback with this extractor; the report has the changes of rewards.
 
     Raises:
         InputError: no such model.
-        UnavailableError: another rebuild is running, or Kafka sends nothing any more.
+        UnavailableError: another rebuild is running, or Kafka stopped sending records.
         redis.RedisError, KafkaError, OSError: a server does not answer.
     """
     settings = settings.resolved()
@@ -179,18 +178,20 @@ async def rebuild(
     await create_topics(settings)
     client, aio = redis_client(settings), async_redis_client(settings)
     try:
-        async with _locked(settings, aio) as touch:
+        async with _locked(settings, aio) as extend_lock:
             existing = model_ids(client, settings.topic_prefix)
-            asked = [model_id] if model_id else existing
+            requested = [model_id] if model_id else existing
             _discard(settings, client)
-            for name in asked:
-                _note_changes(ReplayKeys(settings.topic_prefix, name), client)
+            for name in requested:
+                _record_changes(ReplayKeys(settings.topic_prefix, name), client)
             try:
                 writer = _Writer(aio, settings, model_id)
                 join = make_join(settings, extractor)
                 states = MemoryStates()
                 engine = Engine(join, states, writer)
-                await _replay(settings, engine, since=since, report=report, progress=progress, touch=touch)
+                await _replay(
+                    settings, engine, since=since, report=report, progress=progress, extend_lock=extend_lock
+                )
                 if model_id and model_id not in {*writer.models, *existing}:
                     known = ", ".join(existing) or "none"
                     raise InputError(f"the topics have no interaction of {model_id!r}; models are: {known}")
@@ -198,11 +199,11 @@ async def rebuild(
                     if report.rescored is not None:
                         _compare(settings, client, name, report.rescored)
                     report.models[name] = _swap(settings, client, name, force=extractor is None)
-                report.untouched = sorted(set(asked) - set(report.models))
+                report.untouched = sorted(set(requested) - set(report.models))
                 if extractor is None:
                     report.conversations_restored = await _restore(settings, states, aio)
             finally:
-                for name in asked:
+                for name in requested:
                     client.delete(ReplayKeys(settings.topic_prefix, name).changed)
                 _discard(settings, client)
     finally:
@@ -216,38 +217,39 @@ async def rebuild(
 
 @contextlib.asynccontextmanager
 async def _locked(settings: Settings, client: redis.asyncio.Redis) -> AsyncIterator[Callable[[], Any]]:
-    """Keeps other rebuilds out for as long as what it yields is called within `LOCK_S`."""
+    """Locks out other rebuilds; yields a function that extends the lock by `LOCK_S`."""
     lock = client.lock(f"{settings.topic_prefix}:rebuilding", timeout=LOCK_S, blocking=False)
     if not await lock.acquire():
         raise UnavailableError(
-            f"another rebuild of {settings.topic_prefix!r} is running, or died less than {LOCK_S} s ago: "
-            "wait for it"
+            f"another rebuild of {settings.topic_prefix!r} is running, or crashed less than {LOCK_S} s ago: "
+            "retry later"
         )
 
-    async def touch() -> None:
+    async def extend_lock() -> None:
         try:
             await lock.reacquire()
         except LockError as error:
             raise UnavailableError(
-                f"nothing was read for {LOCK_S} s, and another rebuild may have begun: start again"
+                f"the lock expired, because no record was read for {LOCK_S} s, and another rebuild may have "
+                "started: run the rebuild again"
             ) from error
 
     try:
-        yield touch
+        yield extend_lock
     finally:
         with contextlib.suppress(LockError):
             await lock.release()
 
 
-def _note_changes(keys: ReplayKeys, client: redis.Redis) -> None:
-    """From here on every live write to this buffer notes its id."""
+def _record_changes(keys: ReplayKeys, client: redis.Redis) -> None:
+    """Makes every live write to this buffer record its id from now on."""
     client.delete(keys.changed)
-    client.sadd(keys.changed, "")  # an empty set would not exist
+    client.sadd(keys.changed, "")  # Redis has no empty sets
     client.expire(keys.changed, 86_400)
 
 
 def _discard(settings: Settings, client: redis.Redis) -> None:
-    """What a rebuild that died left behind."""
+    """Deletes the unfinished buffers of this or of a crashed rebuild."""
     found = list(client.scan_iter(f"{settings.topic_prefix}:replay:*:{GENERATION}:*", count=1000))
     if found:
         client.delete(*found)
@@ -260,18 +262,18 @@ async def _replay(
     since: datetime | None,
     report: RebuildReport,
     progress: Progress | None,
-    touch: Callable[[], Any],
+    extend_lock: Callable[[], Any],
 ) -> None:
     topics = Topics.of(settings)
     names = (topics.interactions, topics.replies)
-    # Uncommitted records too: the joiner takes them.
+    # Including uncommitted records, as the joiner reads.
     async with reading(settings, names, committed_only=False) as consumer:
         partitions = sorted(consumer.assignment())
-        # Ends come after the noting of live changes began: what lies beyond them is noted.
+        # Queried after the recording of live writes began: it covers all events after these ends.
         ends = await consumer.end_offsets(partitions)
         starts = await consumer.beginning_offsets(partitions)
         if since is not None:
-            # A record is stamped when it is sent, its event a little before: begin a window early.
+            # A record's timestamp is that of sending, later than its event's: start one window earlier.
             from_ms = max(0, int(1000 * (since.timestamp() - settings.join_window_s)))
             found = await consumer.offsets_for_times(dict.fromkeys(partitions, from_ms))
             starts = {tp: ends[tp] if found[tp] is None else found[tp].offset for tp in partitions}
@@ -286,28 +288,28 @@ async def _replay(
             records = await consumer.getmany(timeout_ms=500, max_records=settings.join_batch)
             if watchdog.stalled(position, ends):
                 raise UnavailableError(
-                    f"Kafka at {settings.kafka_address} sent nothing for {STALL_S:g} s, with "
-                    f"{total - _left(position, ends)} of {total} records read"
+                    f"Kafka at {settings.kafka_address} sent nothing for {STALL_S:g} s, after "
+                    f"{total - _remaining(position, ends)} of {total} records"
                 )
             batch: list[Any] = []
             for tp in sorted(records, key=lambda tp: tp.topic != topics.interactions):
                 for record in records[tp]:
                     if record.offset < ends[tp]:
-                        event_time.saw(tp, record.timestamp)
+                        event_time.advance(tp, record.timestamp)
                         batch.append(record)
                 position[tp] = max(position[tp], await consumer.position(tp))
             await engine.apply(_tasks(engine, topics, batch, since, report))
             for partition in {tp.partition for tp in partitions}:
                 moment = event_time.of(partition, lambda tp: (position[tp] >= ends[tp], now))
                 await engine.timer(partition, moment)
-            await touch()
+            await extend_lock()
             if progress:
-                progress(total - _left(position, ends), total)
+                progress(total - _remaining(position, ends), total)
         for partition in {tp.partition for tp in partitions}:
             await engine.timer(partition, now)
 
 
-def _left(position: dict[TopicPartition, int], ends: dict[TopicPartition, int]) -> int:
+def _remaining(position: dict[TopicPartition, int], ends: dict[TopicPartition, int]) -> int:
     return sum(max(0, end - position[tp]) for tp, end in ends.items())
 
 
@@ -315,8 +317,8 @@ def _tasks(
     engine: Engine, topics: Topics, records: list[Any], since: datetime | None, report: RebuildReport
 ) -> list[Task]:
     def refuse(record: Any, reason: str) -> None:
-        # The joiner has it in the dead letters, with the same reason.
-        log.warning("a record cannot be read", topic=record.topic, offset=record.offset, error=reason)
+        # The joiner published its dead letter, with the same reason.
+        log.warning("invalid record", topic=record.topic, offset=record.offset, error=reason)
         report.unreadable += 1
 
     received = [
@@ -335,7 +337,7 @@ def _swap(settings: Settings, client: redis.Redis, model_id: str, *, force: bool
     live = ReplayKeys(settings.topic_prefix, model_id)
     new = ReplayKeys(settings.topic_prefix, model_id, GENERATION)
     if not client.exists(live.changed):
-        # It came up during the rebuild: all of its live entries count as noted.
+        # The model is new since the rebuild started: all of its live entries count as changed.
         ids: Any = client.zrange(live.order, 0, -1)
         client.sadd(live.changed, "", *ids)
     keys = (live.entries, live.order, live.changed, new.entries, new.order)
@@ -346,7 +348,7 @@ def _swap(settings: Settings, client: redis.Redis, model_id: str, *, force: bool
 
 
 def _compare(settings: Settings, client: redis.Redis, model_id: str, out: Rescored) -> None:
-    """Adds up how the new buffer's rewards differ from the live one's; the mean is still a sum."""
+    """Adds the differences between the live and the new buffer's rewards to `out`; `mean_change` as a sum."""
 
     def buffer(generation: str) -> RedisReplayBuffer:
         return RedisReplayBuffer(client, model_id, prefix=settings.topic_prefix, generation=generation)
@@ -356,24 +358,26 @@ def _compare(settings: Settings, client: redis.Redis, model_id: str, out: Rescor
     for (_, before), (_, after) in zip(old.raw_values(ids), new.raw_values(ids), strict=True):
         if before is None or after is None:
             continue
-        was, now = (float(orjson.loads(decode(value)[1])["reward"]) for value in (before, after))
+        old_reward, new_reward = (
+            float(orjson.loads(decode(value)[1])["reward"]) for value in (before, after)
+        )
         out.compared += 1
-        if not math.isclose(was, now, abs_tol=1e-9):
+        if not math.isclose(old_reward, new_reward, abs_tol=1e-9):
             out.changed += 1
-            out.mean_change += now - was
-            out.sign_flips += was * now < 0
+            out.mean_change += new_reward - old_reward
+            out.sign_flips += old_reward * new_reward < 0
 
 
 async def _restore(settings: Settings, states: MemoryStates, client: redis.asyncio.Redis) -> int:
-    """Puts back open conversations that Redis has lost; those it has are newer and stay."""
+    """Restores open conversations that Redis has lost; existing ones are newer and stay. Returns how many."""
     live = RedisStates(client, settings.topic_prefix, settings.join_window_s)
     saves = []
     for conversation_id, partition in states.partitions().items():
         stored = states.conversations.get(conversation_id)
         due = None if stored is None else stored.conversation.due(settings.join_window_s)
         if stored is not None and due is not None:
-            nothing = Stored(0, Conversation())
-            saves.append(Save(conversation_id, partition, nothing, stored.conversation, stored.version, due))
+            before = Stored(0, Conversation())
+            saves.append(Save(conversation_id, partition, before, stored.conversation, stored.version, due))
     restored = 0
     for start in range(0, len(saves), 200):
         chunk = saves[start : start + 200]

@@ -1,4 +1,4 @@
-"""From Kafka's records to what happens to a conversation; shared by live joining and rebuilds."""
+"""Converts Kafka records to tasks on conversations; used by the joiner and by rebuilds."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ from streams.joiner.join import Changes, Join
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
 
-ROOM = 1_000_000
-"""Bytes left in an experience for the replies' readings: a larger interaction is refused."""
+RESERVED_BYTES = 1_000_000
+"""Bytes of an experience that are reserved for the replies' readings. A larger interaction is refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """An event, and the record that it came in."""
+    """An event and its record."""
 
     record: Any
     event: Interaction | Reply
 
 
 Refuse = Callable[[Any, str], None]
-"""Takes a record that cannot be joined, and the reason for its dead letter."""
+"""Called with a record that cannot be joined and the reason for its dead letter."""
 
 
 def read(records: Iterable[Any], topics: Topics, refuse: Refuse, *, store_text: bool) -> list[Received]:
-    """The events in records of the two topics.
+    """Decodes records of the two topics into events.
 
     Args:
-        store_text: whether interactions keep the user's message, where they have it.
+        refuse: called for each record that is not a valid event.
+        store_text: whether interactions keep the text of the user's message, if they have it.
     """
     received = []
     for record in records:
         size = len(record.value or b"")
         try:
-            if size > MAX_RECORD_BYTES - ROOM:
+            if size > MAX_RECORD_BYTES - RESERVED_BYTES:
                 raise InputError(
-                    f"the event has {size} bytes, at most {MAX_RECORD_BYTES - ROOM} can be joined"
+                    f"the event has {size} bytes; the maximum is {MAX_RECORD_BYTES - RESERVED_BYTES}"
                 )
             if record.topic == topics.interactions:
                 event = decode_interaction(record.value, store_text=store_text)
@@ -59,11 +60,15 @@ def read(records: Iterable[Any], topics: Topics, refuse: Refuse, *, store_text: 
 
 
 def extract_feedback(received: Sequence[Received], join: Join, refuse: Refuse) -> list[Task]:
-    """What each event does to its conversation; the replies are read for what they say, once and for good."""
+    """Creates the task of each event; extracts the feedback of all replies in one call.
+
+    Args:
+        refuse: called for each reply whose feedback cannot be extracted.
+    """
     replies = [it for it in received if isinstance(it.event, Reply)]
     try:
         read = _read(replies, join)
-    except Exception:  # one of them; which one is found by reading them one by one
+    except Exception:  # a single reply causes it: extract one by one to find it
         read = {}
         for it in replies:
             try:
@@ -71,7 +76,7 @@ def extract_feedback(received: Sequence[Received], join: Join, refuse: Refuse) -
             except InputError as error:
                 refuse(it.record, str(error))
             except Exception as error:
-                refuse(it.record, f"reading it failed: {type(error).__name__}: {error}")
+                refuse(it.record, f"feedback extraction failed: {type(error).__name__}: {error}")
     tasks = []
     for it in received:
         arrived = it.record.timestamp / 1000
@@ -103,7 +108,11 @@ def _reply(
 
 
 def make_join(settings: Settings, extractor: str | None = None) -> Join:
-    """The join as the settings ask for it."""
+    """Creates the join from the settings.
+
+    Args:
+        extractor: replaces the settings' extractor.
+    """
     name = extractor or settings.extractor
     return Join(
         window_s=settings.join_window_s,
@@ -115,27 +124,28 @@ def make_join(settings: Settings, extractor: str | None = None) -> Join:
 
 @dataclass(slots=True)
 class EventTime:
-    """How far event time has come in each partition, by what was read and when."""
+    """Tracks event time in each partition: all events sent before it have been read."""
 
     topics: tuple[str, str]
     _last: dict[TopicPartition, float] = field(default_factory=dict)
     _now: dict[int, float] = field(default_factory=dict)
 
     def of(self, partition: int, read: Callable[[TopicPartition], tuple[bool, float | None]]) -> float:
-        """Unix seconds; never less than at the call before.
+        """The partition's event time, Unix seconds; never decreases.
 
         Args:
-            read: for a topic-partition: whether all of it has been read, and when the broker last said so.
+            read: returns, for a topic-partition, whether it was read to its end, and when (Unix seconds) the
+                broker last reported that end.
         """
         times = []
         for topic in self.topics:
             tp = TopicPartition(topic, partition)
-            is_at_end, asked_at = read(tp)
-            times.append(asked_at if is_at_end and asked_at is not None else self._last.get(tp, 0.0))
+            is_at_end, polled_at = read(tp)
+            times.append(polled_at if is_at_end and polled_at is not None else self._last.get(tp, 0.0))
         now = max(min(times), self._now.get(partition, 0.0))
         self._now[partition] = now
         return now
 
-    def saw(self, tp: TopicPartition, timestamp_ms: int) -> None:
-        """A record was read; broker time is all that is known of what lies behind it."""
+    def advance(self, tp: TopicPartition, timestamp_ms: int) -> None:
+        """Records the broker time of the last record read: later records are not older."""
         self._last[tp] = timestamp_ms / 1000

@@ -1,4 +1,4 @@
-"""Where the state of conversations is kept: the port, in memory (rebuild), and in Redis (the joiner)."""
+"""Storage of conversation states: the interface, in memory (rebuild), and in Redis (joiner)."""
 
 from __future__ import annotations
 
@@ -14,58 +14,61 @@ if TYPE_CHECKING:
     import redis.asyncio
 
 CACHE_BYTES = 64_000_000
-"""Conversations of the partitions it owns that a joiner keeps in memory, beside Redis."""
+"""Size of a joiner's cache of conversations."""
 
-
-DUE_AT_ONCE = 500
-"""Conversations that one round of the timer takes."""
+DUE_LIMIT = 500
+"""The most conversations that one call of `States.due` returns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A conversation as it was read, and the version that a write must still find."""
+    """A conversation as loaded, with the version that a save compares."""
 
     version: int
     conversation: Conversation
     is_cached: bool = False
-    """Whether this process wrote it. Else a worker may have died before it noted what is due."""
+    """Whether this process saved it. If not, a worker may have crashed before it wrote the due time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """A conversation on its way back into its store."""
+    """A changed conversation to be saved."""
 
     conversation_id: str
     partition: int
     before: Stored
     after: Conversation
     version: int
-    """Of `after`; higher than the one before, and higher than any that has been lost."""
+    """Of `after`; higher than all earlier ones, also if Redis has lost those."""
     due: float | None
+    """See `Conversation.due`."""
 
 
 class States(Protocol):
-    """Where conversations are kept."""
+    """A store of conversations."""
 
     async def load(self, ids: Iterable[str]) -> dict[str, Stored]:
-        """Every id's conversation, an empty one where none is kept."""
+        """The conversation of each id; an empty one if none is stored."""
 
     async def save(self, saves: Sequence[Save]) -> set[str]:
-        """Writes; returns the ids whose version was no longer the one read: those are not written, and the
-        next `load` reads them anew."""
+        """Writes conversations whose stored version is still that of `before`.
 
-    def written(self, saves: Iterable[Save]) -> None:
-        """The experiences that these conversations had pending are in replay, and published."""
+        Returns:
+            The ids of the others: they are not written, and the next `load` reads them again.
+        """
+
+    def clear_pending(self, saves: Iterable[Save]) -> None:
+        """Marks none of these conversations' experiences as pending: all are in replay and published."""
 
     async def due(self, partition: int, now: float) -> list[str]:
-        """Conversations of a partition with something to close, earliest first, up to `DUE_AT_ONCE`."""
+        """A partition's conversations that are due at `now`, earliest first, at most `DUE_LIMIT`."""
 
     async def postpone(self, partition: int, conversation_id: str, until: float) -> None:
         """The conversation is due no earlier than this."""
 
 
 class MemoryStates:
-    """Conversations of one process; what a rebuild uses."""
+    """Conversations in the memory of one process; used by rebuilds."""
 
     def __init__(self) -> None:
         self.conversations: dict[str, Stored] = {}
@@ -81,7 +84,7 @@ class MemoryStates:
             else:
                 self.conversations[save.conversation_id] = Stored(save.version, save.after)
             due = self._due.setdefault(save.partition, {})
-            # A conversation with nothing open still has to be forgotten one day.
+            # A conversation with nothing open is due when its last interaction can be removed.
             last = max((i.until for i in save.after.interactions.values()), default=None)
             at = save.due if save.due is not None or last is None else last + LATE_S
             if at is None:
@@ -90,44 +93,44 @@ class MemoryStates:
                 due[save.conversation_id] = at
         return set()
 
-    def written(self, saves: Iterable[Save]) -> None:
+    def clear_pending(self, saves: Iterable[Save]) -> None:
         for save in saves:
             save.after.pending.clear()
 
     def partitions(self) -> dict[str, int]:
-        """The partition of each conversation."""
+        """The partition of each conversation id."""
         return {i: partition for partition, due in self._due.items() for i in due}
 
     async def due(self, partition: int, now: float) -> list[str]:
         due = self._due.get(partition, {})
-        return sorted((i for i, at in due.items() if at <= now), key=lambda i: (due[i], i))[:DUE_AT_ONCE]
+        return sorted((i for i, at in due.items() if at <= now), key=lambda i: (due[i], i))[:DUE_LIMIT]
 
     async def postpone(self, partition: int, conversation_id: str, until: float) -> None:
         self._due.setdefault(partition, {})[conversation_id] = until
 
 
-# KEYS: the conversation. ARGV: version wanted, new version, milliseconds to live (0: for ever; -1: it is
-# deleted), number of fields to delete, those, then field, value … to set.
+# KEYS: the conversation. ARGV: expected version, new version, milliseconds until expiry (0: none; -1: delete
+# the key now), number of fields to delete, their names, then field, value … to set.
 SAVE = """
 local key = KEYS[1]
 if (redis.call('HGET', key, 'v') or '0') ~= ARGV[1] then return 0 end
 if ARGV[3] == '-1' then redis.call('DEL', key) return 1 end
-local gone = tonumber(ARGV[4])
-redis.call('HSET', key, 'v', ARGV[2]) -- first: a full Redis refuses it, and then nothing is half done
-for i = 5, 4 + gone do redis.call('HDEL', key, ARGV[i]) end
-for i = 5 + gone, #ARGV, 2 do redis.call('HSET', key, ARGV[i], ARGV[i+1]) end
+local deleted = tonumber(ARGV[4])
+redis.call('HSET', key, 'v', ARGV[2]) -- first: if Redis is full, the script fails before any change
+for i = 5, 4 + deleted do redis.call('HDEL', key, ARGV[i]) end
+for i = 5 + deleted, #ARGV, 2 do redis.call('HSET', key, ARGV[i], ARGV[i+1]) end
 if ARGV[3] ~= '0' then redis.call('PEXPIRE', key, ARGV[3]) else redis.call('PERSIST', key) end
 return 1
 """
 
-# KEYS: the conversation. ARGV: its version, the field of what was pending.
-WRITTEN = """
+# KEYS: the conversation. ARGV: its version, the name of the field with the pending experiences.
+CLEAR_PENDING = """
 if redis.call('HGET', KEYS[1], 'v') == ARGV[1] then redis.call('HDEL', KEYS[1], ARGV[2]) end
 """
 
 
 class _Cache(LRUCache[str, Stored]):
-    """The conversations used last, up to so many bytes; tells which one leaves."""
+    """The most recently used conversations, limited in bytes; calls `evicted` with each that it evicts."""
 
     def __init__(self, size: int, evicted: Callable[[str, Stored], None]) -> None:
         super().__init__(size, getsizeof=lambda stored: min(stored.conversation.size, size))
@@ -140,31 +143,31 @@ class _Cache(LRUCache[str, Stored]):
 
 
 class RedisStates:
-    """Conversations in Redis, with those of late in memory.
+    """Conversations in Redis, with a write-through cache of the recently used.
 
     Keys (braces are hash tags):
 
         <prefix>:join:{<conversation_id>}   hash   v version, i:<id> each interaction, r:<id> each reply,
                                                    p interactions whose experience is pending
-        <prefix>:join-due:{<partition>}     zset   conversation_id by the time when something closes
+        <prefix>:join-due:{<partition>}     zset   conversation_id by the time when it is due
 
-    A conversation in which nothing is open expires by itself after `LATE_S` and the window.
+    A conversation with nothing open expires after `LATE_S` and the window.
 
-    That nothing is pending any more is noted in memory, and in Redis with the next change, or when the
-    conversation leaves the memory: who takes over earlier repeats what was done already.
+    `clear_pending` changes the cache; Redis follows with the conversation's next save, or with any save after
+    the conversation was evicted. A worker that takes over earlier repeats idempotent writes.
     """
 
     def __init__(self, client: redis.asyncio.Redis, prefix: str, window_s: float) -> None:
         self._client = client
         self._prefix = prefix
         self._expiry_ms = int(1000 * (LATE_S + window_s + 3600))
-        self._cache = _Cache(CACHE_BYTES, self._evicted)
+        self._cache = _Cache(CACHE_BYTES, self._on_evicted)
         self._conflicts: set[str] = set()
-        """Conversations that Redis has otherwise than the cache."""
+        """Cached conversations that another worker changed in Redis."""
         self._save = client.register_script(SAVE)
-        self._written = client.register_script(WRITTEN)
-        self._to_note: dict[str, int] = {}
-        """Version of the conversations that left the memory, and have nothing pending."""
+        self._clear_pending = client.register_script(CLEAR_PENDING)
+        self._evicted_versions: dict[str, int] = {}
+        """Versions of evicted conversations with nothing pending, which Redis may still store as pending."""
 
     def key(self, conversation_id: str) -> str:
         return f"{self._prefix}:join:{{{conversation_id}}}"
@@ -172,11 +175,11 @@ class RedisStates:
     def due_key(self, partition: int) -> str:
         return f"{self._prefix}:join-due:{{{partition}}}"
 
-    def forget_cache(self) -> None:
-        """After a rebalance: others may have changed what is cached."""
-        self._cache = _Cache(CACHE_BYTES, self._evicted)
+    def clear_cache(self) -> None:
+        """Clears the cache. Required at a rebalance, after which other workers change the conversations."""
+        self._cache = _Cache(CACHE_BYTES, self._on_evicted)
         self._conflicts.clear()
-        self._to_note.clear()
+        self._evicted_versions.clear()
 
     async def load(self, ids: Iterable[str]) -> dict[str, Stored]:
         out: dict[str, Stored] = {}
@@ -197,11 +200,11 @@ class RedisStates:
 
     def _read(self, conversation_id: str, fields: Mapping[bytes, bytes]) -> Stored:
         if not fields:
-            # Redis lost it or let it expire; where this process has it still, it is written anew, whole.
+            # Lost or expired in Redis; if it is still cached, version 0 makes the save write all fields.
             cached = self._cache.get(conversation_id)
             return Stored(0, cached.conversation if cached else Conversation())
         version, conversation = int(fields[b"v"]), Conversation.load(fields)
-        if self._to_note.get(conversation_id) == version:
+        if self._evicted_versions.get(conversation_id) == version:
             conversation.pending.clear()
         return Stored(version, conversation)
 
@@ -221,13 +224,13 @@ class RedisStates:
             pipe.zadd(self.due_key(partition), times)
         for partition, ids in no_longer_due.items():
             pipe.zrem(self.due_key(partition), *ids)
-        noted = self._to_note.copy()
-        for conversation_id, version in noted.items():
-            await self._written([self.key(conversation_id)], [version, PENDING], client=pipe)
+        evicted = self._evicted_versions.copy()
+        for conversation_id, version in evicted.items():
+            await self._clear_pending([self.key(conversation_id)], [version, PENDING], client=pipe)
         answers = (await pipe.execute())[: len(saves)]
         conflicts = {s.conversation_id for s, ok in zip(saves, answers, strict=True) if not ok}
-        for conversation_id in noted:
-            del self._to_note[conversation_id]
+        for conversation_id in evicted:
+            del self._evicted_versions[conversation_id]
         for save in saves:
             if save.conversation_id in conflicts:
                 self._conflicts.add(save.conversation_id)
@@ -237,27 +240,27 @@ class RedisStates:
                 self._cache[save.conversation_id] = Stored(version, save.after, is_cached=True)
         return conflicts
 
-    def written(self, saves: Iterable[Save]) -> None:
+    def clear_pending(self, saves: Iterable[Save]) -> None:
         for save in saves:
             if save.after.pending:
                 save.after.pending.clear()
                 if save.conversation_id not in self._cache:
-                    self._to_note[save.conversation_id] = save.version
+                    self._evicted_versions[save.conversation_id] = save.version
 
-    def _evicted(self, conversation_id: str, stored: Stored) -> None:
+    def _on_evicted(self, conversation_id: str, stored: Stored) -> None:
         if stored.conversation.replies and not stored.conversation.pending:
-            self._to_note[conversation_id] = stored.version
+            self._evicted_versions[conversation_id] = stored.version
 
     def _arguments(self, save: Save) -> list[Any]:
         if save.after.is_empty:
             return [save.before.version, save.version, -1, 0]
-        fields, gone = save.after.fields(whole=not save.before.version)
+        fields, deleted = save.after.fields(whole=not save.before.version)
         arguments: list[Any] = [
             save.before.version,
             save.version,
             self._expiry_ms if save.due is None else 0,
-            len(gone),
-            *gone,
+            len(deleted),
+            *deleted,
         ]
         for name, value in fields.items():
             arguments += (name, value)
@@ -265,7 +268,7 @@ class RedisStates:
 
     async def due(self, partition: int, now: float) -> list[str]:
         key = self.due_key(partition)
-        found: Any = await self._client.zrangebyscore(key, "-inf", now, start=0, num=DUE_AT_ONCE)
+        found: Any = await self._client.zrangebyscore(key, "-inf", now, start=0, num=DUE_LIMIT)
         return [conversation_id.decode() for conversation_id in found]
 
     async def postpone(self, partition: int, conversation_id: str, until: float) -> None:

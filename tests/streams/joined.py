@@ -1,4 +1,4 @@
-"""What joiners should have made of events, worked out by brute force, and what they made of them."""
+"""Experiences of joiners, and those that a brute-force join expects."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from tests.streams.kafka_helpers import lag
 
 Events = Sequence[InteractionEvent | ReplyEvent]
 Summary = dict[str, tuple[int, tuple[str, ...]]]
-"""Revision and reply ids, in order, of each answered interaction."""
+"""Revision and reply ids, in order, of each interaction with replies."""
 
 
 def conversation(n: int, turns: int = 3, *, named: bool = False) -> list[InteractionEvent | ReplyEvent]:
-    """Turns of one conversation that just took place: one reply, two, or silence; in words and by ratings.
+    """Events of a recent conversation: each turn has 0 to 2 replies, which are texts or ratings.
 
     Args:
-        named: every reply names its interaction; else half of them belong to the latest one before them, so
-            that where they go depends on what has arrived.
+        named: every reply has an interaction id; else half of them have none, and their interaction depends
+            on the events that have arrived.
     """
     rng, start = random.Random(n), utc_now() - timedelta(seconds=60)
     events: list[InteractionEvent | ReplyEvent] = []
@@ -56,7 +56,7 @@ def conversation(n: int, turns: int = 3, *, named: bool = False) -> list[Interac
 
 
 def expected(events: Events) -> Summary:
-    """Worked out from the rules by brute force."""
+    """The experiences with replies, by brute force."""
     interactions = [e for e in events if isinstance(e, InteractionEvent)]
     by_conversation: dict[str, list[InteractionEvent]] = {}
     for i in interactions:
@@ -66,7 +66,7 @@ def expected(events: Events) -> Summary:
         before = [i for i in by_conversation.get(r.conversation_id, ()) if i.occurred_at < r.occurred_at]
         if r.interaction_id is not None:
             before = [i for i in before if i.interaction_id == r.interaction_id]
-        if before:  # else it waits
+        if before:  # else the reply waits
             target = max(before, key=lambda i: i.occurred_at).interaction_id
             got.setdefault(target, set()).add((r.occurred_at, r.reply_id))
     return {i: (len(rs), tuple(reply_id for _, reply_id in sorted(rs))) for i, rs in got.items()}
@@ -87,12 +87,12 @@ def summary(experiences: Mapping[str, ExperienceEvent]) -> Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """How experiences differ from those of brute force."""
+    """The differences between experiences and those of the brute-force join."""
 
     lost: int
-    """Replies that are not in the experience that they belong to."""
+    """Replies missing from their experience."""
     doubled: int
-    """Replies that are in an experience once too often."""
+    """Replies repeated in an experience or in a wrong one."""
 
     @classmethod
     def of(cls, got: Summary, wanted: Summary) -> Difference:
@@ -102,13 +102,13 @@ class Difference:
 
 
 def check_published(records: Iterable[Any], wanted: Mapping[str, ExperienceEvent]) -> None:
-    """What stands in the topic in the highest version is what replay holds, and the same (id, version) is the
-    same bytes wherever it stands."""
+    """Asserts that the highest version in the topic equals replay, and that all records of an (id, version)
+    have the same bytes."""
     assert wrongly_published(records, wanted) == set()
 
 
 def wrongly_published(records: Iterable[Any], wanted: Mapping[str, ExperienceEvent]) -> set[str]:
-    """Interactions of which the topic says something else than replay, or two things."""
+    """Interaction ids whose record in the topic differs from replay, or whose versions are ambiguous."""
     values: dict[str, dict[int, set[bytes]]] = {}
     for record in records:
         event = parse(ExperienceEvent, record.value)
@@ -116,7 +116,7 @@ def wrongly_published(records: Iterable[Any], wanted: Mapping[str, ExperienceEve
         versions = values.setdefault(event.interaction.interaction_id, {})
         versions.setdefault(version_of(record.headers, event), set()).add(event.to_bytes())
     wrong = {i for i, versions in values.items() if max(map(len, versions.values())) > 1}
-    # Open and unanswered: what was its reply is another's, and replay has it no more.
+    # Open without a reply, because its reply moved to another interaction: replay has no entry.
     newest = {i: min(versions[max(versions)]) for i, versions in values.items()}
     newest = {i: v for i, v in newest.items() if i in wanted or parse(ExperienceEvent, v).reply_ids}
     right = {i: event.to_bytes() for i, event in wanted.items()}
@@ -125,7 +125,7 @@ def wrongly_published(records: Iterable[Any], wanted: Mapping[str, ExperienceEve
 
 @contextlib.asynccontextmanager
 async def joining(settings: Settings, **changes: Any) -> AsyncIterator[JoinerApp]:
-    """A joiner in this process: a tenth of what a process of its own takes to start."""
+    """A joiner in this process, which starts in a tenth of the time of a separate process."""
     settings = settings.model_copy(update=changes)
     app = create_app(settings, Worker("joiner", settings))
     await app.start()
@@ -136,8 +136,8 @@ async def joining(settings: Settings, **changes: Any) -> AsyncIterator[JoinerApp
 
 
 @contextlib.asynccontextmanager
-async def guest(settings: Settings) -> AsyncIterator[AIOKafkaConsumer]:
-    """Another member of the joiners' group, once it has its share of the partitions; it commits nothing."""
+async def other_member(settings: Settings) -> AsyncIterator[AIOKafkaConsumer]:
+    """Another member of the joiners' group that owns some partitions and commits nothing."""
     topics = Topics.of(settings)
     consumer = AIOKafkaConsumer(
         topics.interactions,
@@ -149,28 +149,28 @@ async def guest(settings: Settings) -> AsyncIterator[AIOKafkaConsumer]:
         heartbeat_interval_ms=200,
     )
     async with started(consumer):
-        await async_wait_for(consumer.assignment, "the guest's share")
+        await async_wait_for(consumer.assignment, "the other member's assignment")
         yield consumer
 
 
 def partitions(joiner: WorkerProcess) -> set[tuple[str, str]]:
-    """The topics and partitions that a joiner owns, as it shows them in its lag."""
-    lag_shown = r'^cortex_joiner_lag{partition="(.*?)",topic="(.*?)"}'
-    found = re.findall(lag_shown, joiner.get("/metrics").text, re.M)
+    """The (topic, partition) pairs that a joiner owns, from its metric for the lag."""
+    lag_series = r'^cortex_joiner_lag{partition="(.*?)",topic="(.*?)"}'
+    found = re.findall(lag_series, joiner.get("/metrics").text, re.M)
     return {(topic, partition) for partition, topic in found}
 
 
 def quick(settings: Settings) -> Settings:
-    """A dead joiner's partitions go to another after a second."""
+    """Settings with a session timeout of a second: a killed joiner's partitions are reassigned soon."""
     return settings.model_copy(update={"session_timeout_s": 1.0})
 
 
 async def all_committed(settings: Settings) -> bool:
     """Whether the joiners have committed everything sent so far."""
     topics = Topics.of(settings)
-    await asyncio.sleep(0.1)  # asking costs more than what is asked about
+    await asyncio.sleep(0.1)  # limits the load of these queries
     try:
         lags = [await lag(settings, settings.joiner_group, t) for t in (topics.interactions, topics.replies)]
-    except GroupCoordinatorNotAvailableError:  # the first group on a new broker
+    except GroupCoordinatorNotAvailableError:  # a new broker, before its first group
         return False
     return lags == [0, 0]

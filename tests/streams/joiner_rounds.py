@@ -1,15 +1,15 @@
-"""Two joiners under load, and what may happen to them; what they made of it, against the brute-force join.
+"""Injects faults into two joiners under load and compares their experiences with the brute-force join.
 
     python -m tests.streams.joiner_rounds --rounds 20 --seed 0
 
-In each round one of three things happens while events are sent: kill -9 of a joiner (another one starts);
-SIGSTOP of a joiner until the group has gone on without it (then it continues); a third joiner that comes and
-goes. Half of the conversations name the interaction in each reply; in the others half of the replies do not,
-and move when their interaction arrives after them. Events arrive in random order.
+Each round injects one of three faults while events are sent: kill -9 of a joiner, which is replaced; SIGSTOP
+of a joiner until the group has reassigned its partitions, then SIGCONT; a third joiner that joins and leaves.
+In half of the conversations each reply has its interaction's id; in the others half of the replies have none,
+and move if their interaction arrives after them. Events arrive in random order.
 
-Lost: replies missing from the experience that they belong to. Doubled: replies in an experience too often.
-Unpublished: experiences of which the topic says something else than replay in its highest version, or two
-things in one version. Exits 1 unless all three are 0.
+Lost: replies missing from their experience. Doubled: replies repeated in an experience or in a wrong one.
+Unpublished: experiences whose highest version in the topic differs from replay, or one of whose versions has
+different bytes in two records. Exits with 1 unless all three are 0.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from tests.streams import joined
 from tests.streams.kafka_helpers import read_all
 
 CONVERSATIONS = 20
-"""Sent at a time, in random order; about 120 events."""
+"""Conversations per send, in random order; about 120 events."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """What a round came to; everything since the first round is compared."""
+    """The result of a round; compares all events since the first round."""
 
     fault: str
     events: int
@@ -59,7 +59,7 @@ class Round:
 
 @dataclass
 class Rounds:
-    """A run of rounds on one group of joiners."""
+    """Rounds on one group of joiners."""
 
     settings: Settings
     seed: int
@@ -77,7 +77,7 @@ class Rounds:
         }
 
     async def play(self, number: int) -> Round:
-        """One round: a fault amidst events, and what became of them once everything is committed."""
+        """Injects a fault while events are sent, and compares the result when all offsets are committed."""
         while len(self.joiners) < 2:
             self.joiners.append(self._spawn())
         for joiner in self.joiners:
@@ -88,13 +88,13 @@ class Rounds:
             await self._send()
             await asyncio.wait({fault}, timeout=0.2)
         await fault
-        await async_wait_for(lambda: joined.all_committed(self.settings), "all to be joined")
+        await async_wait_for(lambda: joined.all_committed(self.settings), "all events to be joined")
         got = joined.summary(joined.replay(self.settings, self.client))
         difference = joined.Difference.of(got, joined.expected(self.events))
         return Round(name, len(self.events) - before, difference.lost, difference.doubled)
 
     async def unpublished(self) -> set[str]:
-        """Interactions whose experience was not published as it should have been."""
+        """Interaction ids whose experience in the topic is wrong or missing."""
         records = await read_all(self.settings, Topics.of(self.settings).experiences)
         return joined.wrongly_published(records, joined.replay(self.settings, self.client))
 
@@ -118,9 +118,9 @@ class Rounds:
         await self._progress()
 
     async def _stop(self) -> None:
-        zombie, other = self.rng.sample(self.joiners, 2)
+        stopped, other = self.rng.sample(self.joiners, 2)
         await self._progress()
-        zombie.signal(signal.SIGSTOP)
+        stopped.signal(signal.SIGSTOP)
         try:
             both_topics = 2 * self.settings.partitions
             await async_wait_for(
@@ -128,7 +128,7 @@ class Rounds:
             )
             await self._progress()
         finally:
-            zombie.signal(signal.SIGCONT)
+            stopped.signal(signal.SIGCONT)
         await self._progress()
 
     async def _third(self) -> None:
@@ -139,7 +139,7 @@ class Rounds:
         assert code == 0, third.log_text()
 
     async def _progress(self) -> None:
-        """Returns once some more experiences have been made."""
+        """Waits for a random number of new experiences."""
         enough = self._experiences + self.rng.randrange(1, 40)
         await async_wait_for(lambda: self._experiences >= enough, "progress")
 
@@ -149,9 +149,9 @@ class Rounds:
 
 
 async def main(rounds: int, seed: int, settings: Settings) -> bool:
-    """Plays the rounds; whether nothing was lost, doubled or unpublished."""
+    """Plays the rounds; returns whether nothing was lost, doubled or unpublished."""
     run, is_good = Rounds(settings, seed), True
-    print(f"| round | {'what happened':<24} | events | lost | doubled |")
+    print(f"| round | {'fault':<24} | events | lost | doubled |")
     print(f"|------:|{'-' * 26}|-------:|-----:|--------:|")
     for n in range(rounds):
         it = await run.play(n)

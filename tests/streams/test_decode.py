@@ -1,4 +1,4 @@
-"""Decoding for the join: the same events as the models accept, with the same values, and the bytes kept."""
+"""The join's decoders accept the same events as the models, with the same values, and keep the bytes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ BYTES = st.sampled_from(
 
 @st.composite
 def altered(draw: st.DrawFn, events: list[dict[str, Any]]) -> bytes:
-    """An event as JSON, with fields replaced, removed or added, and sometimes bytes put in or taken out."""
+    """An event as JSON, with fields replaced, removed or added, and sometimes bytes inserted or removed."""
     event = json.loads(json.dumps(draw(st.sampled_from(events))))
     for _ in range(draw(st.integers(0, 2))):
         name = draw(st.sampled_from([*event, "new"]))
@@ -78,7 +78,7 @@ def altered(draw: st.DrawFn, events: list[dict[str, Any]]) -> bytes:
 
 
 class SlowError(Exception):
-    """The models were asked."""
+    """A model was called."""
 
 
 def without_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def without_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def outcome(read: Callable[[], T]) -> T | str:
-    """What it returns, or the reason that it gives."""
+    """The result of `read`, or the message of its error."""
     try:
         return read()
     except InputError as error:
@@ -115,7 +115,7 @@ def check_interaction(raw: bytes, store_text: bool) -> None:
     assert message_of(got.body).tolist() == wanted.message.tolist()
     assert got.body == raw or set(json.loads(got.body)) == set(InteractionEvent.model_fields)
     assert store_text or b"my secret" not in got.body
-    # What stands in replay is decoded once more, and stays as it is.
+    # Decoding a stored body again does not change it.
     assert decode_interaction(got.body, store_text=store_text).body == got.body
 
 
@@ -157,13 +157,13 @@ def test_every_field_of_a_reply_is_checked_as_the_model_does(event: dict[str, An
 
 @given(raw=altered(INTERACTIONS), store_text=st.booleans())
 @settings(max_examples=400, deadline=None)
-def test_interactions_are_those_of_the_model_and_keep_their_bytes(raw: bytes, store_text: bool) -> None:
+def test_interactions_equal_the_model_s_and_keep_their_bytes(raw: bytes, store_text: bool) -> None:
     check_interaction(raw, store_text)
 
 
 @given(raw=altered(REPLIES))
 @settings(max_examples=400, deadline=None)
-def test_replies_are_those_of_the_model(raw: bytes) -> None:
+def test_replies_equal_the_model_s(raw: bytes) -> None:
     check_reply(raw)
 
 
@@ -177,12 +177,12 @@ def test_replies_are_those_of_the_model(raw: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("place", [b'"metadata"', b'"text"'])
-def test_no_text_hides_in_the_bytes_that_are_kept(doubled: bytes, place: bytes) -> None:
+def test_stored_bytes_contain_no_hidden_text(doubled: bytes, place: bytes) -> None:
     raw = interaction("i1").to_bytes().replace(place, doubled + place)
     check_interaction(raw, store_text=False)
 
 
-def test_what_our_producers_write_needs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_of_our_producers_need_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     without_models(monkeypatch)
     for event in (interaction("i1"), interaction("i2", dim=384, memories=8), interaction("é", memories=0,
                   memory_scores=[], memory_propensities=[])):  # fmt: skip
@@ -192,12 +192,12 @@ def test_what_our_producers_write_needs_no_model(monkeypatch: pytest.MonkeyPatch
     assert decode_interaction(with_text, store_text=True).body is with_text
     with pytest.raises(SlowError):
         decode_interaction(with_text, store_text=False)
-    for said in (
+    for produced in (
         reply("r1"),
         reply("r1", "i1", embedding=np.ones(384)),
         reply("r", kind="outcome", rating=-1.0, text=""),
     ):
-        decode_reply(said.to_bytes())
+        decode_reply(produced.to_bytes())
 
 
 def test_a_tombstone_is_refused() -> None:
@@ -206,7 +206,7 @@ def test_a_tombstone_is_refused() -> None:
             read(None)
 
 
-def test_an_experience_gives_back_the_interactions_own_bytes() -> None:
+def test_an_experience_keeps_the_interaction_s_bytes() -> None:
     body = json.dumps(INTERACTIONS[0], indent=1).encode()
     event = {
         "reward": 0.5,

@@ -35,7 +35,7 @@ def stored(conversation: Conversation) -> dict[bytes, bytes]:
 
 @dataclass
 class World:
-    """The join with a replay that is a dictionary, as the joiner uses it."""
+    """The join with a dictionary as replay, called as the joiner calls it."""
 
     join: Join = field(default_factory=make_join)
     conversation: Conversation = field(default_factory=Conversation)
@@ -64,7 +64,7 @@ class World:
     def _apply(self, work: Conversation, changes: Changes) -> World:
         work.stamp(self.version)
         self.version += 1
-        # Through storage and back, so that nothing depends on what a stored conversation does not hold.
+        # Encode and decode it, so that nothing depends on state that is not stored.
         self.conversation = Conversation.load(stored(work))
         for it in changes.closed:
             if it.id not in self.replay:
@@ -79,10 +79,10 @@ class World:
                 self._write(it.id, self.join.experience(it, body, self.conversation.replies_of(it)))
         self.conversation.pending.clear()
         for late in changes.orphans:
-            kept = self._kept(late.names or "")
+            kept = self._kept(late.interaction_id or "")
             amended = kept and self.join.amended(kept, [late])
-            if amended and late.names:
-                self._write(late.names, amended)
+            if amended and late.interaction_id:
+                self._write(late.interaction_id, amended)
             changes.counts["orphans"] += not kept
         self.totals.counts.update(changes.counts)
         return self
@@ -105,7 +105,7 @@ class World:
 THUMBS_DOWN: dict[str, Any] = {"kind": "rating", "rating": -1.0, "text": ""}
 
 
-def test_a_reply_completes_its_interaction_at_once() -> None:
+def test_a_reply_completes_its_interaction_immediately() -> None:
     it = interaction("i1")
     world = World().see(it)
     assert not world.replay
@@ -151,7 +151,7 @@ def test_a_later_reply_amends_the_same_experience() -> None:
         ("sum", 0.0, 1.0),
     ],
 )
-def test_rewards_are_aggregated_as_asked_in_the_order_of_time(
+def test_rewards_are_aggregated_as_configured_in_order_of_time(
     how: Aggregation, reward: float, confidence: float
 ) -> None:
     world = World(make_join(aggregation=how)).see(interaction("i1"))
@@ -216,7 +216,7 @@ def test_what_says_nothing_of_the_answer_takes_the_place_of_nothing(
 def test_a_reply_without_an_id_is_about_the_latest_interaction_before_it() -> None:
     world = World().see(interaction("i1", at_s=0)).see(interaction("i2", at_s=10))
     world.see(interaction("i3", at_s=20))
-    world.see(reply("r", at_s=20))  # the message that i3 answers is no reply to i3
+    world.see(reply("r", at_s=20))  # the message that i3 responds to is no reply to i3
     assert set(world.replay) == {"i2"}
     world.see(reply("named", "i1", at_s=30))
     assert world.experience("i1").reply_ids == ["named"]
@@ -234,7 +234,7 @@ def test_a_reply_moves_when_its_own_interaction_arrives_late() -> None:
     assert world.experience("i1").outcome == "no_reply"
 
 
-def test_what_nobody_answers_closes_after_the_window() -> None:
+def test_an_interaction_without_a_reply_closes_after_the_window() -> None:
     world = World().see(interaction("i1"))
     assert world.timer(WINDOW - 0.001).replay == {}
     assert world.conversation.due(WINDOW) == START + WINDOW
@@ -266,7 +266,7 @@ def test_the_same_event_twice_changes_nothing_and_is_counted() -> None:
 
 
 @pytest.mark.parametrize("names", ["i1", None])
-def test_a_late_reply_amends_what_is_still_in_replay(names: str | None) -> None:
+def test_a_late_reply_amends_an_experience_in_replay(names: str | None) -> None:
     world = World().see(interaction("i1")).timer(WINDOW)
     world.see(reply("late", names, at_s=WINDOW + 60, **THUMBS_DOWN))
     got = world.experience("i1")
@@ -274,7 +274,7 @@ def test_a_late_reply_amends_what_is_still_in_replay(names: str | None) -> None:
     assert world.count("late") == 1
 
 
-def test_a_reply_later_than_all_state_amends_replay_and_once_only() -> None:
+def test_a_reply_after_the_state_expired_amends_replay_exactly_once() -> None:
     world = World().see(interaction("i1")).see(reply("r1", "i1")).timer(LATE_S + WINDOW)
     assert world.conversation == Conversation()
     much_later = LATE_S + 3 * WINDOW
@@ -285,21 +285,21 @@ def test_a_reply_later_than_all_state_amends_replay_and_once_only() -> None:
     assert world.count("orphans") == 0
 
 
-def test_a_late_reply_to_what_replay_let_go_changes_nothing() -> None:
+def test_a_late_reply_to_an_evicted_interaction_changes_nothing() -> None:
     world = World().see(interaction("i1")).timer(WINDOW)
     del world.replay["i1"]
     world.see(reply("late", "i1", at_s=WINDOW + 60))
     assert world.replay == {}
 
 
-def test_a_reply_whose_interaction_never_comes_is_an_orphan_after_the_window() -> None:
+def test_a_reply_whose_interaction_never_arrives_is_an_orphan_after_the_window() -> None:
     world = World().see(reply("r1", "never", at_s=0)).see(reply("r2", at_s=0))
     assert world.timer(WINDOW - 1).count("orphans") == 0
     assert world.timer(WINDOW).count("orphans") == 2
     assert world.conversation == Conversation()
 
 
-def test_history_sent_in_long_after_it_happened_is_joined_in_any_order() -> None:
+def test_events_sent_long_after_they_occurred_are_joined_in_any_order() -> None:
     events: list[InteractionEvent | ReplyEvent] = [
         interaction("i1"),
         reply("r1", "i1", at_s=5),
@@ -331,7 +331,7 @@ def test_state_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("store_text", [False, True])
-def test_text_is_kept_only_where_asked_for(store_text: bool) -> None:
+def test_text_is_stored_only_if_configured(store_text: bool) -> None:
     world = World(make_join(store_text=store_text)).see(interaction("i1", text="my secret"))
     world.see(reply("r1", "i1", text="Perfect, thanks, you saved me"))
     value = world.replay["i1"]
@@ -342,7 +342,7 @@ def test_text_is_kept_only_where_asked_for(store_text: bool) -> None:
     assert b"you saved me" not in state or store_text
 
 
-def test_a_switched_topic_or_the_same_request_again_is_seen_once_the_interaction_is_known() -> None:
+def test_a_switched_topic_or_a_repeated_request_is_detected_when_the_interaction_is_known() -> None:
     it = interaction("i1", message=np.array([1.0, 0, 0, 0]))
     near, other, again = np.array([1.0, 0.5, 0, 0]), np.array([0.0, 1.0, 0, 0]), np.array([2.0, 0.1, 0, 0])
     text = "book me a table for two tonight"
@@ -360,7 +360,7 @@ def test_a_switched_topic_or_the_same_request_again_is_seen_once_the_interaction
             assert [s.type for s in world.experience("i1").signals] == [expected]
 
 
-def test_what_is_pending_is_neither_closed_nor_forgotten() -> None:
+def test_pending_interactions_are_neither_closed_nor_removed() -> None:
     join, conversation, changes = make_join(max_kept=2), Conversation(), Changes()
     for n in range(3):
         event = decode_interaction(interaction(f"i{n}", at_s=n).to_bytes(), store_text=False)
@@ -379,7 +379,7 @@ def test_what_is_pending_is_neither_closed_nor_forgotten() -> None:
     assert changes.closed == []
 
 
-# --- for every order
+# --- any order
 
 TIMES = st.integers(min_value=0, max_value=8).map(lambda n: n * WINDOW / 3)
 IDS = st.sampled_from(["i0", "i1", "i2", "i3"])
@@ -394,7 +394,7 @@ def event_sets(draw: st.DrawFn) -> list[InteractionEvent | ReplyEvent]:
     for n in range(draw(st.integers(1, 5))):
         rating = draw(st.sampled_from([-1.0, -0.5, 0.5, 1.0]))
         names = draw(st.none() | IDS)
-        at_s = max(draw(TIMES), times.get(names or "", 0.0))  # nobody answers what did not occur yet
+        at_s = max(draw(TIMES), times.get(names or "", 0.0))  # a reply never precedes its interaction
         events.append(reply(f"r{n}", names, at_s=at_s, kind="rating", rating=rating, text=""))
     return events
 
@@ -417,7 +417,7 @@ def test_the_same_set_of_events_makes_the_same_experiences_in_every_order(data: 
     arrivals = data.draw(st.permutations(events + data.draw(st.lists(st.sampled_from(events), max_size=4))))
     world = World(make_join(aggregation=how))
     for n, event in enumerate(arrivals):
-        # Time may pass as far as the promise goes that nothing arrives later than the window.
+        # Time may pass as long as every event still arrives within the window.
         first = {id(e): e for e in reversed(arrivals[:n])}
         to_come = [e.occurred_at.timestamp() - START for e in arrivals[n:] if id(e) not in first]
         if to_come and bool(data.draw(st.booleans())):
@@ -428,7 +428,7 @@ def test_the_same_set_of_events_makes_the_same_experiences_in_every_order(data: 
 
 @given(events=event_sets(), cut=st.integers(0, 8))
 @settings(max_examples=50, deadline=None)
-def test_a_stored_conversation_comes_back_as_it_was(
+def test_a_stored_conversation_is_loaded_unchanged(
     events: list[InteractionEvent | ReplyEvent], cut: int
 ) -> None:
     join, conversation = make_join(), Conversation()
@@ -443,8 +443,8 @@ def test_a_stored_conversation_comes_back_as_it_was(
         else:
             [reply] = join.read([decode_reply(event.to_bytes())])
             join.on_reply(conversation, reply, START, changes)
-        new, gone = conversation.fields()
-        fields = {k: v for k, v in fields.items() if k.decode() not in gone}
+        new, deleted = conversation.fields()
+        fields = {k: v for k, v in fields.items() if k.decode() not in deleted}
         fields |= {name.encode(): value for name, value in new.items()}
         assert fields == stored(conversation)
         again = Conversation.load(fields)

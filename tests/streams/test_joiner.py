@@ -41,7 +41,7 @@ def client(settings: Settings) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def counted() -> Callable[..., float]:
-    """What a joiner's metric has been counted up by since the test began."""
+    """The increase of a joiner's metric since the start of the test."""
     before = {(s.name, *sorted(s.labels.items())): s.value for m in REGISTRY.collect() for s in m.samples}
 
     def difference(name: str, **labels: str) -> float:
@@ -68,7 +68,7 @@ async def test_events_become_experiences(
                 interaction("i1", occurred_at=now),
                 interaction("i1", occurred_at=now),
                 interaction("i2", "other", occurred_at=now),
-                (topics.replies, b"c", b"no json"),
+                (topics.replies, b"c", b"not json"),
                 (topics.interactions, None, b'{"schema_version": 99}'),
                 (topics.replies, b"c", None),
                 (topics.interactions, b"big", b"x" * 7_500_000),
@@ -92,7 +92,7 @@ async def test_events_become_experiences(
     assert counted("events_total", kind="interactions") == 3
 
 
-async def test_silence_becomes_no_reply_and_a_late_reply_amends_it(
+async def test_an_interaction_without_a_reply_becomes_no_reply_and_a_late_reply_amends_it(
     settings: Settings, client: redis.Redis, counted: Callable[..., float]
 ) -> None:
     now = utc_now()
@@ -112,23 +112,25 @@ async def test_silence_becomes_no_reply_and_a_late_reply_amends_it(
     assert client.pttl(join_keys[0]) > 0, "a conversation with nothing open expires"
 
 
-async def test_it_waits_for_redis_says_so_and_skips_nothing(settings: Settings, client: redis.Redis) -> None:
+async def test_it_waits_for_redis_reports_it_and_skips_no_event(
+    settings: Settings, client: redis.Redis
+) -> None:
     async with joining(settings) as joiner:
         await send(settings, conversation(1))
         await async_wait_for(lambda: all_committed(settings), "the first events")
         wanted = expected(conversation(1) + conversation(2))
         generation = joiner.consumer_generation_id
-        client.config_set("maxmemory", "1")  # every write is refused from here on
+        client.config_set("maxmemory", "1")  # Redis refuses every write
         try:
             await send(settings, conversation(2))
-            missing = await async_wait_for(lambda: joiner.worker.missing, "it to say so")
+            missing = await async_wait_for(lambda: joiner.worker.missing, "the joiner to report it")
             assert settings.redis_shown in missing["redis"]
             end = time.monotonic() + 2 * settings.session_timeout_s
-            await async_wait_for(lambda: time.monotonic() > end, "its session to pass")
+            await async_wait_for(lambda: time.monotonic() > end, "the session timeout to pass")
             assert not await all_committed(settings)
         finally:
             client.config_set("maxmemory", "0")
-        await async_wait_for(lambda: all_committed(settings), "the rest")
+        await async_wait_for(lambda: all_committed(settings), "the other events")
         assert not joiner.worker.missing
-        assert joiner.consumer_generation_id == generation, "it has kept its place in the group"
+        assert joiner.consumer_generation_id == generation, "it stayed in the group"
         assert summary(replay(settings, client)) == wanted

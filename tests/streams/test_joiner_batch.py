@@ -1,4 +1,4 @@
-"""How a batch is tried, without Kafka: repeated, split, given up, dropped."""
+"""Attempts at a batch, without Kafka: retried, split, failed, dropped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RECORDS = [record("interactions", 7), record("interactions", 8), record("replies
 
 @dataclass
 class Group:
-    """Stands for the consumer, and keeps what happened."""
+    """A fake consumer that records the calls."""
 
     settings: Settings = SETTINGS
     owned: bool = True
@@ -46,7 +46,7 @@ class Group:
         self.limit = None
         self.owned = self.owned and not isinstance(error, CommitFailedError)
 
-    def unavailable(self, server: str, why: str) -> None:
+    def unavailable(self, server: str, reason: str) -> None:
         self.missing.append(server)
 
     async def commit_done(self, offsets: Mapping[TopicPartition, int]) -> None:
@@ -54,7 +54,7 @@ class Group:
 
 
 async def handle(group: Group, work: Callable[[Part], None]) -> Batch:
-    """An agent whose effects are `work`."""
+    """An agent with the effects `work`."""
     batch = Batch(group, 0, RECORDS, {})
     async for attempt in batch.attempts():
         async with attempt as part:
@@ -64,7 +64,7 @@ async def handle(group: Group, work: Callable[[Part], None]) -> Batch:
     return batch
 
 
-async def test_what_was_done_is_committed_and_no_more() -> None:
+async def test_exactly_the_processed_records_are_committed() -> None:
     group = Group()
     seen: list[list[int]] = []
     batch = await handle(group, lambda part: seen.append([r.offset for r in part.readable]))
@@ -77,7 +77,7 @@ async def test_what_was_done_is_committed_and_no_more() -> None:
     ("error", "server"),
     [(redis.ConnectionError("refused"), "redis"), (NotLeaderForPartitionError(), "kafka")],
 )
-async def test_while_a_server_is_unavailable_the_whole_batch_is_tried_again(
+async def test_while_a_server_is_unavailable_the_whole_batch_is_retried(
     error: Exception, server: str
 ) -> None:
     group, failures = Group(), [error, error]
@@ -112,7 +112,7 @@ async def test_a_record_that_makes_a_batch_fail_becomes_a_dead_letter_and_the_ot
     assert group.committed == [{first: 8}, {first: 9}, {second: 4}]
 
 
-async def test_a_record_whose_dead_letter_fails_too_ends_the_agent_uncommitted() -> None:
+async def test_a_record_whose_dead_letter_fails_too_ends_the_agent_without_a_commit() -> None:
     group = Group()
 
     def work(part: Part) -> None:
@@ -123,7 +123,7 @@ async def test_a_record_whose_dead_letter_fails_too_ends_the_agent_uncommitted()
     assert not group.committed
 
 
-async def test_a_refused_configuration_ends_the_agent_uncommitted() -> None:
+async def test_a_refused_configuration_ends_the_agent_without_a_commit() -> None:
     group = Group()
 
     def work(part: Part) -> None:
@@ -134,14 +134,14 @@ async def test_a_refused_configuration_ends_the_agent_uncommitted() -> None:
     assert not group.committed
 
 
-async def test_what_was_not_begun_before_the_revocation_is_dropped() -> None:
+async def test_a_batch_whose_partitions_are_revoked_before_an_attempt_is_dropped() -> None:
     group = Group(owned=False)
-    batch = await handle(group, lambda part: pytest.fail("begun"))
+    batch = await handle(group, lambda part: pytest.fail("an attempt began"))
     assert batch.done.is_set()
     assert not group.committed
 
 
-async def test_an_attempt_that_outlasts_its_limit_is_dropped() -> None:
+async def test_a_batch_whose_attempt_exceeds_its_deadline_is_dropped() -> None:
     group = Group()
     batch = Batch(group, 0, RECORDS, {})
     async for attempt in batch.attempts():

@@ -1,4 +1,4 @@
-"""What joiners make of events while they are killed, stopped, and while the group rebalances."""
+"""Joiners are killed or stopped, or their group rebalances, while they process events."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.streams.joined import (
     check_published,
     conversation,
     expected,
-    guest,
     joining,
+    other_member,
     partitions,
     quick,
     replay,
@@ -58,7 +58,7 @@ async def test_kill_9_in_the_middle_loses_nothing_and_doubles_nothing(
         await async_wait_for(partial(progressed, seen), "progress")
         joiner.kill()
         joiner = spawn_worker("joiner", settings, join_batch=7)
-    await async_wait_for(lambda: all_committed(settings), "all to be joined")
+    await async_wait_for(lambda: all_committed(settings), "all events to be joined")
     got = replay(settings, client)
     assert summary(got) == expected(events)
     check_published(await read_all(settings, Topics.of(settings).experiences), got)
@@ -83,7 +83,7 @@ async def test_two_joiners_share_and_one_takes_over_when_the_other_is_killed(
     await send(settings, events[:half])
     first.kill()
     await send(settings, events[half:])
-    await async_wait_for(lambda: all_committed(settings), "the other to take over")
+    await async_wait_for(lambda: all_committed(settings), "the second joiner to take over")
     assert second.alive
     got = replay(settings, client)
     assert summary(got) == expected(events)
@@ -96,9 +96,9 @@ async def test_rebalances_in_the_middle_lose_nothing(settings: Settings, client:
     async with joining(settings, join_batch=5):
         for part in [events[n::5] for n in range(5)]:
             sending = asyncio.create_task(send(settings, part))
-            async with guest(settings):  # it takes half of the partitions for a moment, and commits nothing
+            async with other_member(settings):  # owns half of the partitions for a moment
                 await sending
-        await async_wait_for(lambda: all_committed(settings), "all to be joined")
+        await async_wait_for(lambda: all_committed(settings), "all events to be joined")
     got = replay(settings, client)
     assert summary(got) == expected(events)
     check_published(await read_all(settings, topics.experiences), got)

@@ -30,7 +30,7 @@ Events = Sequence[InteractionEvent | ReplyEvent]
 
 
 class Bench:
-    """An engine on a real Redis under a prefix of its own, and what it publishes."""
+    """An engine on a real Redis with its own prefix; records what it publishes."""
 
     def __init__(self, client: redis.asyncio.Redis, prefix: str, states: States | None = None) -> None:
         self.client, self.prefix = client, prefix
@@ -45,7 +45,7 @@ class Bench:
     async def _publish(self, experiences: Sequence[Experience]) -> None:
         if self.fail_publishing:
             self.fail_publishing -= 1
-            raise ConnectionError("Kafka is away")
+            raise ConnectionError("Kafka is unavailable")
         self.published += [parse(ExperienceEvent, it.value) for it in experiences]
         for it in experiences:
             content = self.contents.setdefault((it.write.id, it.write.version), it.value)
@@ -62,7 +62,7 @@ class Bench:
         return await self.engine.apply([self.task(e) for e in events])
 
     async def close(self) -> None:
-        """As the timer does it, again and again: what is pending at first is closed the second time."""
+        """Runs the timer twice: the second run closes what is pending during the first."""
         for _ in range(2):
             await self.engine.timer(0, START + 2 * WINDOW)
 
@@ -137,7 +137,7 @@ async def test_any_order_in_any_batches_makes_the_same_replay(
     assert await bench.replay() == wanted
 
 
-async def test_a_batch_whose_effects_failed_is_done_again_whole(
+async def test_a_batch_whose_effects_failed_is_retried_as_a_whole(
     client: redis.asyncio.Redis, prefix: str
 ) -> None:
     bench = Bench(client, prefix)
@@ -157,7 +157,7 @@ STEPS = ["join", "settle", "save", "store", "publish"]
 
 
 async def until(engine: Engine, tasks: Sequence[Task], last: str) -> None:
-    """A worker that is killed after this step."""
+    """Runs the steps up to `last`, as a worker that is killed after it."""
     joined = await engine.join(tasks)
     for step in STEPS[1 : STEPS.index(last) + 1]:
         await getattr(engine, step)(joined)
@@ -170,24 +170,24 @@ async def test_a_crash_between_any_two_steps_gives_no_reply_to_two_interactions(
     first, second, answer = interaction("i1", at_s=0), interaction("i2", at_s=10), reply("r", at_s=20)
     killed = Bench(client, prefix)
     await until(killed.engine, [killed.task(first), killed.task(answer)], last)
-    heir = Bench(client, prefix)
-    await heir.see(first, second, answer)  # the same records, and the batch is cut elsewhere
-    await heir.close()
-    got = {i: parse(ExperienceEvent, value) for i, value in (await heir.replay()).items()}
+    successor = Bench(client, prefix)
+    await successor.see(first, second, answer)  # the same records in another batch
+    await successor.close()
+    got = {i: parse(ExperienceEvent, value) for i, value in (await successor.replay()).items()}
     assert {i: e.reply_ids for i, e in got.items()} == {"i1": [], "i2": ["r"]}
-    assert {e.interaction.interaction_id: e.to_bytes() for e in [*killed.published, *heir.published]} == {
-        i: e.to_bytes() for i, e in got.items()
-    }
+    assert {
+        e.interaction.interaction_id: e.to_bytes() for e in [*killed.published, *successor.published]
+    } == {i: e.to_bytes() for i, e in got.items()}
 
 
-async def test_what_is_due_is_noted_by_the_next_worker_where_one_died_before_it(
+async def test_the_next_worker_writes_due_times_that_a_crashed_one_did_not(
     client: redis.asyncio.Redis, prefix: str
 ) -> None:
     await Bench(client, prefix).see(interaction("i1"))
-    await client.delete(f"{prefix}:join-due:{{0}}")  # as if the pipeline had ended before it
-    heir = Bench(client, prefix)
-    assert (await heir.see(interaction("i1")))["duplicates"] == 1
-    assert (await heir.engine.timer(0, START + 2 * WINDOW))["no_reply"] == 1
+    await client.delete(f"{prefix}:join-due:{{0}}")  # as if the worker had crashed before writing it
+    successor = Bench(client, prefix)
+    assert (await successor.see(interaction("i1")))["duplicates"] == 1
+    assert (await successor.engine.timer(0, START + 2 * WINDOW))["no_reply"] == 1
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -223,7 +223,7 @@ async def test_crashes_at_any_step_of_any_batches_make_the_same_replay(
     assert last_published == {i: parse(ExperienceEvent, value).to_bytes() for i, value in wanted.items()}
 
 
-async def test_two_that_own_a_conversation_for_a_moment_agree_in_the_end(
+async def test_two_owners_of_a_conversation_reach_the_same_result(
     client: redis.asyncio.Redis, prefix: str
 ) -> None:
     events = events_of(5)
@@ -235,7 +235,7 @@ async def test_two_that_own_a_conversation_for_a_moment_agree_in_the_end(
         for keys in [[k async for k in client.scan_iter(f"{prefix}:*")]]:
             await client.delete(*keys) if keys else None
         old, new = Bench(client, prefix), Bench(client, prefix)
-        # Both have read the conversation; then both handle their share of what comes, out of step.
+        # Both have loaded the conversation; then both process some of its events concurrently.
         for mine, other in zip(shuffled[::2], shuffled[1::2], strict=False):
             both = await asyncio.gather(old.see(mine), new.see(other, mine))
             conflicts += sum(c["conflicts"] for c in both)
@@ -246,7 +246,7 @@ async def test_two_that_own_a_conversation_for_a_moment_agree_in_the_end(
     assert conflicts > 10
 
 
-async def test_a_worker_that_wakes_up_late_mends_what_it_overwrote(
+async def test_a_worker_with_an_outdated_state_changes_nothing(
     client: redis.asyncio.Redis, prefix: str
 ) -> None:
     late, owner = Bench(client, prefix), Bench(client, prefix)
@@ -254,14 +254,16 @@ async def test_a_worker_that_wakes_up_late_mends_what_it_overwrote(
     await owner.see(interaction("i2", at_s=10), reply("r", at_s=20))
     before = await owner.replay()
     assert set(before) == {"i2"}
-    # It knows nothing of i2: to it, the reply is about i1.
+    # Its state lacks i2, so that it assigns the reply to i1.
     counts = await late.see(reply("r", at_s=20))
     assert counts["conflicts"] == 1
     assert await owner.replay() == before
-    assert {e.interaction.interaction_id for e in late.published} <= {"i2"}, "nothing is said of i1"
+    assert {e.interaction.interaction_id for e in late.published} <= {"i2"}, "i1 is not published"
 
 
-async def test_what_redis_lost_is_written_anew_from_memory(client: redis.asyncio.Redis, prefix: str) -> None:
+async def test_a_conversation_that_redis_lost_is_restored_from_the_cache(
+    client: redis.asyncio.Redis, prefix: str
+) -> None:
     bench = Bench(client, prefix)
     await bench.see(interaction("i1"))
     await client.delete(f"{prefix}:join:{{c}}")
@@ -289,9 +291,7 @@ async def test_late_replies_reach_replay_in_one_batch_and_in_two(
     assert [e.to_bytes() for e in fresh.published] == [got.to_bytes()]
 
 
-async def test_the_timer_goes_through_any_number_of_conversations(
-    client: redis.asyncio.Redis, prefix: str
-) -> None:
+async def test_the_timer_closes_any_number_of_conversations(client: redis.asyncio.Redis, prefix: str) -> None:
     bench = Bench(client, prefix)
     await bench.see(*(interaction(f"i{n}", f"c{n}", at_s=n / 100) for n in range(1200)))
     assert sum((await bench.engine.timer(0, START + WINDOW - 1)).values()) == 0
@@ -318,7 +318,7 @@ async def test_a_conversation_that_cannot_be_closed_holds_up_no_other(
 
 @given(data=st.data())
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_states_in_redis_and_in_memory_are_alike(
+async def test_states_in_redis_and_in_memory_are_equal(
     client: redis.asyncio.Redis, prefix: str, data: st.DataObject
 ) -> None:
     mine = f"{prefix}-{uuid.uuid4().hex[:6]}"

@@ -1,4 +1,4 @@
-"""The joiner as a process: readiness, ending, Faust's commands and signals, the watchdog."""
+"""The joiner as a process: readiness, shutdown, Faust's commands and signals, the watchdog."""
 
 from __future__ import annotations
 
@@ -32,7 +32,16 @@ from streams.kafka.topics import Topics
 from streams.settings import Settings
 from streams.testing import async_wait_for, send, spawn_worker
 from streams.worker import Worker
-from tests.streams.joined import all_committed, conversation, expected, guest, joining, quick, replay, summary
+from tests.streams.joined import (
+    all_committed,
+    conversation,
+    expected,
+    joining,
+    other_member,
+    quick,
+    replay,
+    summary,
+)
 from tests.streams.kafka_helpers import read_all
 
 pytestmark = pytest.mark.integration
@@ -50,7 +59,7 @@ def client(settings: Settings) -> Iterator[redis.Redis]:
 
 
 def run_python(*arguments: str, settings: Settings) -> tuple[int, str]:
-    """Exit code, and all that was printed."""
+    """Runs Python; returns the exit code and the output."""
     done = subprocess.run(
         [sys.executable, *arguments],
         env=os.environ | settings.environment(),
@@ -63,7 +72,7 @@ def run_python(*arguments: str, settings: Settings) -> tuple[int, str]:
 
 
 async def committed_offsets(settings: Settings) -> dict[tuple[str, int], int]:
-    """By topic and partition."""
+    """The joiner group's committed offsets, by topic and partition."""
     async with started(AIOKafkaAdminClient(bootstrap_servers=settings.kafka_address)) as admin:
         offsets = await admin.list_consumer_group_offsets(settings.joiner_group)
     return {(tp.topic, tp.partition): offset.offset for tp, offset in offsets.items()}
@@ -76,7 +85,7 @@ async def test_sigterm_finishes_the_batch_commits_it_and_leaves_the_group(
     sent = 0
 
     def events() -> Iterator[InteractionEvent | ReplyEvent]:
-        """Conversation after conversation, the last one after the joiner has ended."""
+        """Yields conversations until one begins after the joiner has ended."""
         nonlocal sent
         for n in itertools.count():
             ended = not joiner.alive
@@ -104,51 +113,55 @@ async def test_sigterm_finishes_the_batch_commits_it_and_leaves_the_group(
             )
             done.append(parse(kind, record.value))
     assert 20 < len(done) < sent
-    assert summary(replay(settings, client)) == expected(done), "committed and done are the same"
+    assert summary(replay(settings, client)) == expected(done), "exactly the committed events are processed"
 
 
 @pytest.mark.parametrize("server", ["kafka", "redis"])
-async def test_it_says_what_is_missing_and_ends_while_it_waits(settings: Settings, server: str) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{nobody.getsockname()[1]}"
-        away = {"kafka": address} if server == "kafka" else {"redis_url": SecretStr(f"redis://{address}/0")}
-        worker = Worker("joiner", settings.model_copy(update=away))
+async def test_it_reports_an_unavailable_server_and_shuts_down_while_it_waits(
+    settings: Settings, server: str
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        unavailable = (
+            {"kafka": address} if server == "kafka" else {"redis_url": SecretStr(f"redis://{address}/0")}
+        )
+        worker = Worker("joiner", settings.model_copy(update=unavailable))
         running = asyncio.create_task(run(worker))
-        await async_wait_for(lambda: address in worker.missing[server], "it to say so")
+        await async_wait_for(lambda: address in worker.missing[server], "the joiner to report it")
         worker.stopping.set()
         async with asyncio.timeout(settings.shutdown_timeout_s):
             await running
 
 
-async def test_topics_that_do_not_fit_end_it_with_code_2(settings: Settings) -> None:
+async def test_topics_with_different_partition_counts_end_it_with_code_2(settings: Settings) -> None:
     topics = Topics.of(settings)
     async with started(AIOKafkaAdminClient(bootstrap_servers=settings.kafka_address)) as admin:
         await admin.create_topics([NewTopic(topics.interactions, 1, 1), NewTopic(topics.replies, 3, 1)])
     with pytest.raises(ConfigError, match="must have the same number of partitions"):
         await run(Worker("joiner", settings))
     command = ["-m", "faust", "-A", "streams.joiner", "worker"]
-    code, said = await asyncio.to_thread(run_python, *command, settings=settings)
-    assert code == 2, said
-    assert "must have the same number of partitions" in said
+    code, output = await asyncio.to_thread(run_python, *command, settings=settings)
+    assert code == 2, output
+    assert "must have the same number of partitions" in output
 
 
-async def test_a_joiner_that_handles_nothing_is_noticed(
+async def test_a_joiner_that_processes_nothing_is_ended(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noticed: list[str] = []
+    reasons: list[str] = []
 
     async def hang(*_: Any) -> None:
         await asyncio.Event().wait()
 
     monkeypatch.setattr(consumer, "STALL_S", 1.0)
     monkeypatch.setattr(consumer, "PROBE_S", 0.1)
-    monkeypatch.setattr(BatchThread, "_end_process", lambda _, why: noticed.append(why))
+    monkeypatch.setattr(BatchThread, "_end_process", lambda _, reason: reasons.append(reason))
     monkeypatch.setattr(Engine, "join", hang)
     async with joining(settings, shutdown_timeout_s=1.0):
         await send(settings, conversation(1))
-        await async_wait_for(lambda: noticed, "it to be noticed")
-    assert re.fullmatch(r"\d+ events wait, and nothing was handled for 1 s", noticed[0])
+        await async_wait_for(lambda: reasons, "the watchdog")
+    assert re.fullmatch(r"no event was processed for 1 s: lag of \d+ events", reasons[0])
 
 
 HANGING = """
@@ -165,37 +178,37 @@ main(Settings.load())
 
 
 async def test_a_joiner_whose_main_thread_hangs_ends(settings: Settings) -> None:
-    settings = settings.model_copy(update={"shutdown_timeout_s": 2.0})  # what it has to end by itself
+    settings = settings.model_copy(update={"shutdown_timeout_s": 2.0})  # after which the process must end
     await send(settings, conversation(1))
-    code, said = await asyncio.to_thread(run_python, "-c", HANGING, settings=settings)
-    assert code == 1, said
+    code, output = await asyncio.to_thread(run_python, "-c", HANGING, settings=settings)
+    assert code == 1, output
 
 
-async def test_faust_s_signals_tell_of_rebalances(settings: Settings) -> None:
+async def test_faust_s_signals_report_rebalances(settings: Settings) -> None:
     app = create_app(settings, Worker("joiner", settings))
-    told: list[Any] = []
+    received: list[Any] = []
 
     @app.on_partitions_assigned.connect
     async def on_assigned(*arguments: Any, **_: Any) -> None:
-        told.append(("assigned", *arguments[1:]))
+        received.append(("assigned", *arguments[1:]))
 
     @app.on_partitions_revoked.connect
     async def on_revoked(*arguments: Any, **_: Any) -> None:
-        told.append(("revoked", *arguments[1:]))
+        received.append(("revoked", *arguments[1:]))
 
     topics = Topics.of(settings)
     every = {(topic, p) for topic in (topics.interactions, topics.replies) for p in (0, 1)}
     await app.start()
     try:
-        assert told == [("revoked", set()), ("assigned", every)]
-        async with guest(settings) as member:
-            await async_wait_for(lambda: len(told) == 4, "the rebalance")
-            assert told[2:] == [("revoked", every), ("assigned", every - member.assignment())]
+        assert received == [("revoked", set()), ("assigned", every)]
+        async with other_member(settings) as member:
+            await async_wait_for(lambda: len(received) == 4, "the rebalance")
+            assert received[2:] == [("revoked", every), ("assigned", every - member.assignment())]
     finally:
         await app.stop()
 
 
-async def test_a_commit_that_fails_in_a_rebalance_stops_nobody(
+async def test_a_commit_that_fails_in_a_rebalance_does_not_stop_the_joiner(
     settings: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topics = Topics.of(settings)
@@ -210,29 +223,29 @@ async def test_a_commit_that_fails_in_a_rebalance_stops_nobody(
             await revoking.wait()
             raise CommitFailedError("the group has rebalanced")
 
-        async def wait_empty_and_say_so() -> None:
+        async def report_and_wait_empty() -> None:
             revoking.set()
             await wait_empty()
 
         monkeypatch.setattr(joiner.batches, "commit_done", refused)
-        monkeypatch.setattr(joiner.batches, "wait_empty", wait_empty_and_say_so)
+        monkeypatch.setattr(joiner.batches, "wait_empty", report_and_wait_empty)
         await send(settings, events)
         await committing.wait()
         records = await read_all(settings, topics.interactions) + await read_all(settings, topics.replies)
         ends = Counter((record.topic, record.partition) for record in records)
-        async with guest(settings) as member:
+        async with other_member(settings) as member:
             its_share = {tp for tp in ends if tp not in member.assignment()}
 
             async def its_share_is_committed() -> bool:
                 committed = await committed_offsets(settings)
                 return all(committed.get(tp) == ends[tp] for tp in its_share)
 
-            await async_wait_for(its_share_is_committed, "it to go on with what is left to it")
-        await async_wait_for(lambda: all_committed(settings), "all to be joined")
+            await async_wait_for(its_share_is_committed, "the joiner to process its remaining partitions")
+        await async_wait_for(lambda: all_committed(settings), "all events to be joined")
     assert summary(replay(settings, client)) == expected(events)
 
 
-async def test_faust_s_own_command_runs_it_too(settings: Settings, client: redis.Redis) -> None:
+async def test_faust_s_worker_command_runs_it(settings: Settings, client: redis.Redis) -> None:
     log = settings.data / "faust.log"
     worker = faust_worker(settings, log)
     try:
@@ -272,7 +285,7 @@ kafka = os.environ.pop("CORTEX_KAFKA")
 run("worker")
 os.environ["CORTEX_KAFKA"] = kafka
 del os.environ["CORTEX_PORT"]
-del sys.modules["streams.joiner"].app  # the module: a process that goes on after a failure has it in the way
+del sys.modules["streams.joiner"].app  # the module, which the failed command has loaded
 run("agents")
 from streams.joiner import app
 print("port", app.worker.settings.port)
@@ -280,15 +293,15 @@ print("port", app.worker.settings.port)
 
 
 def test_faust_s_commands_find_the_app(settings: Settings) -> None:
-    code, said = run_python("-c", FAUST_COMMANDS, settings=settings)
-    assert code == 0, said
-    assert "Traceback" not in said
+    code, output = run_python("-c", FAUST_COMMANDS, settings=settings)
+    assert code == 0, output
+    assert "Traceback" not in output
     topics = Topics.of(settings)
-    for wanted in (
+    for line in (
         "Error: CORTEX_KAFKA not set and no stack runs",
         "('worker',) ended with 2",
         f"@joiner | {topics.interactions}, {topics.replies} | Joins interactions with replies",
         "('agents',) ended with 0",
-        "port 8181",  # and not the inference worker's
+        "port 8181",  # not the inference worker's
     ):
-        assert wanted in said, said
+        assert line in output, output

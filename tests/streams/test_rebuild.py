@@ -35,8 +35,9 @@ def client(settings: Settings) -> Iterator[redis.Redis]:
         yield it
 
 
-def talk(n: int) -> list[Event]:
-    """A conversation of an hour ago or of now: silence, praise, amendments, replies that name nothing."""
+def events_of(n: int) -> list[Event]:
+    """A conversation of a minute or two hours ago: each turn has 0 to 2 replies, half of them without an
+    interaction id."""
     rng = random.Random(n)
     start = NOW - timedelta(seconds=rng.choice([60, 7200]))
     events: list[Event] = []
@@ -51,7 +52,7 @@ def talk(n: int) -> list[Event]:
 
 
 def buffers(settings: Settings, client: redis.Redis) -> dict[str, list[tuple[str, bytes]]]:
-    """Every entry's JSON; its version says when it was written."""
+    """The id and JSON of all entries of each model; versions depend on the time of writing."""
     stores = [RedisReplayBuffer.of(settings, model, client) for model in ("m0", "m1")]
     return {
         store.model_id: [(i, decode(value or b"")[1]) for i, value in store.raw_values(store.ids())]
@@ -60,10 +61,10 @@ def buffers(settings: Settings, client: redis.Redis) -> dict[str, list[tuple[str
 
 
 async def live(settings: Settings, events: list[Event]) -> None:
-    """Has a real joiner process the events, until all is joined and all that is due is closed."""
+    """A real joiner processes the events, until all are joined and all due interactions are closed."""
     topics = Topics.of(settings)
     joiner = spawn_worker("joiner", settings).wait_ready()
-    await send(settings, [*events, (topics.replies, b"c", b"no json")])
+    await send(settings, [*events, (topics.replies, b"c", b"not json")])
 
     async def idle() -> bool:
         lags = [await lag(settings, settings.joiner_group, t) for t in (topics.interactions, topics.replies)]
@@ -78,7 +79,7 @@ async def live(settings: Settings, events: list[Event]) -> None:
 
 
 async def test_a_rebuild_equals_what_live_processing_built(settings: Settings, client: redis.Redis) -> None:
-    events = [event for n in range(30) for event in talk(n)]
+    events = [event for n in range(30) for event in events_of(n)]
     random.Random(0).shuffle(events)
     await live(settings, [*events, *events[:20]])
     built = buffers(settings, client)
@@ -103,14 +104,14 @@ async def test_a_rebuild_equals_what_live_processing_built(settings: Settings, c
     assert (report.unreadable, report.rescored) == (1, None)
     assert report.interactions + report.replies == len(events) + 20
 
-    # It left nothing behind and had no effect but the buffers.
+    # It changed only the buffers.
     assert len(await read_all(settings, topics.experiences)) == published
     assert await lag(settings, settings.joiner_group, topics.interactions) == 0
     assert {k: client.dump(k) for k in client.scan_iter(f"{settings.topic_prefix}:join*")} == keys_before
     assert not list(client.scan_iter(f"{settings.topic_prefix}:*rebuil*"))
     assert not list(client.scan_iter(f"{settings.topic_prefix}:*changed"))
 
-    # Redis lost everything: the buffers come back, and the joiner's open conversations.
+    # Redis lost all data: the rebuild restores the buffers and the joiner's open conversations.
     for key in client.scan_iter(f"{settings.topic_prefix}:*"):
         client.delete(key)
     report = await rebuild(settings)
@@ -124,13 +125,16 @@ async def test_a_rebuild_equals_what_live_processing_built(settings: Settings, c
     def has_it() -> bool:
         return any(b'"after"' in (value or b"") for _, value in buffers(settings, client)[last.model_id])
 
-    await async_wait_for(has_it, "a reply to what was restored")
+    await async_wait_for(has_it, "a reply in a restored conversation")
     assert joiner.stop() == 0
 
 
-async def test_what_is_written_meanwhile_is_carried_over(settings: Settings, client: redis.Redis) -> None:
-    its = [interaction(f"i{n}", f"c{n}", occurred_at=NOW, model_id="m0") for n in range(50)]
-    await send(settings, [*its, *(reply(f"r{n}", f"i{n}", f"c{n}", occurred_at=NOW) for n in range(50))])
+async def test_writes_during_a_rebuild_are_copied_to_the_new_buffer(
+    settings: Settings, client: redis.Redis
+) -> None:
+    interactions = [interaction(f"i{n}", f"c{n}", occurred_at=NOW, model_id="m0") for n in range(50)]
+    replies = [reply(f"r{n}", f"i{n}", f"c{n}", occurred_at=NOW) for n in range(50)]
+    await send(settings, [*interactions, *replies])
     await rebuild(settings)
     store = RedisReplayBuffer.of(settings, "m0", client)
     assert len(store) == 50
@@ -139,7 +143,7 @@ async def test_what_is_written_meanwhile_is_carried_over(settings: Settings, cli
     late_model = RedisReplayBuffer.of(settings, "m1", client)
     done: list[int] = []
 
-    def as_a_joiner_would(count: int, _total: int) -> None:
+    def write_as_a_joiner(count: int, _total: int) -> None:
         if not done:
             at = NOW.timestamp()
             writes = [ReplayWrite("i7", at, 5, value[2:]), ReplayWrite("new", at + 1, 1, value[2:])]
@@ -147,7 +151,7 @@ async def test_what_is_written_meanwhile_is_carried_over(settings: Settings, cli
             late_model.write([ReplayWrite("first", at, 1, value[2:])])
         done.append(count)
 
-    await rebuild(settings, progress=as_a_joiner_would)
+    await rebuild(settings, progress=write_as_a_joiner)
     raw = dict(store.raw_values(store.ids()))
     assert raw["i7"] == b"5" + value[1:]
     assert raw["new"] == b"1" + value[1:]
@@ -156,7 +160,9 @@ async def test_what_is_written_meanwhile_is_carried_over(settings: Settings, cli
     assert late_model.ids() == ["first"]
 
 
-async def test_from_a_point_in_time_and_one_model_alone(settings: Settings, client: redis.Redis) -> None:
+async def test_a_rebuild_from_a_point_in_time_and_of_one_model(
+    settings: Settings, client: redis.Redis
+) -> None:
     pairs: list[Event] = []
     for n in range(20):
         at = NOW - timedelta(seconds=1000 - 10 * n)
@@ -187,7 +193,7 @@ async def test_an_unknown_model_is_an_error_and_a_known_one_without_events_stays
     assert (await rebuild(settings, model_id="m1")).models == {"m1": 1}
 
 
-async def test_another_extractor_reads_the_replies_anew(
+async def test_another_extractor_changes_the_rewards(
     settings: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def grumpy(texts: Sequence[str], embeddings: object, *, evidence: bool) -> list[Extraction]:
@@ -218,7 +224,7 @@ async def test_another_extractor_reads_the_replies_anew(
     assert report.rescored.mean_change == pytest.approx(sum(changed) / len(changed))
 
 
-async def test_one_rebuild_at_a_time_and_a_topic_without_events(
+async def test_a_second_rebuild_is_refused_and_a_model_without_events_keeps_its_buffer(
     settings: Settings, client: redis.Redis, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client.set(f"{settings.topic_prefix}:rebuilding", "another", ex=60)

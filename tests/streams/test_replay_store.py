@@ -76,7 +76,7 @@ def written(event: ExperienceEvent, replaces: Replaces | int = Replaces.OLDER) -
     )
 
 
-def test_an_experience_is_read_as_its_entry_and_kept_byte_for_byte(client: redis.Redis, prefix: str) -> None:
+def test_an_experience_is_read_as_an_entry_and_stored_byte_for_byte(client: redis.Redis, prefix: str) -> None:
     store = RedisReplayBuffer(client, "m", prefix=prefix)
     event = experience("i1", reward=-0.3)
     assert store.write([written(event)]) == [WriteResult.CHANGED]
@@ -86,9 +86,9 @@ def test_an_experience_is_read_as_its_entry_and_kept_byte_for_byte(client: redis
     assert [v for _, v in store.raw_values(["i1", "none"])] == [b"1\n" + event.to_bytes(), None]
 
 
-def test_each_write_says_what_became_of_it(client: redis.Redis, prefix: str) -> None:
+def test_each_write_returns_its_result(client: redis.Redis, prefix: str) -> None:
     store = RedisReplayBuffer(client, "m", prefix=prefix, capacity=2)
-    answers = store.write(
+    results = store.write(
         [
             written(experience("b", 2, revision=2)),
             written(experience("b", 2, revision=2)),
@@ -106,7 +106,7 @@ def test_each_write_says_what_became_of_it(client: redis.Redis, prefix: str) -> 
             ReplayWrite("c", 0, 0, b"", Replaces.ANY),
         ]
     )
-    assert answers == [
+    assert results == [
         WriteResult.CHANGED,
         WriteResult.SAME,
         WriteResult.STALE,
@@ -126,7 +126,7 @@ def test_each_write_says_what_became_of_it(client: redis.Redis, prefix: str) -> 
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_is_kept_is_the_same_for_every_order_and_as_in_the_file_buffer(
+def test_the_content_is_independent_of_order_and_equals_the_file_buffer_s(
     client: redis.Redis, prefix: str, seed: int
 ) -> None:
     rng = random.Random(seed)
@@ -143,7 +143,7 @@ def test_what_is_kept_is_the_same_for_every_order_and_as_in_the_file_buffer(
     assert all(same(e, highest[e.id]) for e in store.entries())
 
 
-def test_what_was_taken_out_does_not_come_back_by_an_older_write(client: redis.Redis, prefix: str) -> None:
+def test_an_older_write_does_not_restore_a_removed_entry(client: redis.Redis, prefix: str) -> None:
     store = RedisReplayBuffer(client, "m", prefix=prefix)
     assert store.write([written(experience("b", revision=3)), ReplayWrite("b", 0, 5, b"")]) == [
         WriteResult.CHANGED,
@@ -155,15 +155,15 @@ def test_what_was_taken_out_does_not_come_back_by_an_older_write(client: redis.R
     assert store.ids() == ["b"]
 
 
-async def test_a_pipeline_of_many_models_answers_in_order(
+async def test_a_pipeline_of_many_models_returns_results_in_order(
     client: redis.Redis, redis_url: str, prefix: str
 ) -> None:
     async with redis.asyncio.Redis.from_url(redis_url) as aio:
         writer = ReplayWriter(aio, prefix=prefix, capacity=300)
         pairs = [("ab"[i % 2], written(experience(f"i{i}", i))) for i in range(500)]
         pairs += [("a", written(experience("i0", 0)))]
-        answers = await writer.write(pairs)
-        assert answers == [WriteResult.CHANGED] * 500 + [WriteResult.SAME]
+        results = await writer.write(pairs)
+        assert results == [WriteResult.CHANGED] * 500 + [WriteResult.SAME]
         assert model_ids(client, prefix) == ["a", "b"]
         assert len(RedisReplayBuffer(client, "a", prefix=prefix)) == 250
         found = await writer.find([("a", "i2"), (None, "i3"), ("a", "i3"), (None, "never")])

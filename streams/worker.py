@@ -111,6 +111,7 @@ class Worker:
         self.settings = settings
         self.stopping = asyncio.Event()
         self.failed: str | None = None
+        self.refused: ConfigError | None = None
         self._missing: dict[str, str] = dict.fromkeys(dependencies, "not connected yet")
 
     def ready(self, dependency: str) -> None:
@@ -211,6 +212,13 @@ class Worker:
         log.error("stopping after an error", worker=self.name, why=why)
         self.stop()
 
+    def refuse(self, error: ConfigError) -> None:
+        """Requests shutdown because of an error that a restart cannot fix; the exit code is 2."""
+        if self.refused is None:
+            self.refused = error
+            log.error("invalid configuration", error=str(error))
+            self.stop()
+
 
 def config_error(error: BaseException) -> ConfigError | None:
     """The error itself or the one inside a task group's exception, if it is a `ConfigError`; else None."""
@@ -247,7 +255,7 @@ def run_worker(
                 return 2
             log.exception("crashed", error=str(error))
             return 1
-        return 1 if worker.failed else 0
+        return 2 if worker.refused else 1 if worker.failed else 0
 
     import uvloop  # noqa: PLC0415 - not needed by commands that only read settings
 

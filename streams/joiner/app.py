@@ -181,7 +181,9 @@ class JoinerApp(faust.App):
     @Service.task
     async def _crash_on_failure(self) -> None:
         await self.worker.stopping.wait()
-        if self.worker.failed:
+        if self.worker.refused and self.is_standalone:
+            await self.crash(SystemExit(2))
+        elif self.worker.failed:
             await self.crash(RuntimeError(self.worker.failed))
 
     async def on_stop(self) -> None:

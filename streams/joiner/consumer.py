@@ -34,7 +34,9 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from mode import Service
 
-from streams.connections import PROBE_TIMEOUT_S, kafka_client_options, retry
+from cortex_core.errors import ConfigError
+from streams.connections import PROBE_TIMEOUT_S, explain, kafka_client_options, retry
+from streams.failures import error_text
 from streams.joiner.batch import REVOKED, Batch
 from streams.joiner.metrics import LAG
 from streams.joiner.records import EventTime
@@ -149,7 +151,8 @@ class BatchThread(driver.AIOKafkaConsumerThread):
 
     @Service.task
     async def _watch(self) -> None:
-        """Queries the topics' ends; ends the process if reading has stalled or the main thread hangs."""
+        """Queries the topics' ends; ends the process if reading has stalled, the main thread hangs, or Kafka
+        refuses the configuration."""
         while not self.should_stop:
             await self.sleep(PROBE_S)
             if self._consumer is None:
@@ -162,8 +165,11 @@ class BatchThread(driver.AIOKafkaConsumerThread):
             except ConsumerStoppedError:
                 return
             except (KafkaError, OSError) as error:
-                why = f"Kafka at {self.settings.kafka_address} does not answer ({type(error).__name__})"
-                self._unavailable("kafka", why)
+                meaning = await explain(error, self.settings)
+                if isinstance(meaning, ConfigError):
+                    self.parent_loop.call_soon_threadsafe(self.worker.refuse, meaning)
+                    return
+                self._unavailable("kafka", str(meaning or error_text(error)))
                 self.watchdog.reset()
                 continue
             for tp, end in ends.items():
@@ -225,6 +231,8 @@ class BatchConsumer(driver.Consumer):
                     await self.wait_first(self._deliver(batch), self.suspend_flow.wait())
                 if self.owns(batch):
                     self.event_time = batch.event_time
+        except ConfigError as error:
+            self.worker.refuse(error)
         except (asyncio.CancelledError, ConsumerStoppedError):
             if not self.app.should_stop:
                 raise

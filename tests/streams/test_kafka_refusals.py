@@ -16,7 +16,9 @@ from streams.kafka.topics import create_topics
 from streams.settings import Settings
 from streams.testing import async_wait_for, spawn_worker, wait_for
 from streams.worker import config_error
+from tests.streams.joined import partitions
 from tests.streams.sasl_kafka import SaslKafka, sasl_kafka
+from tests.streams.test_joiner_process import faust_worker
 from tests.streams.test_refusals import command
 from tests.streams.trainers import Running, for_trainers
 
@@ -92,6 +94,31 @@ async def test_workers_end_when_the_password_changes_while_they_run(
     for error in (training.result(), serving.result()):
         assert REFUSED in str(error)
         assert "secret" not in str(error)
+
+
+async def test_joiners_end_when_the_password_changes_while_they_run(
+    server: SaslKafka, settings: Settings
+) -> None:
+    own = for_trainers(server.settings(settings))
+    log = settings.data / "faust.log"
+    joiner, standalone = spawn_worker("joiner", own).wait_ready(), faust_worker(own, log)
+    try:
+        await async_wait_for(
+            lambda: len(partitions(joiner)) == 4, "each joiner to own half of the partitions"
+        )
+        await server.stop()
+        server.password = "newer-secret"
+        await server.start()
+        await async_wait_for(lambda: not joiner.alive, "the joiner to end")
+        await async_wait_for(lambda: standalone.poll() is not None, "the standalone joiner to end")
+    finally:
+        standalone.kill()
+        standalone.wait()
+    for code, output in ((joiner.returncode, joiner.log_text()), (standalone.returncode, log.read_text())):
+        assert code == 2, output
+        assert REFUSED in output
+        assert "secret" not in output
+        assert "Traceback" not in output
 
 
 async def ending(work: Coroutine[Any, Any, object]) -> ConfigError | None:

@@ -322,7 +322,8 @@ def _is_explicit(reading: dict[str, Any]) -> bool:
 
 
 def _sign(reading: dict[str, Any]) -> int:
-    return (reading["reward"] > 0.0) - (reading["reward"] < 0.0)
+    reward: float = reading["reward"]
+    return (reward > 0.0) - (reward < 0.0)
 
 
 def _iso(moment: datetime) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import httpx
@@ -487,11 +488,11 @@ async def test_a_pinned_version_is_all_that_is_served_until_unpin(settings: Sett
                 assert (await decided(client))[0] == 1
             await send_control(settings, "pin", "default", 2)
             for client in (http, later):
-                await async_wait_for(lambda client=client: _serves(client, 2), "another pinned version")
+                await async_wait_for(partial(_serves, client, 2), "another pinned version")
                 assert (await decided(client))[0] == 2
             await send_control(settings, "unpin", "default")
             for client in (http, later):
-                await async_wait_for(lambda client=client: _serves(client, 4), "the newest version")
+                await async_wait_for(partial(_serves, client, 4), "the newest version")
                 assert (await decided(client))[0] == 4
         applied = [v["version"] for v in (await http.get("/v1/models/default")).json()["versions"]]
         assert applied == [3, 1, 2, 4]

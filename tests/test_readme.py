@@ -150,8 +150,8 @@ def url(home: Path) -> Iterator[str]:
     finally:
         process.kill()
         # Shown where a test fails.
-        for log in (process.output, *sorted(home.rglob("*.log"))):
-            sys.stderr.write(f"--- {log.name}\n{log.read_text()[-2_000:]}\n")
+        for log in (process.output, *sorted(home.rglob("logs/*.log"))):
+            sys.stderr.write(f"--- {log.name}\n{log.read_text(errors='replace')[-2_000:]}\n")
 
 
 @on_one_stack

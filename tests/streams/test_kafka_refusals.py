@@ -22,7 +22,7 @@ from tests.streams.test_joiner_process import faust_worker
 from tests.streams.test_refusals import command
 from tests.streams.trainers import Running, for_trainers
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("sasl")]  # one Kafka for all
 
 REFUSED = "CORTEX_KAFKA_SASL_USERNAME or CORTEX_KAFKA_SASL_PASSWORD: the broker refused them"
 OTHER_PROTOCOL = "CORTEX_KAFKA_SECURITY_PROTOCOL: the broker's listener uses another one"

@@ -110,7 +110,7 @@ class Engine:
             tasks = await self.save(joined)
             await self.store(joined)
             await self.publish(joined)
-            counts += joined.counts
+            counts.update(joined.counts)
         return counts
 
     async def join(self, tasks: Sequence[Task]) -> Joined:
@@ -166,7 +166,7 @@ class Engine:
             del joined.saves[conversation_id]
         for conversation_id, changes in joined.changes.items():
             if conversation_id not in conflicts:
-                joined.counts += changes.counts
+                joined.counts.update(changes.counts)
         joined.counts["conflicts"] += len(conflicts)
         return [task for conversation_id in conflicts for task in joined.tasks[conversation_id]]
 
@@ -193,12 +193,12 @@ class Engine:
         while due := await self.states.due(partition, now):
             tasks = [Task(conversation_id, partition, step, is_timer=True) for conversation_id in due]
             try:
-                counts += await self.apply(tasks)
+                counts.update(await self.apply(tasks))
             except Exception as error:
                 if is_systemic(error):
                     raise
                 for task in tasks:
-                    counts += await self._timer_alone(task, now)
+                    counts.update(await self._timer_alone(task, now))
             if len(due) < DUE_LIMIT:
                 break
         return counts

@@ -18,7 +18,7 @@ from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, parse
 from streams.joiner.conversation import LATE_S, Conversation
 from streams.joiner.decode import decode_interaction, decode_reply
 from streams.joiner.effects import POSTPONE_S, Engine, Experience, Task
-from streams.joiner.join import Changes, Join
+from streams.joiner.join import MAX_KEPT, Changes, Join
 from streams.joiner.states import MemoryStates, RedisStates, Save, States
 from streams.replay_store import ReplayKeys, ReplayWriter, decode
 from streams.testing import T0, interaction, reply
@@ -178,6 +178,28 @@ async def test_a_crash_between_any_two_steps_gives_no_reply_to_two_interactions(
     assert {
         e.interaction.interaction_id: e.to_bytes() for e in [*killed.published, *successor.published]
     } == {i: e.to_bytes() for i, e in got.items()}
+
+
+async def test_what_an_event_writes_does_not_grow_with_its_conversation(
+    client: redis.asyncio.Redis, prefix: str
+) -> None:
+    bench = Bench(client, prefix)
+
+    async def bytes_written(turns: range) -> int:
+        before = (await client.info("stats"))["total_net_input_bytes"]
+        for n in turns:
+            await bench.see(interaction(f"i{n:04d}", at_s=30 * n))
+            await bench.see(reply(f"r{n:04d}", at_s=30 * n + 5))
+            await bench.engine.timer(0, START + 30 * n)
+        return int((await client.info("stats"))["total_net_input_bytes"]) - before
+
+    await bytes_written(range(10))  # loads the scripts
+    early = await bytes_written(range(10, 30))
+    await bytes_written(range(30, 600))
+    late = await bytes_written(range(600, 620))
+    [stored] = (await RedisStates(client, prefix, WINDOW).load(["c"])).values()
+    assert len(stored.conversation.interactions) == MAX_KEPT
+    assert late < 1.25 * early  # beyond the limit, the earliest are deleted by name
 
 
 async def test_the_next_worker_writes_due_times_that_a_crashed_one_did_not(

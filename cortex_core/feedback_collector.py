@@ -33,6 +33,7 @@ from cortex_core.feedback.signals import (
     Feedback,
     FeedbackSignal,
     SignalType,
+    aggregate,
     aggregate_rewards,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "SignalType",
     "TextReading",
     "Turn",
+    "aggregate",
     "aggregate_rewards",
     "turn_between",
 ]

@@ -282,15 +282,15 @@ class ExperienceEvent(Event):
 
     interaction: InteractionEvent
     revision: Whole
-    """How many distinct replies stand behind the reward; 0 means that nobody answered. It falls where a reply
-    turns out to be about another interaction; the record's version (`version_of`) only grows."""
+    """Number of distinct replies; 0 means that nobody answered. It decreases if a reply is moved to another
+    interaction; the record's version (`version_of`) only increases."""
     outcome: Literal["reply", "no_reply"]
     reward: Signed
     reward_confidence: Unit = 1.0
     signals: Items[Signal] = []
-    """What the reward stands on: of the reply that `aggregation` chose, or of all that decide."""
+    """The signals that determine the reward: of the reply that `aggregation` chose, or of several."""
     readings: Items[Reading] = []
-    """Every reply's own reading, by (`occurred_at`, `reply_id`): an experience can be amended from itself."""
+    """The reading of every reply, in order of (`occurred_at`, `reply_id`)."""
     reply_ids: Items[Id] = []
     replied_at: AwareDatetime | None = None
     """`occurred_at` of the newest reply."""

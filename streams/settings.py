@@ -1,7 +1,7 @@
 """Settings of all workers: `CORTEX_*` environment variables, a `.env` file, or command line flags.
 
-Validated at start, then immutable; secrets are masked in `repr`. No other module of this package reads the
-environment.
+Validated at start, then immutable; secrets are masked in `repr`. Only tests and the embedded
+servers read other variables.
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ class Settings(BaseSettings):
             lines = [
                 f"CORTEX_{'_'.join(str(x) for x in e['loc']).upper()}: {e['msg']} (got {_got(e)})"
                 for e in error.errors(include_url=False)
+                if e["type"] != "default_factory_not_called"  # follows from the error of another setting
             ]
             # Without its cause, which shows what came.
             raise ConfigError("invalid settings: " + "; ".join(lines)) from None

@@ -101,6 +101,16 @@ def aggregate_rewards(rewards: Sequence[float], how: Aggregation = "last") -> fl
         InputError: no rewards, or one outside [-1, 1].
         ConfigError: an unknown aggregation.
     """
+    return aggregate(rewards, how)[0]
+
+
+def aggregate(rewards: Sequence[float], how: Aggregation = "last") -> tuple[float, Sequence[int]]:
+    """`aggregate_rewards`, and the indices of the rewards that determine it: one, or all of them.
+
+    Raises:
+        InputError: no rewards, or one outside [-1, 1].
+        ConfigError: an unknown aggregation.
+    """
     if not rewards:
         raise InputError("there are no rewards to aggregate, expected at least one")
     for reward in rewards:
@@ -110,14 +120,18 @@ def aggregate_rewards(rewards: Sequence[float], how: Aggregation = "last") -> fl
             raise InputError(f"a reward is {reward}, expected a number in [-1, 1]")
     if how not in _AGGREGATIONS:
         raise ConfigError(f"aggregation is {how!r}, expected one of {', '.join(_AGGREGATIONS)}")
-    return min(max(_AGGREGATIONS[how](rewards), -1.0), 1.0)
+    if how == "mean":
+        return math.fsum(rewards) / len(rewards), range(len(rewards))
+    if how == "sum":
+        return min(max(math.fsum(rewards), -1.0), 1.0), range(len(rewards))
+    index = _INDEX[how](rewards)
+    return rewards[index], (index,)
 
 
-_AGGREGATIONS: dict[str, Callable[[Sequence[float]], float]] = {
-    "first": lambda rewards: rewards[0],
-    "last": lambda rewards: rewards[-1],
-    "mean": lambda rewards: math.fsum(rewards) / len(rewards),
-    "min": min,
-    "max": max,
-    "sum": math.fsum,
+_INDEX: dict[str, Callable[[Sequence[float]], int]] = {
+    "first": lambda rewards: 0,
+    "last": lambda rewards: len(rewards) - 1,
+    "min": lambda rewards: rewards.index(min(rewards)),
+    "max": lambda rewards: rewards.index(max(rewards)),
 }
+_AGGREGATIONS = (*_INDEX, "mean", "sum")

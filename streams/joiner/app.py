@@ -95,6 +95,18 @@ class JoinerBoot(BootStrategy):
     enable_web = False
 
 
+class JoinerSettings(faust.Settings):
+    """Faust's settings; its web server cannot be enabled, for the worker serves `/healthz` and `/metrics`."""
+
+    @property
+    def web_enabled(self) -> bool:
+        return False
+
+    @web_enabled.setter
+    def web_enabled(self, enabled: bool) -> None:
+        """Ignores the command's `--with-web`."""
+
+
 class JoinerApp(faust.App):
     """The agent's dependencies (connections, join, engine) and the process's lifecycle and health checks."""
 
@@ -193,6 +205,9 @@ class JoinerApp(faust.App):
 
     def _create_directories(self) -> None:
         """Creates none: Faust would store tables there, and the app has no tables."""
+
+
+JoinerApp.Settings = JoinerSettings  # within the class, the name would hide our `Settings`
 
 
 async def run(worker: Worker) -> None:

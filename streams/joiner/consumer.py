@@ -41,7 +41,7 @@ from streams.joiner.batch import REVOKED, Batch
 from streams.joiner.metrics import LAG
 from streams.joiner.records import EventTime
 from streams.kafka.clients import start, stop
-from streams.kafka.reader import STALL_S, Watchdog
+from streams.kafka.reader import PROBE_S, STALL_S, Watchdog
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
 from streams.worker import Worker
@@ -52,8 +52,6 @@ POLL_MS = 200
 """The longest wait of a fetch. Event time advances at least so often, also without new events."""
 REVOKE_S = 5.0
 """How long a rebalance waits for the batch in progress."""
-PROBE_S = 2.0
-"""Seconds between queries of the topics' end offsets: for `/readyz`, the lag, and the watchdog."""
 
 
 class BatchThread(driver.AIOKafkaConsumerThread):

@@ -213,6 +213,11 @@ class Conversation:
         del self._waiting[reply.id]
         self._remove(reply)
 
+    def remove_assigned(self, interaction: TrackedInteraction, reply: ReceivedReply) -> None:
+        """Removes a reply of an interaction."""
+        self._assign(interaction, [r for r in self.replies_of(interaction) if r is not reply])
+        self._remove(reply)
+
     def remove_interaction(self, interaction: TrackedInteraction) -> None:
         """Removes a closed interaction and its replies."""
         for reply in self._assigned.pop(interaction.id, ()):

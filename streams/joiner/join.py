@@ -43,7 +43,7 @@ from cortex_core.feedback_collector import (
     FeedbackCollector,
     TextReading,
     Turn,
-    aggregate_rewards,
+    aggregate,
     turn_between,
 )
 from streams.events import SCHEMA_VERSION
@@ -51,8 +51,8 @@ from streams.joiner.conversation import LATE_S, Conversation, ReceivedReply, Tra
 from streams.joiner.decode import Interaction, Reply, StoredExperience, message_of, moment
 
 MAX_KEPT = 256
-"""The most interactions, and the most waiting replies, kept per conversation; the earliest are removed. Also
-the most replies of one interaction; later ones are counted as excess."""
+"""The most interactions, and the most waiting replies, kept per conversation, and the most replies of one
+interaction: the earliest are removed. Removed replies of an interaction are counted as excess."""
 
 
 _REPEATS, _SWITCHES = "r", "s"
@@ -123,9 +123,13 @@ class Join:
             changes.counts["duplicates"] += 1
             return
         target = conversation.target(reply)
-        if target is not None and len(conversation.replies_of(target)) >= self.max_kept:
+        # The latest replies are kept, so that which ones does not depend on their order of arrival.
+        kept = () if target is None else conversation.replies_of(target)
+        if target is not None and len(kept) >= self.max_kept:
             changes.counts["excess"] += 1
-            return
+            if reply.order < kept[0].order:
+                return
+            conversation.remove_assigned(target, kept[0])
         conversation.add_reply(replace(reply, until=max(reply.at, arrived) + self.window_s))
         if target is None:
             changes.counts["waiting"] += 1
@@ -273,17 +277,11 @@ class Join:
 
     def _compose(self, occurred_at: str, body: bytes, readings: list[dict[str, Any]]) -> bytes:
         """JSON of the `ExperienceEvent` of an interaction and its final readings, in order."""
-        chosen = _decisive(readings)
-        rewards = [r["reward"] for r in chosen]
-        reward = aggregate_rewards(rewards, self.aggregation) if chosen else 0.0
-        if self.aggregation in ("first", "last", "min", "max") and chosen:
-            index = {
-                "first": 0,
-                "last": -1,
-                "min": rewards.index(min(rewards)),
-                "max": rewards.index(max(rewards)),
-            }[self.aggregation]
-            chosen = [chosen[index]]
+        decisive = _decisive(readings)
+        reward, chosen = 0.0, decisive
+        if decisive:
+            reward, indices = aggregate([r["reward"] for r in decisive], self.aggregation)
+            chosen = [decisive[i] for i in indices]
         head = {
             "schema_version": SCHEMA_VERSION,
             "occurred_at": occurred_at,

@@ -24,7 +24,7 @@ from aiokafka import TopicPartition
 
 from cortex_core.errors import ConfigError
 from streams.connections import backoff, explain, retry
-from streams.kafka.reader import STALL_S, EndProbe, Watchdog, reading
+from streams.kafka.reader import PROBE_S, STALL_S, EndProbe, Watchdog, reading
 from streams.kafka.refusal import Refusal
 from streams.settings import Settings
 
@@ -33,8 +33,6 @@ log = structlog.get_logger(__name__)
 Handle = Callable[[list[Any]], Awaitable[None]]
 """Called with the records of one fetch, in order; called with them again if it raises."""
 
-PROBE_S = 2.0
-"""Seconds between two requests for the end of the topic, for `/readyz` and the watchdog."""
 REFUSED = prometheus_client.Counter(
     "cortex_records_refused", "Records of the followed topics that were refused", ["topic", "reason"]
 )

@@ -24,6 +24,8 @@ from streams.settings import Settings
 
 K = TypeVar("K", bound=Hashable)
 
+PROBE_S = 2.0
+"""Seconds between queries of the topics' end offsets: for `/readyz`, the lag, and the watchdogs."""
 STALL_S = 30.0
 """Seconds without progress, with more to read, after which a client counts as stalled. More than an open
 transaction can block readers: for its timeout of 10 s, plus the brokers' 10 s between checks for it."""

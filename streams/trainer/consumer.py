@@ -35,8 +35,7 @@ from streams.connections import (
 )
 from streams.failures import configuration_error, error_text, is_transient
 from streams.kafka.clients import start, stop
-from streams.kafka.follower import PROBE_S
-from streams.kafka.reader import EndProbe, Watchdog
+from streams.kafka.reader import PROBE_S, EndProbe, Watchdog
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
 from streams.trainer.context import TrainerContext
 from streams.trainer.learner import warm_up

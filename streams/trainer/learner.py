@@ -1,6 +1,6 @@
-"""One model in a trainer's hands: weights, optimizer, what was learned already, and the next version.
+"""One model in training: its weights, optimizer, learned experiences, and next version.
 
-Everything here is synchronous and belongs to the trainer's one learning thread; nothing here knows Kafka.
+Everything here is synchronous and runs in the trainer's one learning thread; it does not use Kafka.
 
 What a restart needs, and where it is kept:
 
@@ -83,7 +83,7 @@ class Resume:
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Resume:
-        """The inverse of `to_bytes`; empty bytes are a model's birth.
+        """The inverse of `to_bytes`; empty bytes are those of an untrained model.
 
         Raises:
             WeightsError: it cannot be read.
@@ -96,7 +96,7 @@ class Resume:
             n, control_offset, lowest = (int(meta[k]) for k in ("experiences", "control_offset", "lowest"))
             keys = np.frombuffer(body, dtype="<u8", count=n).tolist()
             versions = np.frombuffer(body, dtype="<u4", count=n, offset=8 * n).astype(np.int64) + lowest
-        except Exception as error:  # whatever stands there
+        except Exception as error:  # the bytes may be anything
             raise WeightsError(f"a version's resume header cannot be read: {error}") from error
         return cls(control_offset, OrderedDict(zip(keys, versions.tolist(), strict=True)))
 
@@ -114,7 +114,7 @@ def _hash(text: str) -> int:
 
 
 def warm_up(settings: Settings) -> None:
-    """One throw-away step: at the first, torch loads modules for seconds, and no reply should wait for it."""
+    """Takes one training step and discards it: torch loads modules for seconds at its first step."""
     model = CortexModel.create(model_config(settings))
     trainer = OnlineTrainer.for_model(model, buffer=ReplayBuffer(1))
     situation = np.zeros(model.config.situation_dim, dtype=np.float32)
@@ -148,7 +148,7 @@ class ModelLearner:
         self.version = base.manifest.version if base else 0
         """The last version published."""
         self.interactions = base.manifest.interactions if base else 0
-        """Distinct experiences learned since birth."""
+        """Number of distinct experiences learned since initialisation."""
         self.consumed = dict(base.manifest.consumed) if base else {}
         self.first_unpublished: int | None = None
         """Offset of the first experience that no version has learned from; None where all is published."""
@@ -172,7 +172,7 @@ class ModelLearner:
         buffer: ReplayStore,
         cache: redis.Redis,
     ) -> ModelLearner:
-        """Continues from the newest version, or from birth where there is none.
+        """Continues from the newest version, or initialises a model that has none.
 
         Raises:
             WeightsError: the version cannot be used.
@@ -182,7 +182,11 @@ class ModelLearner:
         try:
             known = Resume.from_bytes(resume)
         except WeightsError as error:
-            log.error("repeated experiences cannot be told", model_id=model_id, error=str(error))
+            log.error(
+                "resume header unusable: experiences may be learned again",
+                model_id=model_id,
+                error=str(error),
+            )
             known = Resume()
         learner = cls(settings, model_id, model, resume=known, buffer=buffer, base=newest)
         if newest is not None:
@@ -197,7 +201,7 @@ class ModelLearner:
 
     @property
     def updates(self) -> int:
-        """Gradient steps since birth."""
+        """Gradient steps since initialisation."""
         return self._trainer.total_updates
 
     def learn(self, event: ExperienceEvent, version: int, offset: int) -> tuple[Outcome, OnlineUpdate | None]:
@@ -259,7 +263,7 @@ class ModelLearner:
         return snapshot, self.resume.to_bytes()
 
     def published(self, snapshot: WeightsSnapshot) -> None:
-        """This version is out."""
+        """Records that this version was published."""
         self.version = snapshot.manifest.version
         self.consumed = dict(snapshot.manifest.consumed)
         self.first_unpublished = self._oldest_reply_at = None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -328,6 +329,23 @@ def test_state_is_bounded() -> None:
     assert world.count("excess") == 16
     world.timer(10 * LATE_S)
     assert world.conversation == Conversation()
+
+
+@pytest.mark.parametrize("how", ["first", "last", "mean", "min", "max", "sum"])
+def test_which_of_too_many_replies_are_kept_does_not_depend_on_their_order(how: Aggregation) -> None:
+    said = [
+        reply(f"r{n}", "i1", at_s=n + 1, kind="rating", rating=(-1) ** n * (n % 7) / 7, text="")
+        for n in range(30)
+    ]
+    made = set()
+    for seed in range(5):
+        world = World(make_join(aggregation=how, max_kept=8)).see(interaction("i1"))
+        for event in random.Random(seed).sample(said, len(said)):
+            world.see(event).see(event)
+        made.add(world.replay["i1"])
+        assert len(world.conversation.replies) == 8
+    assert len(made) == 1
+    assert world.experience("i1").reply_ids == [f"r{n}" for n in range(22, 30)]
 
 
 @pytest.mark.parametrize("store_text", [False, True])

@@ -186,7 +186,7 @@ async def test_what_an_event_writes_does_not_grow_with_its_conversation(
     bench = Bench(client, prefix)
 
     async def bytes_written(turns: range) -> int:
-        before = (await client.info("stats"))["total_net_input_bytes"]
+        before = int((await client.info("stats"))["total_net_input_bytes"])
         for n in turns:
             await bench.see(interaction(f"i{n:04d}", at_s=30 * n))
             await bench.see(reply(f"r{n:04d}", at_s=30 * n + 5))

@@ -1,4 +1,4 @@
-"""What is secret stands in no message, and what holds it is its owner's alone."""
+"""Secrets appear in no message, and only their owner can read the files that contain them."""
 
 from __future__ import annotations
 

@@ -67,6 +67,7 @@ class Models:
         self.capacity = capacity
         self._fetch = fetch
         self._pinned = pinned
+        # No LRUCache: listing the models must not count as their use.
         self._ready: OrderedDict[str, Served] = OrderedDict()
         self._versions: dict[str, deque[AppliedVersion]] = {}
         self._loading: dict[str, asyncio.Task[Served]] = {}

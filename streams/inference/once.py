@@ -70,6 +70,7 @@ class IdempotentPublisher(Generic[R]):
         self._capacity = capacity
         self._capacity_bytes = capacity_bytes
         self._bytes = 0
+        # No LRUCache: the limits are a count and bytes, and an entry grows when its answer is known.
         self._entries: OrderedDict[str, Entry] = OrderedDict()
 
     def known(self, id_: str) -> Entry | None:

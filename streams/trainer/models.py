@@ -46,6 +46,7 @@ class LoadedModels:
         """
         self._context = context
         self._partition = partition
+        # No LRUCache: a model with unpublished experiences must not be evicted.
         self._learners: OrderedDict[str, ModelLearner] = OrderedDict()
         self._learned: dict[str, int] = {}
         """Model → offset after the last experience that was learned since the model was loaded."""

@@ -113,6 +113,7 @@ class Assembler:
     """
 
     def __init__(self) -> None:
+        # No LRUCache: entries grow while their parts arrive.
         self._parts: OrderedDict[tuple[str, int], _Parts] = OrderedDict()
         self._buffered = 0
 

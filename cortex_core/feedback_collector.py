@@ -28,6 +28,7 @@ from cortex_core.arrays import FloatArray, as_float32
 from cortex_core.errors import ConfigError, DimensionError, InputError, NonFiniteError
 from cortex_core.feedback.extractors import DEFAULT_EXTRACTOR, EXTRACTORS, UNSURE, Extraction
 from cortex_core.feedback.signals import (
+    IMPLICIT,
     SIGNAL_REWARDS,
     Aggregation,
     Feedback,
@@ -40,6 +41,7 @@ from cortex_core.feedback.signals import (
 __all__ = [
     "DEFAULT_EXTRACTOR",
     "EXTRACTORS",
+    "IMPLICIT",
     "SIGNAL_REWARDS",
     "Aggregation",
     "Feedback",

@@ -336,10 +336,10 @@ def version_header(version: int) -> list[tuple[str, bytes]]:
     return [(VERSION, str(version).encode())]
 
 
-def version_of(headers: Iterable[tuple[str, bytes]], event: ExperienceEvent) -> int:
+def version_of(headers: Iterable[tuple[str, bytes]], revision: int) -> int:
     """The version of an experience in a record with these headers; where they have none, its `revision`."""
     value = dict(headers).get(VERSION, b"")
-    return int(value) if value.isdigit() and len(value) < 16 else event.revision
+    return int(value) if value.isdigit() and len(value) < 16 else revision
 
 
 ControlAction = Literal["rollback", "pin", "unpin", "pause", "resume"]

@@ -31,6 +31,9 @@ class SignalType(StrEnum):
     """The conversation continues with a different topic."""
 
 
+IMPLICIT = (SignalType.ENGAGEMENT, SignalType.DISENGAGEMENT)
+"""Types of signals that the user did not state: only that the conversation continues, or how."""
+
 SIGNAL_REWARDS: dict[SignalType, tuple[float, float]] = {
     SignalType.POSITIVE: (0.5, 1.0),
     SignalType.NEGATIVE: (-0.5, -1.0),
@@ -77,8 +80,7 @@ class Feedback:
     @property
     def explicit(self) -> bool:
         """Whether there are signals other than engagement and disengagement."""
-        implicit = (SignalType.ENGAGEMENT, SignalType.DISENGAGEMENT)
-        return any(signal.type not in implicit for signal in self.signals)
+        return any(signal.type not in IMPLICIT for signal in self.signals)
 
     @classmethod
     def of(cls, signals: Sequence[FeedbackSignal], confidence: float, extractor: str) -> Feedback:

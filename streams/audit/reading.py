@@ -119,7 +119,7 @@ def _published(record: Any, letters: set[Position], evidence: Evidence) -> None:
     position = (record.topic, record.partition, record.offset)
     try:
         event = parse(ExperienceEvent, record.value)
-        experience = Experience.of(event, version_of(record.headers, event))
+        experience = Experience.of(event, version_of(record.headers, event.revision))
     except InputError:
         if position not in letters:
             evidence.inconsistent.append(f"{record.topic}-{record.partition} @{record.offset}")

@@ -15,7 +15,7 @@ import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from streams.demo.measures import ExperienceSeen, VersionSeen
-from streams.events import VERSION
+from streams.events import version_of
 from streams.inference.api import ModelDetail
 from streams.kafka.reader import reading, records_to_end
 from streams.kafka.topics import Topics
@@ -98,7 +98,7 @@ class ExperienceReader:
             partition=partition,
             offset=record.offset,
             interaction_id=value["interaction"]["interaction_id"],
-            version=int(dict(record.headers).get(VERSION, value["revision"])),
+            version=version_of(record.headers, value["revision"]),
             revision=value["revision"],
             reply_ids=tuple(value.get("reply_ids", ())),
             replied_at=datetime.fromisoformat(replied_at) if replied_at else None,

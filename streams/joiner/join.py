@@ -38,6 +38,7 @@ import orjson
 from msgspec.structs import replace
 
 from cortex_core.feedback_collector import (
+    IMPLICIT,
     Aggregation,
     Feedback,
     FeedbackCollector,
@@ -316,7 +317,7 @@ def _decisive(readings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _is_explicit(reading: dict[str, Any]) -> bool:
-    return any(signal["type"] not in ("engagement", "disengagement") for signal in reading["signals"])
+    return any(signal["type"] not in IMPLICIT for signal in reading["signals"])
 
 
 def _sign(reading: dict[str, Any]) -> int:

@@ -196,7 +196,7 @@ class PartitionLearner:
                 f"the key is of model {model_id!r}, the experience of {event.interaction.model_id!r}"
             )
         started = time.monotonic()
-        outcome, update = learner.learn(event, version_of(record.headers, event), record.offset)
+        outcome, update = learner.learn(event, version_of(record.headers, event.revision), record.offset)
         self.models.mark_learned(model_id, record.offset)
         self.context.metrics.learned(model_id, outcome, update, time.monotonic() - started)
 

@@ -114,7 +114,7 @@ def wrongly_published(records: Iterable[Any], wanted: Mapping[str, ExperienceEve
         event = parse(ExperienceEvent, record.value)
         assert record.key == event.interaction.model_id.encode()
         versions = values.setdefault(event.interaction.interaction_id, {})
-        versions.setdefault(version_of(record.headers, event), set()).add(event.to_bytes())
+        versions.setdefault(version_of(record.headers, event.revision), set()).add(event.to_bytes())
     wrong = {i for i, versions in values.items() if max(map(len, versions.values())) > 1}
     # Open without a reply, because its reply moved to another interaction: replay has no entry.
     newest = {i: min(versions[max(versions)]) for i, versions in values.items()}

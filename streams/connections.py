@@ -32,6 +32,9 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 PROBE_TIMEOUT_S = 5.0
+METADATA_AGE_MS = 5_000
+"""How soon Kafka clients see that a topic was created, deleted or got more partitions. aiokafka's default is
+five minutes, in which nobody would read them."""
 
 
 # --- clients ------------------------------------------------------------------------------------------------
@@ -47,6 +50,7 @@ def kafka_client_options(settings: Settings) -> dict[str, Any]:
         "bootstrap_servers": settings.kafka_address,
         "security_protocol": settings.kafka_security_protocol,
         "request_timeout_ms": 15_000,
+        "metadata_max_age_ms": METADATA_AGE_MS,
     }
     if settings.kafka_security_protocol.endswith("SSL"):
         try:

@@ -26,7 +26,12 @@ from typing import Any, cast
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
-from aiokafka.errors import ConsumerStoppedError, IllegalStateError, KafkaError
+from aiokafka.errors import (
+    ConsumerStoppedError,
+    IllegalStateError,
+    KafkaError,
+    UnknownTopicOrPartitionError,
+)
 from faust import Topic
 from faust.tables.manager import TableManager
 from faust.transport.consumer import ConsumerThread
@@ -94,7 +99,12 @@ class BatchThread(driver.AIOKafkaConsumerThread):
             max_partition_fetch_bytes=MAX_RECORD_BYTES,
             fetch_max_wait_ms=POLL_MS,
         )
-        return await start(consumer)
+        await start(consumer)
+        # A broker may not know topics yet that were just created; joining then would assign no partitions.
+        if missing := {*self._event_time.topics} - await consumer.topics():
+            await stop(consumer)
+            raise UnknownTopicOrPartitionError(f"no topic {', '.join(sorted(missing))}")
+        return consumer
 
     async def on_thread_stop(self) -> None:
         # Skips the driver's method, which stops the client without a timeout.
@@ -168,6 +178,11 @@ class BatchThread(driver.AIOKafkaConsumerThread):
                     self.parent_loop.call_soon_threadsafe(self.worker.refuse, meaning)
                     return
                 self._unavailable("kafka", str(meaning or error_text(error)))
+                self.watchdog.reset()
+                continue
+            known = self._consumer._client.cluster
+            if missing := [t for t in self._event_time.topics if not known.partitions_for_topic(t)]:
+                self._unavailable("kafka", f"no topic {', '.join(missing)}: `cortex topics create`")
                 self.watchdog.reset()
                 continue
             for tp, end in ends.items():

@@ -116,6 +116,31 @@ async def test_sigterm_finishes_the_batch_commits_it_and_leaves_the_group(
     assert summary(replay(settings, client)) == expected(done), "exactly the committed events are processed"
 
 
+async def test_a_topic_that_is_made_again_is_read_within_seconds_and_its_absence_is_reported(
+    settings: Settings, client: redis.Redis
+) -> None:
+    topics = Topics.of(settings)
+    async with (
+        joining(settings) as joiner,
+        started(AIOKafkaAdminClient(bootstrap_servers=settings.kafka_address)) as admin,
+    ):
+        events = conversation(1)
+        await send(settings, events)
+        await async_wait_for(lambda: all_committed(settings), "the first events to be joined")
+        await admin.delete_topics([topics.replies])
+        await async_wait_for(
+            lambda: topics.replies in joiner.worker.missing.get("kafka", ""),
+            "the missing topic to be reported",
+        )
+        await admin.create_topics([NewTopic(topics.replies, settings.partitions, 1)])
+        await async_wait_for(lambda: "kafka" not in joiner.worker.missing, "readiness")
+        events += conversation(2)
+        await send(settings, events[-len(conversation(2)) :])
+        await async_wait_for(
+            lambda: summary(replay(settings, client)) == expected(events), "the new events to be joined"
+        )
+
+
 @pytest.mark.parametrize("server", ["kafka", "redis"])
 async def test_it_reports_an_unavailable_server_and_shuts_down_while_it_waits(
     settings: Settings, server: str

@@ -152,6 +152,7 @@ async def explain(error: BaseException, settings: Settings) -> CortexError | Non
 async def _kafka_refusal(settings: Settings) -> ConfigError | None:
     """The reason why a broker refuses connections, if it is the configuration; else None."""
     options = kafka_client_options(settings)
+    del options["metadata_max_age_ms"]  # of a client, not of a connection
     for host, port, _ in collect_hosts(options.pop("bootstrap_servers")):
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):

@@ -18,13 +18,13 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import faust
 import uvloop
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from streams.joiner.batch import Batch
 from streams.joiner.consumer import BatchTransport, NoTables
@@ -106,10 +106,20 @@ async def taken(settings: Settings, notes: Notes) -> None:
     await run_until_complete(app, notes)
 
 
+class KafkaAlone:
+    """Stores no offsets beside Kafka's: the benchmark writes nothing to Redis that could be lost."""
+
+    async def load(self) -> dict[TopicPartition, int]:
+        return {}
+
+    async def advance(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """Does nothing."""
+
+
 async def in_batches(settings: Settings, notes: Notes) -> None:
     """Faust's agent on the joiner's consumer; the agent commits."""
     app = app_of(settings, TableManager=NoTables)
-    app.transport = BatchTransport(app, settings, Worker("benchmark", settings))
+    app.transport = BatchTransport(app, settings, Worker("benchmark", settings), KafkaAlone(), lambda: None)
     topic = app.topic(*topics_of(settings), key_serializer="raw", value_serializer="raw", acks=False)
 
     @app.agent(topic)

@@ -29,6 +29,7 @@ from cortex_core.recency import RecencySampler
 from cortex_core.replay_buffer import ReplayEntry
 from streams.connections import redis_client
 from streams.events import ExperienceEvent, new_id, parse
+from streams.trail import Trail
 
 if TYPE_CHECKING:
     import redis
@@ -348,17 +349,36 @@ class ReplayWriter:
     """Writes entries of many models in one pipeline, for the joiner's event loop."""
 
     def __init__(
-        self, client: redis.asyncio.Redis, *, prefix: str, capacity: int, generation: str = ""
+        self,
+        client: redis.asyncio.Redis,
+        *,
+        prefix: str,
+        capacity: int,
+        generation: str = "",
+        trail: Trail | None = None,
     ) -> None:
+        """
+        Args:
+            trail: notes each write.
+        """
         self._client = client
+        self._trail = trail
         self._write = client.register_script(WRITE)
         self._prefix = prefix
         self._capacity = capacity
         self._generation = generation
         self._known: set[str] = set()
 
+    def clear_cache(self) -> None:
+        """Forgets which models Redis knows. Required when Redis has lost writes."""
+        self._known.clear()
+
     async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[WriteResult]:
-        """Writes (model_id, write) pairs in one round trip; returns the result of each."""
+        """Writes (model_id, write) pairs in one round trip; returns the result of each.
+
+        Raises:
+            WritesLost: Redis has lost writes.
+        """
         if not writes:
             return []
         positions: dict[str, list[int]] = {}
@@ -377,7 +397,11 @@ class ReplayWriter:
                 await self._write(keys.written, arguments, client=pipe)
                 chunks.append(chunk)
         out = [WriteResult.SAME] * len(writes)
-        for chunk, results in zip(chunks, await pipe.execute(), strict=True):
+        number = await self._trail.note(pipe) if self._trail else 0
+        answers = await pipe.execute()
+        if self._trail:
+            self._trail.check(answers.pop(), number)
+        for chunk, results in zip(chunks, answers, strict=True):
             for i, result in zip(chunk, results if chunk else (), strict=True):
                 out[i] = WriteResult(result)
         self._known.update(positions)

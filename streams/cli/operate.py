@@ -98,8 +98,6 @@ def rebuild(
         typer.echo(f"{name}: {entries} entries")
     for name in report.untouched:
         typer.echo(f"{name}: unchanged, the topics have no events of it")
-    if report.conversations_restored:
-        typer.echo(f"{report.conversations_restored} open conversations restored")
     if report.rescored is not None:
         typer.echo(
             f"rewards: {report.rescored.changed} of {report.rescored.compared} differ, by "

@@ -28,12 +28,14 @@ from streams.joiner.batch import Batch
 from streams.joiner.consumer import BatchConsumer, BatchTransport, JoinedTopic, NoTables
 from streams.joiner.effects import Engine, Experience
 from streams.joiner.metrics import DEAD_LETTERS, count
+from streams.joiner.offsets import StoredOffsets
 from streams.joiner.records import extract_feedback, make_join, read
 from streams.joiner.states import RedisStates
 from streams.kafka.publisher import Message, Publisher
 from streams.kafka.topics import Topics
 from streams.replay_store import ReplayWriter
 from streams.settings import Settings
+from streams.trail import Trail, WritesLost
 from streams.worker import Worker, configure_logs, run_worker
 
 log = structlog.get_logger(__name__)
@@ -60,7 +62,13 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
         async for batch in batches:
             async for attempt in batch.attempts():
                 async with attempt as part:
-                    received = read(part.readable, topics, part.refuse, store_text=join.store_text)
+                    received = read(
+                        part.readable,
+                        topics,
+                        part.refuse,
+                        store_text=join.store_text,
+                        is_published=part.batch.is_published,
+                    )
                     tasks = extract_feedback(received, join, part.refuse)
                     while tasks:
                         joined = await engine.join(tasks)
@@ -77,13 +85,16 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
         for partition, now in app.batches.event_time.items():
             try:
                 count(await engine.timer(partition, now))
+            except WritesLost as error:
+                app.batches.rewind(error)
+                return
             except Exception as error:  # the conversations stay due, and the next run retries them
                 log.warning("the timer failed", partition=partition, exc_info=not is_transient(error))
                 count({"timer_failures": 1})
 
     @app.on_partitions_revoked.connect
     async def clear_cache(*_: Any, **__: Any) -> None:
-        app.states.clear_cache()
+        app.clear_caches()
 
     return app
 
@@ -127,22 +138,25 @@ class JoinerApp(faust.App):
         self.is_standalone = worker is None
         """Whether `faust worker` runs the app: then the app itself turns a failure into an exit code."""
         self.worker = worker or Worker("joiner", settings)
-        self.transport = BatchTransport(self, settings, self.worker)
         self.publisher = Publisher(settings, self._on_publisher)
         self.redis = async_redis_client(settings)
         self.join = make_join(settings)
-        self.states = RedisStates(self.redis, settings.topic_prefix, settings.join_window_s)
-        self.engine = Engine(
-            self.join,
-            self.states,
-            ReplayWriter(self.redis, prefix=settings.topic_prefix, capacity=settings.replay_capacity),
-            self._publish_experiences,
-        )
+        prefix, trail = settings.topic_prefix, Trail(self.redis, settings.topic_prefix)
+        self.states = RedisStates(self.redis, prefix, settings.join_window_s, trail)
+        self.replay = ReplayWriter(self.redis, prefix=prefix, capacity=settings.replay_capacity, trail=trail)
+        self.engine = Engine(self.join, self.states, self.replay, self._publish_experiences)
+        offsets = StoredOffsets(self.redis, prefix, trail)
+        self.transport = BatchTransport(self, settings, self.worker, offsets, self.clear_caches)
 
     @property
     def batches(self) -> BatchConsumer:
         """The consumer, with its type."""
         return cast(BatchConsumer, self.consumer)
+
+    def clear_caches(self) -> None:
+        """Forgets what Redis stores: other workers change it from now on, or Redis has lost it."""
+        self.states.clear_cache()
+        self.replay.clear_cache()
 
     async def _publish_experiences(self, experiences: Sequence[Experience]) -> None:
         topic = self.cortex_topics.experiences

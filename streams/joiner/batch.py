@@ -8,7 +8,8 @@
 An attempt that fails because Redis or Kafka is unavailable is retried with backoff. After any other failure,
 the records are retried one by one, so that one record cannot block the others; a record that fails alone
 becomes a dead letter. A batch is dropped if its partitions are revoked before an attempt begins, or if the
-attempt does not end in time after that: the next owner of the partitions reads it again.
+attempt does not end in time after that: the next owner of the partitions reads it again. It is also dropped
+if Redis has lost effects (`WritesLost`), and read again after the events of these.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ REVOKED = (CommitFailedError, IllegalStateError)
 """Errors of a commit whose partitions have another owner by now."""
 
 
+Generation = tuple[int, int]
+"""The number of changes of a consumer's assignment, and of its rewinds after `WritesLost`, so far."""
+
+
 class Owner(Protocol):
     """The consumer that fetched a batch and commits its offsets."""
 
@@ -56,11 +61,12 @@ class Owner(Protocol):
     def unavailable(self, server: str, reason: str) -> None:
         """Called when the batch waits for "kafka" or "redis"."""
 
-    async def commit_done(self, offsets: Mapping[TopicPartition, int]) -> None:
-        """Commits the offsets of records whose effects are done.
+    async def commit_done(self, part: Part) -> None:
+        """Commits the offsets of a part whose effects are done.
 
         Raises:
             CommitFailedError, IllegalStateError: the partitions have another owner (`REVOKED`).
+            WritesLost: Redis has lost effects; nothing was committed.
         """
 
 
@@ -78,19 +84,23 @@ class Part:
     """The error of the last attempt."""
 
     @property
+    def offsets(self) -> dict[TopicPartition, int]:
+        """The offsets after its records."""
+        return {TopicPartition(r.topic, r.partition): r.offset + 1 for r in self.records}
+
+    @property
     def readable(self) -> Sequence[Any]:
         """The records to join."""
         return () if self.refused else self.records
 
     def refuse(self, record: Any, reason: str) -> None:
-        """Adds a dead letter for a record that cannot be joined."""
-        self.dead_letters.append(dead_letter(record, reason))
+        """Adds a dead letter for a record that cannot be joined, unless it was published before."""
+        if not self.batch.is_published(record):
+            self.dead_letters.append(dead_letter(record, reason))
 
     async def commit(self) -> None:
         """Commits the offsets after its records. Call it when all their effects are done."""
-        await self.batch.owner.commit_done(
-            {TopicPartition(r.topic, r.partition): r.offset + 1 for r in self.records}
-        )
+        await self.batch.owner.commit_done(self)
 
 
 @dataclass(slots=True, eq=False)
@@ -98,13 +108,21 @@ class Batch:
     """The records of one fetch."""
 
     owner: Owner
-    generation: int
-    """The generation of the assignment under which it was fetched."""
+    generation: Generation
+    """The generation in which it was fetched."""
     records: Sequence[Any]
     event_time: Mapping[int, float]
-    """Of each partition, Unix seconds: all events sent before are in this batch or an earlier one."""
+    """Of each partition, Unix seconds: all events sent before are in this batch or an earlier one. Without
+    partitions whose events before `published` are not all read."""
+    published: Mapping[TopicPartition, int] = field(default_factory=dict)
+    """Of each partition: what follows from the events before this offset was published."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the batch is committed or dropped."""
+
+    def is_published(self, record: Any) -> bool:
+        """Whether what follows from this record was published, and only Redis has lost it."""
+        published = self.published.get(TopicPartition(record.topic, record.partition), 0)
+        return bool(record.offset < published)
 
     async def attempts(self) -> AsyncIterator[AbstractAsyncContextManager[Part]]:
         """Yields attempts, one after another, until all records are committed or the batch is dropped.
@@ -156,7 +174,7 @@ class Batch:
         """Whether to retry the same records: a server is unavailable. Also if the partitions were revoked:
         then `attempts` drops the batch."""
         if not self.owner.owns(self):
-            log.info("batch dropped: its partitions were revoked", error=repr(error))
+            log.info("batch dropped; it will be read again", why=repr(error))
             return True
         meaning = await explain(error, self.owner.settings)
         if meaning is None:

@@ -88,7 +88,8 @@ class Conversation:
         self.changed: set[str] = set()
         """Names of the fields that changed since the copy or load."""
         self.pending: dict[str, int] = {}
-        """Interaction ids whose experience must be written and published, with its version.
+        """Interaction ids whose experience must be written and published, with its version. Negative: only to
+        be written; it was published, and Redis has lost it.
 
         Stored in one write with the change that caused it, before the experience: if the worker crashes in
         between, the next one writes the experience and assigns each reply to the same interaction."""
@@ -197,9 +198,10 @@ class Conversation:
         """Marks an interaction's experience as to be written; `stamp` sets its version."""
         self.pending[interaction.id] = 0
 
-    def stamp(self, version: int) -> None:
+    def stamp(self, version: int, *, is_published: bool = False) -> None:
         """Sets the version of all experiences that became pending since the copy."""
-        self.pending = {i: known or version for i, known in self.pending.items()}
+        stamp = -version if is_published else version
+        self.pending = {i: known or stamp for i, known in self.pending.items()}
 
     def close(self, interaction: TrackedInteraction) -> None:
         """Removes an interaction's body."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -36,6 +36,7 @@ from streams.joiner.join import Changes, Join
 from streams.joiner.states import DUE_LIMIT, Save, States
 from streams.kafka.publisher import MAX_VALUE
 from streams.replay_store import Found, Replaces, ReplayWrite, ReplayWriter, WriteResult
+from streams.trail import WritesLost
 
 log = structlog.get_logger(__name__)
 
@@ -54,6 +55,8 @@ class Task:
     step: Step
     is_timer: bool = False
     """Whether to save an unchanged conversation too, which updates when it is due next."""
+    is_published: bool = False
+    """Whether its experiences were published, and only Redis has lost them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Experience:
     value: bytes
     """JSON of the `ExperienceEvent`."""
     write: ReplayWrite
+    is_published: bool = False
+    """Whether it was published before."""
 
 
 Publish = Callable[[Sequence[Experience]], Awaitable[None]]
@@ -85,6 +90,10 @@ class Joined:
     """The experiences that replay accepted: to be published."""
     counts: Counter[str] = field(default_factory=Counter)
     """Event counts (see `Changes.counts`); complete after `Engine.save`."""
+
+    def is_published(self, conversation_id: str) -> bool:
+        """Whether all changes of a conversation were published before."""
+        return all(task.is_published for task in self.tasks[conversation_id])
 
 
 class Engine:
@@ -135,7 +144,7 @@ class Engine:
             if after.changed or after.pending or must_save_due:
                 # From the clock, so that versions increase even if Redis loses the state with the last one.
                 version = max(before.version + 1, _now_ms())
-                after.stamp(version)
+                after.stamp(version, is_published=joined.is_published(conversation_id))
                 joined.saves[conversation_id] = Save(
                     conversation_id, its_tasks[-1].partition, before, after, version, due
                 )
@@ -147,17 +156,24 @@ class Engine:
         # With a lower version than any experience with replies, and only if replay has none.
         unanswered = []
         for conversation_id, changes in joined.changes.items():
+            is_published = joined.is_published(conversation_id)
             for it in changes.closed:
                 version = joined.saves[conversation_id].before.version
-                unanswered.append(self._experience(it, (), it.body or b"", version, Replaces.NOTHING))
+                closed = self._experience(
+                    it, (), it.body or b"", version, Replaces.NOTHING, is_published=is_published
+                )
+                unanswered.append(closed)
         await self._send(await self._write(unanswered))
         late: dict[str, list[ReceivedReply]] = {}
-        for changes in joined.changes.values():
+        unpublished: set[str] = set()
+        for conversation_id, changes in joined.changes.items():
             for reply in changes.orphans:
                 late.setdefault(reply.interaction_id or "", []).append(reply)
+                if not joined.is_published(conversation_id):
+                    unpublished.add(reply.interaction_id or "")
         joined.counts["orphans"] += len(late.pop("", ()))
         while late:
-            late = await self._amend(late, joined.counts)
+            late = await self._amend(late, unpublished, joined.counts)
 
     async def save(self, joined: Joined) -> list[Task]:
         """Writes the states; returns the tasks of conversations that another worker changed."""
@@ -195,7 +211,7 @@ class Engine:
             try:
                 counts.update(await self.apply(tasks))
             except Exception as error:
-                if is_systemic(error):
+                if is_systemic(error) or isinstance(error, WritesLost):
                     raise
                 for task in tasks:
                     counts.update(await self._timer_alone(task, now))
@@ -207,7 +223,7 @@ class Engine:
         try:
             return await self.apply([task])
         except Exception as error:
-            if is_systemic(error):
+            if is_systemic(error) or isinstance(error, WritesLost):
                 raise
             log.exception("closing a conversation failed", conversation_id=task.conversation_id)
             await self.states.postpone(task.partition, task.conversation_id, now + POSTPONE_S)
@@ -216,13 +232,13 @@ class Engine:
     async def _compose(self, joined: Joined) -> None:
         """Composes the pending experiences; reads the bodies of closed interactions from replay."""
         pending = [
-            (conversation_id, save.after.interactions[interaction_id], version, save.after)
+            (conversation_id, save.after, save.after.interactions[interaction_id], version)
             for conversation_id, save in joined.saves.items()
             for interaction_id, version in save.after.pending.items()
         ]
-        closed = [(it.model_id, it.id) for _, it, _, _ in pending if it.body is None]
+        closed = [(it.model_id, it.id) for _, _, it, _ in pending if it.body is None]
         found = dict(zip(closed, await self._replay.find(closed), strict=True))
-        for conversation_id, it, version, conversation in pending:
+        for conversation_id, after, it, version in pending:
             body = it.body
             if body is None:
                 stored = _stored(found[it.model_id, it.id])
@@ -230,7 +246,9 @@ class Engine:
                     joined.changes[conversation_id].counts["too_late"] += 1
                     continue
                 body = bytes(stored.interaction)
-            experience = self._experience(it, conversation.replies_of(it), body, version, Replaces.OLDER)
+            experience = self._experience(
+                it, after.replies_of(it), body, abs(version), Replaces.OLDER, is_published=version < 0
+            )
             joined.pending.setdefault(conversation_id, []).append(experience)
 
     def _experience(
@@ -240,6 +258,8 @@ class Engine:
         body: bytes,
         version: int,
         replaces: Replaces,
+        *,
+        is_published: bool,
     ) -> Experience:
         value = self.rules.experience(it, body, replies)
         if len(value) > MAX_VALUE:
@@ -249,15 +269,16 @@ class Engine:
         # Its only reply moved to another interaction: remove it from replay until it is closed or replied to.
         is_open = it.body is not None and not replies and replaces is Replaces.OLDER
         write = ReplayWrite(it.id, it.at, version, b"" if is_open else value, replaces)
-        return Experience(it.model_id, value, write)
+        return Experience(it.model_id, value, write, is_published)
 
     async def _amend(
-        self, late: Mapping[str, list[ReceivedReply]], counts: Counter[str]
+        self, late: Mapping[str, list[ReceivedReply]], unpublished: Collection[str], counts: Counter[str]
     ) -> dict[str, list[ReceivedReply]]:
         """Amends the experiences that only replay has, and publishes them.
 
         Args:
             late: replies by interaction id.
+            unpublished: ids of interactions with a reply that was not published before.
 
         Returns:
             The replies whose experience another worker changed meanwhile: to be retried.
@@ -273,7 +294,8 @@ class Engine:
             if value is None:  # amended before, possibly without being published
                 value, version = entry.value, entry.version
             write = ReplayWrite(interaction_id, moment(stored.occurred_at), version, value, entry.version)
-            amended[interaction_id] = Experience(entry.model_id, value, write)
+            is_published = interaction_id not in unpublished
+            amended[interaction_id] = Experience(entry.model_id, value, write, is_published)
         accepted = await self._write([*amended.values()])
         await self._send(accepted)
         conflicts: dict[str, list[ReceivedReply]] = {}
@@ -291,8 +313,9 @@ class Engine:
         return [e for e, it in zip(experiences, results, strict=True) if it is not WriteResult.STALE]
 
     async def _send(self, experiences: Sequence[Experience]) -> None:
-        if self._publish is not None and experiences:
-            await self._publish(experiences)
+        new = [experience for experience in experiences if not experience.is_published]
+        if self._publish is not None and new:
+            await self._publish(new)
 
 
 def _now_ms() -> int:

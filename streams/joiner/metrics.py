@@ -18,8 +18,16 @@ DEAD_LETTERS = Counter("cortex_joiner_dead_letters_total", "Records that could n
 RETRIES = Counter(
     "cortex_joiner_retries_total", "Attempts that failed because Kafka or Redis was unavailable"
 )
+RESTORED = Counter(
+    "cortex_joiner_restored_total", "Events that were joined again because Redis had lost their effects"
+)
+EXPIRED = Counter(
+    "cortex_joiner_expired_total",
+    "Events that were not joined, or whose effects Redis has lost, and that their topic no longer holds",
+    ["topic"],
+)
 LAG = Gauge(
-    "cortex_joiner_lag", "Events in the topic whose offsets are not committed yet", ["topic", "partition"]
+    "cortex_joiner_lag", "Events in the topic that are not joined and committed yet", ["topic", "partition"]
 )
 BATCH_S = Histogram(
     "cortex_joiner_batch_seconds",

@@ -6,7 +6,7 @@ Reads without a consumer group and commits nothing. Readers see the old buffer u
 it. Live joiners' writes are not lost: during a rebuild every write records its id in a set, and the swap
 copies those entries to the new buffer. A model without events in the topics keeps its buffer.
 
-Also restores open conversations of the joiners' state if Redis has lost them.
+It does not touch the joiners' state: they restore what Redis has lost of it (`streams.joiner.offsets`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from redis.exceptions import LockError
 
 from cortex_core.errors import InputError, UnavailableError
 from streams.connections import async_redis_client, redis_client
-from streams.joiner.conversation import Conversation
 from streams.joiner.decode import Interaction, Reply
 from streams.joiner.effects import Engine, Task
 from streams.joiner.records import EventTime, extract_feedback, make_join, read
-from streams.joiner.states import MemoryStates, RedisStates, Save, Stored
+from streams.joiner.states import MemoryStates
 from streams.kafka.reader import STALL_S, Watchdog, reading
 from streams.kafka.topics import Topics, create_topics
 from streams.replay_store import (
@@ -84,7 +83,6 @@ class RebuildReport:
     """Number of entries in each model's new buffer."""
     untouched: list[str] = field(default_factory=list)
     """Models that kept their buffer because the topics have no events of them."""
-    conversations_restored: int = 0
     seconds: float = 0.0
     rescored: Rescored | None = None
     """Set if the rebuild used another extractor."""
@@ -187,8 +185,7 @@ async def rebuild(
             try:
                 writer = _Writer(aio, settings, model_id)
                 join = make_join(settings, extractor)
-                states = MemoryStates()
-                engine = Engine(join, states, writer)
+                engine = Engine(join, MemoryStates(), writer)
                 await _replay(
                     settings, engine, since=since, report=report, progress=progress, extend_lock=extend_lock
                 )
@@ -200,8 +197,6 @@ async def rebuild(
                         _compare(settings, client, name, report.rescored)
                     report.models[name] = _swap(settings, client, name, force=extractor is None)
                 report.untouched = sorted(set(requested) - set(report.models))
-                if extractor is None:
-                    report.conversations_restored = await _restore(settings, states, aio)
             finally:
                 for name in requested:
                     client.delete(ReplayKeys(settings.topic_prefix, name).changed)
@@ -366,24 +361,6 @@ def _compare(settings: Settings, client: redis.Redis, model_id: str, out: Rescor
             out.changed += 1
             out.mean_change += new_reward - old_reward
             out.sign_flips += old_reward * new_reward < 0
-
-
-async def _restore(settings: Settings, states: MemoryStates, client: redis.asyncio.Redis) -> int:
-    """Restores open conversations that Redis has lost; existing ones are newer and stay. Returns how many."""
-    live = RedisStates(client, settings.topic_prefix, settings.join_window_s)
-    saves = []
-    for conversation_id, partition in states.partitions().items():
-        stored = states.conversations.get(conversation_id)
-        due = None if stored is None else stored.conversation.due(settings.join_window_s)
-        if stored is not None and due is not None:
-            before = Stored(0, Conversation())
-            saves.append(Save(conversation_id, partition, before, stored.conversation, stored.version, due))
-    restored = 0
-    for start in range(0, len(saves), 200):
-        chunk = saves[start : start + 200]
-        missing = [s for s in chunk if not await client.exists(live.key(s.conversation_id))]
-        restored += len(missing) - len(await live.save(missing))
-    return restored
 
 
 @contextlib.contextmanager

@@ -28,18 +28,28 @@ class Received:
 
     record: Any
     event: Interaction | Reply
+    is_published: bool = False
+    """Whether its experiences were published, and only Redis has lost them."""
 
 
 Refuse = Callable[[Any, str], None]
 """Called with a record that cannot be joined and the reason for its dead letter."""
 
 
-def read(records: Iterable[Any], topics: Topics, refuse: Refuse, *, store_text: bool) -> list[Received]:
+def read(
+    records: Iterable[Any],
+    topics: Topics,
+    refuse: Refuse,
+    *,
+    store_text: bool,
+    is_published: Callable[[Any], bool] = lambda _: False,
+) -> list[Received]:
     """Decodes records of the two topics into events.
 
     Args:
         refuse: called for each record that is not a valid event.
         store_text: whether interactions keep the text of the user's message, if they have it.
+        is_published: whether what follows from a record was published before.
     """
     received = []
     for record in records:
@@ -50,10 +60,10 @@ def read(records: Iterable[Any], topics: Topics, refuse: Refuse, *, store_text: 
                     f"the event has {size} bytes; the maximum is {MAX_RECORD_BYTES - RESERVED_BYTES}"
                 )
             if record.topic == topics.interactions:
-                event = decode_interaction(record.value, store_text=store_text)
-                received.append(Received(record, event))
+                event: Interaction | Reply = decode_interaction(record.value, store_text=store_text)
             else:
-                received.append(Received(record, decode_reply(record.value)))
+                event = decode_reply(record.value)
+            received.append(Received(record, event, is_published(record)))
         except InputError as error:
             refuse(record, str(error))
     return received
@@ -86,7 +96,8 @@ def extract_feedback(received: Sequence[Received], join: Join, refuse: Refuse) -
             step = partial(_reply, join, read[id(it)], arrived)
         else:
             continue
-        tasks.append(Task(it.event.conversation_id, it.record.partition, step))
+        conversation_id = it.event.conversation_id
+        tasks.append(Task(conversation_id, it.record.partition, step, is_published=it.is_published))
     return tasks
 
 

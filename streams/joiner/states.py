@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cachetools import LRUCache
 
 from streams.joiner.conversation import LATE_S, PENDING, Conversation
+from streams.trail import GUARD, Trail
 
 if TYPE_CHECKING:
     import redis.asyncio
@@ -55,13 +56,20 @@ class States(Protocol):
 
         Returns:
             The ids of the others: they are not written, and the next `load` reads them again.
+
+        Raises:
+            WritesLost: the store has lost writes; none of these conversations is written.
         """
 
     def clear_pending(self, saves: Iterable[Save]) -> None:
         """Marks none of these conversations' experiences as pending: all are in replay and published."""
 
     async def due(self, partition: int, now: float) -> list[str]:
-        """A partition's conversations that are due at `now`, earliest first, at most `DUE_LIMIT`."""
+        """A partition's conversations that are due at `now`, earliest first, at most `DUE_LIMIT`.
+
+        Raises:
+            WritesLost: the store has lost writes.
+        """
 
     async def postpone(self, partition: int, conversation_id: str, until: float) -> None:
         """The conversation is due no earlier than this."""
@@ -97,10 +105,6 @@ class MemoryStates:
         for save in saves:
             save.after.pending.clear()
 
-    def partitions(self) -> dict[str, int]:
-        """The partition of each conversation id."""
-        return {i: partition for partition, due in self._due.items() for i in due}
-
     async def due(self, partition: int, now: float) -> list[str]:
         due = self._due.get(partition, {})
         return sorted((i for i, at in due.items() if at <= now), key=lambda i: (due[i], i))[:DUE_LIMIT]
@@ -109,19 +113,23 @@ class MemoryStates:
         self._due.setdefault(partition, {})[conversation_id] = until
 
 
-# KEYS: the conversation. ARGV: expected version, new version, milliseconds until expiry (0: none; -1: delete
-# the key now), number of fields to delete, their names, then field, value … to set.
-SAVE = """
+# KEYS: the conversation, the trail. ARGV: the trail's acknowledged number, expected version, new version,
+# milliseconds until expiry (0: none; -1: delete the key now), number of fields to delete, their names, then
+# field, value … to set. Returns 1: written; 0: another version is stored; -1: Redis has lost writes.
+SAVE = (
+    GUARD.format(key=2, arg=1)
+    + """
 local key = KEYS[1]
-if (redis.call('HGET', key, 'v') or '0') ~= ARGV[1] then return 0 end
-if ARGV[3] == '-1' then redis.call('DEL', key) return 1 end
-local deleted = tonumber(ARGV[4])
-redis.call('HSET', key, 'v', ARGV[2]) -- first: if Redis is full, the script fails before any change
-for i = 5, 4 + deleted do redis.call('HDEL', key, ARGV[i]) end
-for i = 5 + deleted, #ARGV, 2 do redis.call('HSET', key, ARGV[i], ARGV[i+1]) end
-if ARGV[3] ~= '0' then redis.call('PEXPIRE', key, ARGV[3]) else redis.call('PERSIST', key) end
+if (redis.call('HGET', key, 'v') or '0') ~= ARGV[2] then return 0 end
+if ARGV[4] == '-1' then redis.call('DEL', key) return 1 end
+local deleted = tonumber(ARGV[5])
+redis.call('HSET', key, 'v', ARGV[3]) -- first: if Redis is full, the script fails before any change
+for i = 6, 5 + deleted do redis.call('HDEL', key, ARGV[i]) end
+for i = 6 + deleted, #ARGV, 2 do redis.call('HSET', key, ARGV[i], ARGV[i+1]) end
+if ARGV[4] ~= '0' then redis.call('PEXPIRE', key, ARGV[4]) else redis.call('PERSIST', key) end
 return 1
 """
+)
 
 # KEYS: the conversation. ARGV: its version, the name of the field with the pending experiences.
 CLEAR_PENDING = """
@@ -157,9 +165,10 @@ class RedisStates:
     the conversation was evicted. A worker that takes over earlier repeats idempotent writes.
     """
 
-    def __init__(self, client: redis.asyncio.Redis, prefix: str, window_s: float) -> None:
+    def __init__(self, client: redis.asyncio.Redis, prefix: str, window_s: float, trail: Trail) -> None:
         self._client = client
         self._prefix = prefix
+        self._trail = trail
         self._expiry_ms = int(1000 * (LATE_S + window_s + 3600))
         self._cache = _Cache(CACHE_BYTES, self._on_evicted)
         self._conflicts: set[str] = set()
@@ -176,7 +185,8 @@ class RedisStates:
         return f"{self._prefix}:join-due:{{{partition}}}"
 
     def clear_cache(self) -> None:
-        """Clears the cache. Required at a rebalance, after which other workers change the conversations."""
+        """Clears the cache. Required at a rebalance, after which other workers change the conversations, and
+        when Redis has lost writes."""
         self._cache = _Cache(CACHE_BYTES, self._on_evicted)
         self._conflicts.clear()
         self._evicted_versions.clear()
@@ -215,7 +225,8 @@ class RedisStates:
         due: dict[int, dict[str, float]] = {}
         no_longer_due: dict[int, list[str]] = {}
         for save in saves:
-            await self._save([self.key(save.conversation_id)], self._arguments(save), client=pipe)
+            keys = [self.key(save.conversation_id), self._trail.key]
+            await self._save(keys, self._arguments(save), client=pipe)
             if save.due is None:
                 no_longer_due.setdefault(save.partition, []).append(save.conversation_id)
             else:
@@ -227,7 +238,10 @@ class RedisStates:
         evicted = self._evicted_versions.copy()
         for conversation_id, version in evicted.items():
             await self._clear_pending([self.key(conversation_id)], [version, PENDING], client=pipe)
-        answers = (await pipe.execute())[: len(saves)]
+        number = await self._trail.note(pipe)
+        *answers, noted = await pipe.execute()
+        answers = answers[: len(saves)]
+        self._trail.check(min(*answers, noted), number)
         conflicts = {s.conversation_id for s, ok in zip(saves, answers, strict=True) if not ok}
         for conversation_id in evicted:
             del self._evicted_versions[conversation_id]
@@ -252,10 +266,12 @@ class RedisStates:
             self._evicted_versions[conversation_id] = stored.version
 
     def _arguments(self, save: Save) -> list[Any]:
+        acknowledged = self._trail.acknowledged
         if save.after.is_empty:
-            return [save.before.version, save.version, -1, 0]
+            return [acknowledged, save.before.version, save.version, -1, 0]
         fields, deleted = save.after.fields(whole=not save.before.version)
         arguments: list[Any] = [
+            acknowledged,
             save.before.version,
             save.version,
             self._expiry_ms if save.due is None else 0,
@@ -267,8 +283,11 @@ class RedisStates:
         return arguments
 
     async def due(self, partition: int, now: float) -> list[str]:
-        key = self.due_key(partition)
-        found: Any = await self._client.zrangebyscore(key, "-inf", now, start=0, num=DUE_LIMIT)
+        pipe = self._client.pipeline(transaction=False)
+        pipe.zrangebyscore(self.due_key(partition), "-inf", now, start=0, num=DUE_LIMIT)
+        number = await self._trail.note(pipe)
+        found, noted = await pipe.execute()
+        self._trail.check(noted, number)
         return [conversation_id.decode() for conversation_id in found]
 
     async def postpone(self, partition: int, conversation_id: str, until: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -49,13 +49,13 @@ class Group:
     def unavailable(self, server: str, reason: str) -> None:
         self.missing.append(server)
 
-    async def commit_done(self, offsets: Mapping[TopicPartition, int]) -> None:
-        self.committed.append(dict(offsets))
+    async def commit_done(self, part: Part) -> None:
+        self.committed.append(part.offsets)
 
 
 async def handle(group: Group, work: Callable[[Part], None]) -> Batch:
     """An agent with the effects `work`."""
-    batch = Batch(group, 0, RECORDS, {})
+    batch = Batch(group, (0, 0), RECORDS, {})
     async for attempt in batch.attempts():
         async with attempt as part:
             work(part)
@@ -143,7 +143,7 @@ async def test_a_batch_whose_partitions_are_revoked_before_an_attempt_is_dropped
 
 async def test_a_batch_whose_attempt_exceeds_its_deadline_is_dropped() -> None:
     group = Group()
-    batch = Batch(group, 0, RECORDS, {})
+    batch = Batch(group, (0, 0), RECORDS, {})
     async for attempt in batch.attempts():
         async with attempt as part:
             assert group.limit is not None

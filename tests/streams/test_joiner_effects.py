@@ -22,6 +22,7 @@ from streams.joiner.join import MAX_KEPT, Changes, Join
 from streams.joiner.states import MemoryStates, RedisStates, Save, States
 from streams.replay_store import ReplayKeys, ReplayWriter, decode
 from streams.testing import T0, interaction, reply
+from streams.trail import Trail
 
 pytestmark = pytest.mark.integration
 WINDOW = 600.0
@@ -35,12 +36,13 @@ class Bench:
     def __init__(self, client: redis.asyncio.Redis, prefix: str, states: States | None = None) -> None:
         self.client, self.prefix = client, prefix
         self.join = Join(window_s=WINDOW, aggregation="last", collector=FeedbackCollector())
-        self.states = states or RedisStates(client, prefix, WINDOW)
+        self.trail = Trail(client, prefix)
+        self.states = states or RedisStates(client, prefix, WINDOW, self.trail)
         self.published: list[ExperienceEvent] = []
         self.contents: dict[tuple[str, int], bytes] = {}
         self.fail_publishing = 0
-        writer = ReplayWriter(client, prefix=prefix, capacity=1000)
-        self.engine = Engine(self.join, self.states, writer, self._publish)
+        self.writer = ReplayWriter(client, prefix=prefix, capacity=1000, trail=self.trail)
+        self.engine = Engine(self.join, self.states, self.writer, self._publish)
 
     async def _publish(self, experiences: Sequence[Experience]) -> None:
         if self.fail_publishing:
@@ -197,7 +199,7 @@ async def test_what_an_event_writes_does_not_grow_with_its_conversation(
     early = await bytes_written(range(10, 30))
     await bytes_written(range(30, 600))
     late = await bytes_written(range(600, 620))
-    [stored] = (await RedisStates(client, prefix, WINDOW).load(["c"])).values()
+    [stored] = (await RedisStates(client, prefix, WINDOW, Trail(client, prefix)).load(["c"])).values()
     assert len(stored.conversation.interactions) == MAX_KEPT
     assert late < 1.25 * early  # beyond the limit, the earliest are deleted by name
 
@@ -344,7 +346,7 @@ async def test_states_in_redis_and_in_memory_are_equal(
     client: redis.asyncio.Redis, prefix: str, data: st.DataObject
 ) -> None:
     mine = f"{prefix}-{uuid.uuid4().hex[:6]}"
-    stores: list[States] = [RedisStates(client, mine, WINDOW), MemoryStates()]
+    stores: list[States] = [RedisStates(client, mine, WINDOW, Trail(client, mine)), MemoryStates()]
     benches = [Bench(client, f"{mine}-{n}", states) for n, states in enumerate(stores)]
     events = events_of(data.draw(st.integers(0, 5)))
     for event in data.draw(st.permutations(events)):
@@ -352,7 +354,7 @@ async def test_states_in_redis_and_in_memory_are_equal(
         for bench in benches:
             await bench.see(event)
             await bench.engine.timer(0, now)
-    stores[0] = RedisStates(client, mine, WINDOW)
+    stores[0] = RedisStates(client, mine, WINDOW, Trail(client, mine))
     loaded = [await states.load({e.conversation_id for e in events}) for states in stores]
     assert {i: s.conversation for i, s in loaded[0].items()} == {
         i: s.conversation for i, s in loaded[1].items()
@@ -362,7 +364,7 @@ async def test_states_in_redis_and_in_memory_are_equal(
 
 
 async def test_a_stale_version_is_not_written(client: redis.asyncio.Redis, prefix: str) -> None:
-    states = RedisStates(client, prefix, WINDOW)
+    states = RedisStates(client, prefix, WINDOW, Trail(client, prefix))
     [before] = (await states.load(["c"])).values()
     join = Join(window_s=WINDOW, aggregation="last", collector=FeedbackCollector())
     after = before.conversation.copy()

@@ -23,10 +23,10 @@ from pydantic import SecretStr
 
 from cortex_core.errors import ConfigError
 from streams.events import InteractionEvent, ReplyEvent, parse
-from streams.joiner import consumer
+from streams.joiner import thread
 from streams.joiner.app import create_app, run
-from streams.joiner.consumer import BatchThread
 from streams.joiner.effects import Engine
+from streams.joiner.thread import BatchThread
 from streams.kafka.clients import started
 from streams.kafka.topics import Topics
 from streams.settings import Settings
@@ -179,8 +179,8 @@ async def test_a_joiner_that_processes_nothing_is_ended(
     async def hang(*_: Any) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(consumer, "STALL_S", 1.0)
-    monkeypatch.setattr(consumer, "PROBE_S", 0.1)
+    monkeypatch.setattr(thread, "STALL_S", 1.0)
+    monkeypatch.setattr(thread, "PROBE_S", 0.1)
     monkeypatch.setattr(BatchThread, "_end_process", lambda _, reason: reasons.append(reason))
     monkeypatch.setattr(Engine, "join", hang)
     async with joining(settings, shutdown_timeout_s=1.0):
@@ -191,12 +191,12 @@ async def test_a_joiner_that_processes_nothing_is_ended(
 
 HANGING = """
 import time
-from streams.joiner import consumer
+from streams.joiner import thread
 from streams.joiner.app import main
 from streams.joiner.effects import Engine
 from streams.settings import Settings
 
-consumer.STALL_S, consumer.PROBE_S = 1.0, 0.1
+thread.STALL_S, thread.PROBE_S = 1.0, 0.1
 Engine.join = lambda *_: time.sleep(3600)
 main(Settings.load())
 """
@@ -242,7 +242,7 @@ async def test_a_commit_that_fails_in_a_rebalance_does_not_stop_the_joiner(
     async with joining(settings) as joiner:
         commit_done, wait_empty = joiner.batches.commit_done, joiner.batches.wait_empty
 
-        async def refused(offsets: Any) -> None:
+        async def refused(part: Any) -> None:
             monkeypatch.setattr(joiner.batches, "commit_done", commit_done)
             committing.set()
             await revoking.wait()

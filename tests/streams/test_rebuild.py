@@ -111,13 +111,11 @@ async def test_a_rebuild_equals_what_live_processing_built(settings: Settings, c
     assert not list(client.scan_iter(f"{settings.topic_prefix}:*rebuil*"))
     assert not list(client.scan_iter(f"{settings.topic_prefix}:*changed"))
 
-    # Redis lost all data: the rebuild restores the buffers and the joiner's open conversations.
+    # Redis lost all data: the rebuild restores the buffers, and the joiner its own state.
     for key in client.scan_iter(f"{settings.topic_prefix}:*"):
         client.delete(key)
-    report = await rebuild(settings)
+    await rebuild(settings)
     assert buffers(settings, client) == built
-    is_open = {k.rpartition(b"{")[2] for k in keys_before if client.exists(k) and b":join:" in k}
-    assert report.conversations_restored == len(is_open) > 5
     joiner = spawn_worker("joiner", settings)
     last = max((e for e in events if isinstance(e, InteractionEvent)), key=lambda e: e.occurred_at)
     await send(settings, [reply("after", None, last.conversation_id, occurred_at=NOW)])

@@ -90,6 +90,8 @@ class PartitionLearner:
         """Model that is not in memory → offset of its rollback that was refused."""
         self._highest_position = 0
         self._letters: list[KeyedLetter] = []
+        self._misplaced: list[tuple[str, Any]] = []
+        """Records of models whose partition is another one, with the model: to be sent there."""
         self._producer: AIOKafkaProducer | None = None
         self._partitions = 0
 
@@ -182,23 +184,27 @@ class PartitionLearner:
             model_id = (record.key or b"").decode()
         except UnicodeDecodeError as error:
             raise InputError(f"the key {record.key!r} is not a valid model_id: {error}") from error
+        if not model_id or not self.owns(model_id):
+            self._forward(record)
+            return
         if self.context.controls.of(model_id).training_paused:
             self.paused.setdefault(model_id, record.offset)
             return
         learner = self.models.get(model_id)
-        if learner is None:
-            raise InputError(f"by its key, an experience of {model_id!r} belongs to another partition")
+        assert learner is not None, "learn_batch loads it"
         if record.offset < self.models.position(learner):
             return  # read again for the sake of another model
-        event = parse(ExperienceEvent, record.value)
-        if event.interaction.model_id != model_id:
-            raise InputError(
-                f"the key is of model {model_id!r}, the experience of {event.interaction.model_id!r}"
-            )
+        event = _experience(record)
         started = time.monotonic()
         outcome, update = learner.learn(event, version_of(record.headers, event.revision), record.offset)
         self.models.mark_learned(model_id, record.offset)
         self.context.metrics.learned(model_id, outcome, update, time.monotonic() - started)
+
+    def _forward(self, record: Any) -> None:
+        """Sends an experience to the partition of its model, which changes when partitions are added. It may
+        be there already: the same version is learned once."""
+        if record.offset >= self._highest_position:
+            self._misplaced.append((_experience(record).interaction.model_id, record))
 
     def _dead_letter(self, record: Any, reason: str) -> None:
         if record.offset < self._highest_position:
@@ -217,7 +223,8 @@ class PartitionLearner:
     @property
     def unpublished(self) -> bool:
         """Whether there is something to publish."""
-        return bool(self.models.unpublished() or self._letters or self._next_offset() != self.committed)
+        changes = self.models.unpublished() or self._letters or self._misplaced
+        return bool(changes or self._next_offset() != self.committed)
 
     async def publish(self) -> None:
         """Publishes new versions of all models that learned, dead letters and the consumed offset together.
@@ -233,12 +240,13 @@ class PartitionLearner:
         started = time.monotonic()
         versions = await self.context.in_thread(self.models.next_versions, self.position)
         letters, self._letters = self._letters, []
+        misplaced, self._misplaced = self._misplaced, []
         stepped = time.monotonic()
         self.context.own_versions.extend(snapshot.manifest.sha256 for _, snapshot, _ in versions)
         saving = asyncio.ensure_future(self.context.in_thread(self.models.save_optimizers, versions))
         try:
             async with asyncio.timeout(PUBLISH_TIMEOUT_S):
-                await self._publish_transaction(versions, letters, offset)
+                await self._publish_transaction(versions, letters, misplaced, offset)
         except ProducerFenced:
             raise
         except Exception:
@@ -259,7 +267,11 @@ class PartitionLearner:
         self.models.unload()
 
     async def _publish_transaction(
-        self, versions: Sequence[Version], letters: Sequence[KeyedLetter], offset: int
+        self,
+        versions: Sequence[Version],
+        letters: Sequence[KeyedLetter],
+        misplaced: Sequence[tuple[str, Any]],
+        offset: int,
     ) -> None:
         producer, settings = self._producer, self.settings
         assert producer is not None
@@ -268,6 +280,10 @@ class PartitionLearner:
             await publish(producer, settings, snapshot, resume)
         topic = Topics.of(settings).dead_letters
         sent = [await producer.send(topic, letter.to_bytes(), key=key) for key, letter in letters]
+        for model_id, record in misplaced:
+            partition = owner_partition(model_id, self._partitions)
+            its = {"key": model_id.encode(), "headers": [*record.headers], "partition": partition}
+            sent.append(await producer.send(self.tp.topic, record.value, **its))
         await asyncio.gather(*sent)
         await producer.send_offsets_to_transaction({self.tp: offset}, settings.trainer_group)
         await producer.commit_transaction()
@@ -333,3 +349,17 @@ class PartitionLearner:
             return
         await self.publish()
         log.warning("rolled back", model_id=learner.model_id, to=rollback.version, as_version=learner.version)
+
+
+def _experience(record: Any) -> ExperienceEvent:
+    """Decodes a record of the experiences topic.
+
+    Raises:
+        InputError: it is not an experience, or its key is of another model.
+    """
+    event = parse(ExperienceEvent, record.value)
+    if record.key and event.interaction.model_id.encode() != record.key:
+        raise InputError(
+            f"the key is of model {record.key.decode()!r}, the experience of {event.interaction.model_id!r}"
+        )
+    return event

@@ -17,13 +17,17 @@ import numpy as np
 import pytest
 import pytest_asyncio
 from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 from pydantic import SecretStr
 
 from streams.connections import kafka_client_options
+from streams.events import version_header
+from streams.kafka.clients import started
 from streams.kafka.topics import Topics
 from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, EmbeddedServer
 from streams.settings import Settings
 from streams.testing import async_wait_for, spawn_worker
+from streams.trainer.partition import owner_partition
 from tests.streams.experiences import (
     WeightsWatch,
     committed,
@@ -231,23 +235,58 @@ async def test_invalid_experiences_become_dead_letters_and_the_rest_is_learned(
         "too few metadata": (b"m", experience("x", metadata=[1.0]).to_bytes()),
         "NaN": (b"m", good.to_bytes().replace(b'"reward":0.8', b'"reward":NaN')),
         "a newer schema": (b"m", good.to_bytes().replace(b'"schema_version":1', b'"schema_version":99', 1)),
-        "no key": (None, good.to_bytes()),
+        "neither key nor experience": (None, b"{}"),
         "an invalid key": (b"\xff", good.to_bytes()),
     }
     for key, value in bad.values():
         await send_raw(settings, key, value, partition)
-    stranger = next(
-        m for m in map(str, range(99)) if partition not in ends(settings, [experience("x", model_id=m)])
-    )
-    await send_raw(settings, stranger.encode(), experience("x", model_id=stranger).to_bytes(), partition)
     await publish_experiences(settings, [experience("good-2")])
     async with running(settings):
         await watch.learned(2)
     letters = await dead_letters(settings)
-    assert len(letters) == len(bad) + 1, [x.reason for x in letters]
-    assert [x.offset for x in letters] == list(range(1, len(bad) + 2))
+    assert len(letters) == len(bad), [x.reason for x in letters]
+    assert [x.offset for x in letters] == list(range(1, len(bad) + 1))
     assert all(x.topic == Topics.of(settings).experiences and x.reason for x in letters)
     assert set(watch.seen) == {"m"}
+
+
+async def test_an_experience_in_the_partition_of_another_model_is_learned_once(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    [partition] = ends(settings, [experience("x")])
+    names = [str(n) for n in range(99)]
+    stranger = next(m for m in names if partition not in ends(settings, [experience("x", model_id=m)]))
+    event = experience("astray", model_id=stranger)
+    version = version_header(event.revision)
+    await send_raw(settings, stranger.encode(), event.to_bytes(), partition, version)
+    await send_raw(settings, None, experience("without a key").to_bytes(), partition, version)
+    await publish_experiences(settings, [event, experience("good")])
+    async with running(settings) as trainer:
+        await async_wait_for(lambda: trainer.outcomes("learned") == 3, "all experiences")
+        await async_wait_for(lambda: trainer.outcomes("repeated") == 1, "the one that is there twice")
+    assert set(watch.seen) == {"m", stranger}
+    assert not await dead_letters(settings)
+
+
+async def test_partitions_may_be_added_while_experiences_come(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    models = [f"model-{n}" for n in range(12)]
+    async with running(settings) as trainer:
+        await publish_experiences(settings, [experience(f"a-{m}", model_id=m) for m in models])
+        async with started(AIOKafkaAdminClient(bootstrap_servers=settings.kafka_address)) as admin:
+            await admin.create_partitions({Topics.of(settings).experiences: NewPartitions(7)})
+        # Still by the old number, as a producer that has not seen the new partitions does.
+        for model in models:
+            old = owner_partition(model, settings.partitions)
+            event = experience(f"b-{model}", model_id=model)
+            await send_raw(settings, model.encode(), event.to_bytes(), old, version_header(event.revision))
+        await async_wait_for(lambda: trainer.partitions() == 7, "the new partitions")
+        await publish_experiences(settings, [experience(f"c-{m}", model_id=m) for m in models])
+        await async_wait_for(lambda: trainer.outcomes("learned") == 3 * len(models), "all experiences")
+    assert not await dead_letters(settings)
+    await watch.check()
+    assert {m: watch.newest(m).interactions for m in models} == dict.fromkeys(models, 3)
 
 
 async def test_unreachable_servers_are_named(settings: Settings) -> None:

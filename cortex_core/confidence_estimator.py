@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cortex_core.arrays import FloatArray
 from cortex_core.errors import ConfigError, DimensionError
+from cortex_core.requirements import CONTEXT_DIM
 
 Action = Literal["proceed", "hedge", "escalate"]
 
@@ -47,7 +48,6 @@ class ContextSummary:
         return torch.tensor(astuple(self), dtype=torch.float32)
 
 
-CONTEXT_DIM = 7
 IDENTITY_CALIBRATION = np.array(
     [name in {"satisfaction_logit", "memory_logit"} for name in (*ContextSummary.__slots__, "bias")],
     np.float64,

@@ -10,6 +10,7 @@ It reads experiences and samples replay; it publishes nothing and does not depen
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 from cortex_core.arrays import FloatArray
 from cortex_core.confidence_estimator import CalibrationLoss, ConfidenceEstimator
-from cortex_core.errors import ConfigError
+from cortex_core.errors import ConfigError, InputError
 from cortex_core.memory_gate import MemoryGate
 from cortex_core.metadata import metadata_features
 from cortex_core.online import checkpoints
@@ -34,6 +35,7 @@ from cortex_core.online.posteriors import Posteriors, chosen_mean
 from cortex_core.online.progress import Progress, moving_average
 from cortex_core.online.update import InteractionOutcome, Losses, OnlineUpdate
 from cortex_core.replay_buffer import ReplayEntry, ReplayStore
+from cortex_core.requirements import Requirements
 from cortex_core.situation_encoder import SituationEncoder
 from cortex_core.strategy_registry import StrategyRegistry
 from cortex_core.strategy_selector import StrategySelector
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from cortex_core.feedback_collector import FeedbackCollector
     from cortex_core.model import CortexModel
 
+
+log = logging.getLogger(__name__)
 
 NOISE_LR = 100.0
 """Learning rate of the estimator's reply noise ε, in units of `lr`: a single number does not overfit."""
@@ -108,6 +112,7 @@ class OnlineTrainer:
         self.reward_margin = reward_margin
         self._collector = collector
         self.calibration = CalibrationLoss()
+        self.requirements = Requirements(encoder.text_dim, encoder.output_dim, frozenset(registry.ids))
         self._modules: dict[str, nn.Module] = {
             "encoder": encoder,
             "gate": gate,
@@ -217,7 +222,7 @@ class OnlineTrainer:
             memory_propensities=list(memory_propensities),
             context=list(context),
         )
-        self._check(entry)
+        self.requirements.check_entry(entry)
         self.buffer.add(entry)
         return InteractionOutcome(entry, feedback.reward, feedback.signals, self.observe(entry))
 
@@ -229,7 +234,7 @@ class OnlineTrainer:
         Raises:
             InputError: the entry does not fit this model; it is not added.
         """
-        self._check(entry)
+        self.requirements.check_entry(entry)
         known = self._pending.get(entry.id) if entry.id else None
         if known is not None and known.revision >= entry.revision:
             return None
@@ -246,7 +251,7 @@ class OnlineTrainer:
         ids = {e.id for e in fresh}
         count = max(self.batch_size - len(fresh), 0) if self._replay else 0
         drawn = self.buffer.sample(self.batch_size) if count else []
-        replay = [e for e in drawn if e.id not in ids][:count]
+        replay = [e for e in drawn if e.id not in ids and self._fits(e)][:count]
         return self._step([*fresh, *replay], len(fresh))
 
     def loss(self, batch: Batch, phi: FloatArray, psi: FloatArray) -> Losses:
@@ -301,8 +306,14 @@ class OnlineTrainer:
         """Resumes from `save_checkpoint`; raises `WeightsError` if the file is damaged or does not fit."""
         self.load_state_dict(checkpoints.load(path))
 
-    def _check(self, entry: ReplayEntry) -> None:
-        collate([entry], self.registry, self.encoder.text_dim, self.encoder.output_dim)
+    def _fits(self, entry: ReplayEntry) -> bool:
+        """Whether a drawn entry fits this model. One that does not must not fail the step of the others."""
+        try:
+            self.requirements.check_entry(entry)
+        except InputError as error:
+            log.warning("replay entry %r is skipped: %s", entry.id, error)
+            return False
+        return True
 
     def _step(self, entries: list[ReplayEntry], fresh: int) -> OnlineUpdate:
         batch = collate(entries, self.registry, self.encoder.text_dim, self.encoder.output_dim)

@@ -88,6 +88,8 @@ class ReplayEntry:
         self.reward_confidence, self.occurred_at = float(self.reward_confidence), float(self.occurred_at)
         self.memory_indices = [int(i) for i in self.memory_indices]
         self.memory_scores = [float(s) for s in self.memory_scores]
+        self.memory_propensities = [float(p) for p in self.memory_propensities]
+        self.context = [float(x) for x in self.context]
         if len(self.memory_indices) != len(self.memory_scores):
             raise DimensionError("memory_scores", len(self.memory_scores), len(self.memory_indices))
         if self.memory_propensities and len(self.memory_propensities) != len(self.memory_indices):
@@ -106,6 +108,8 @@ class ReplayEntry:
             self.reward_confidence,
             self.occurred_at,
             *self.memory_scores,
+            *self.memory_propensities,
+            *self.context,
         ]
         if not all(math.isfinite(x) for x in numbers):
             raise NonFiniteError(f"replay entry {self.id or '(without id)'}")
@@ -129,11 +133,12 @@ class ReplayEntry:
         Raises:
             InputError: a field is missing or invalid.
         """
-        known = {k: _unpack(v) for k, v in data.items() if k in cls.__dataclass_fields__}
         try:
-            return cls(**known)
-        except TypeError as error:
-            raise InputError(f"invalid replay entry: {error}") from error
+            return cls(**{k: _unpack(v) for k, v in data.items() if k in cls.__dataclass_fields__})
+        except InputError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise InputError(f"invalid replay entry: {type(error).__name__}: {error}") from error
 
 
 def _pack(array: FloatArray) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pydantic import (
     model_validator,
 )
 
+from cortex_core.arrays import as_float32
 from cortex_core.errors import InputError, shown
 from cortex_core.replay_buffer import ReplayEntry
 
@@ -316,7 +317,7 @@ class ExperienceEvent(Event):
             reward_confidence=self.reward_confidence,
             message_emb=it.message.astype(np.float32),
             history_emb=it.history.astype(np.float32),
-            metadata=np.asarray(it.metadata, dtype=np.float32),
+            metadata=as_float32(it.metadata, "metadata", 1),
             memory_embs=it.memories.astype(np.float32),
             propensity=it.propensity,
             memory_propensities=it.memory_propensities,
@@ -363,6 +364,7 @@ class DeadLetter(Event):
     topic: str
     partition: Whole
     offset: Annotated[int, Field(lt=2**53)]
+    """-1: `raw` is an entry of replay; a retry publishes it to the topic."""
     key: str | None = None
     """base64 of the key's bytes"""
     raw: str

@@ -6,17 +6,22 @@ Keys (the braces are the hash tag that places a model on one node of a cluster):
     <prefix>:replay:{<model_id>}:order     zset    id by the interaction's time
     <prefix>:replay:{<model_id>}:removed   hash    id → version of removed entries
     <prefix>:replay:{<model_id>}:changed   set     ids written during a rebuild
+    <prefix>:replay:{<model_id>}:architecture      string  JSON; what entries must fit
     <prefix>:replay-models                 set     the model_ids with a buffer
 
 The JSON is an `ExperienceEvent` exactly as published, or a `ReplayEntry` that a tool added. The content is a
 function of the set of writes, not of their order: the highest version of each id, and of those the last
 `capacity` by (`occurred_at`, id). The joiner sets the versions (`streams.joiner.states`); the version of a
 tool's entry is its revision.
+
+An experience that does not fit its model (`cortex_core.requirements`) is not stored. The trainer, which has
+the model, writes the architecture; before there is one, everything is stored, and the trainer sets aside
+what does not fit (`streams.trainer.replay`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any
@@ -24,11 +29,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from cortex_core.errors import ConfigError
+from cortex_core.errors import ConfigError, InputError
 from cortex_core.recency import RecencySampler
 from cortex_core.replay_buffer import ReplayEntry
 from streams.connections import redis_client
 from streams.events import ExperienceEvent, new_id, parse
+from streams.replay_fit import FitCheck
 from streams.trail import Trail
 
 if TYPE_CHECKING:
@@ -51,6 +57,8 @@ class WriteResult(IntEnum):
     CHANGED = 1
     TOO_OLD = 2
     """Evicted at once: the buffer is full of later entries."""
+    UNFIT = 3
+    """Not stored: it does not fit its model."""
 
 
 class Replaces(StrEnum):
@@ -130,13 +138,13 @@ end
 return results
 """
 
-# KEYS: entries, order. ARGV: positions in the order. Returns the values there.
+# KEYS: entries, order. ARGV: positions in the order. Returns the id and the value of each.
 AT = """
 local out = {}
 for i = 1, #ARGV do
   local id = redis.call('ZRANGE', KEYS[2], ARGV[i], ARGV[i])[1]
   local value = id and redis.call('HGET', KEYS[1], id)
-  if value then out[#out+1] = value end
+  if value then out[#out+1] = {id, value} end
 end
 return out
 """
@@ -196,11 +204,19 @@ def decode(value: bytes) -> tuple[int, bytes]:
 
 
 def to_entry(value: bytes) -> ReplayEntry:
-    """The entry of a stored value."""
+    """The entry of a stored value.
+
+    Raises:
+        InputError: it is invalid.
+    """
     _, body = decode(value)
     if b'"interaction":{' in body:
         return parse(ExperienceEvent, body).to_entry()
-    return ReplayEntry.from_json(orjson.loads(body))
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"invalid replay entry: {error}") from error
+    return ReplayEntry.from_json(data)
 
 
 class RedisReplayBuffer:
@@ -283,12 +299,16 @@ class RedisReplayBuffer:
 
     def sample(self, n: int, prioritize_recent: bool = True) -> list[ReplayEntry]:
         """Up to `n` distinct entries, drawn uniformly or with more recent ones (see `RecencySampler`)."""
+        return [to_entry(value) for _, value in self.draw(n, prioritize_recent)]
+
+    def draw(self, n: int, prioritize_recent: bool = True) -> list[tuple[str, bytes]]:
+        """As `sample`: ids with stored values (see `decode`)."""
         sampler = self.sampler if prioritize_recent else RecencySampler(floor=1.0)
         positions = sampler.draw(len(self), n, self._rng).tolist()
         if not positions:
             return []
-        values = self._at([self.keys.entries, self.keys.order], positions)
-        return [to_entry(value) for value in values]
+        drawn = self._at([self.keys.entries, self.keys.order], positions)
+        return [(entry_id.decode(), value) for entry_id, value in drawn]
 
     def get(self, entry_id: str) -> ReplayEntry | None:
         """The entry with this id, or None."""
@@ -354,11 +374,13 @@ class ReplayWriter:
         *,
         prefix: str,
         capacity: int,
+        strategies: Collection[str] = (),
         generation: str = "",
         trail: Trail | None = None,
     ) -> None:
         """
         Args:
+            strategies: see `FitCheck`.
             trail: notes each write.
         """
         self._client = client
@@ -368,6 +390,7 @@ class ReplayWriter:
         self._capacity = capacity
         self._generation = generation
         self._known: set[str] = set()
+        self._fit = FitCheck(client, prefix, strategies)
 
     def clear_cache(self) -> None:
         """Forgets which models Redis knows. Required when Redis has lost writes."""
@@ -381,9 +404,10 @@ class ReplayWriter:
         """
         if not writes:
             return []
+        unfit = await self._fit.unfit([(model_id, write.value) for model_id, write in writes])
         positions: dict[str, list[int]] = {}
         for i, (model_id, _) in enumerate(writes):
-            positions.setdefault(model_id, []).append(i)
+            positions.setdefault(model_id, []).extend([] if i in unfit else [i])
         pipe = self._client.pipeline(transaction=False)
         chunks: list[list[int]] = []
         for model_id, indices in positions.items():
@@ -396,7 +420,7 @@ class ReplayWriter:
                 arguments = _write_arguments(self._capacity, [writes[i][1] for i in chunk])
                 await self._write(keys.written, arguments, client=pipe)
                 chunks.append(chunk)
-        out = [WriteResult.SAME] * len(writes)
+        out = [WriteResult.UNFIT] * len(writes)
         number = await self._trail.note(pipe) if self._trail else 0
         answers = await pipe.execute()
         if self._trail:

@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 import structlog
@@ -112,6 +112,8 @@ class Worker:
         self.stopping = asyncio.Event()
         self.failed: str | None = None
         self.refused: ConfigError | None = None
+        self.notes: dict[str, Mapping[str, Any]] = {}
+        """What `/readyz` says in addition, by name; empty ones are not shown. Changes no readiness."""
         self._missing: dict[str, str] = dict.fromkeys(dependencies, "not connected yet")
 
     def ready(self, dependency: str) -> None:
@@ -143,6 +145,7 @@ class Worker:
         async def readyz(_: Request) -> Response:
             ok = not self._missing and not self.stopping.is_set()
             body = {"ready": ok, "worker": self.name, "missing": self.missing}
+            body |= {name: note for name, note in self.notes.items() if note}
             return JSONResponse(body, status_code=200 if ok else 503)
 
         # Starlette treats a function as a request handler, and any other callable as an ASGI app.

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cortex_core.confidence_estimator import CONTEXT_DIM
 from cortex_core.errors import DimensionError
 from cortex_core.metadata import METADATA_KEYS
 from cortex_core.replay_buffer import ReplayEntry
+from cortex_core.requirements import CONTEXT_DIM
 from cortex_core.situation_encoder import SituationEncoder
 from cortex_core.strategy_registry import StrategyRegistry
 

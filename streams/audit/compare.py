@@ -99,6 +99,8 @@ class _Comparison:
         may_be_evicted = self.joined.rank[it.key] >= evidence.capacity
         if stored is not None:
             self._check_experience(it, stored, "replay")
+        elif it.key in evidence.misfits:
+            counts["misfits"] += 1
         elif required and not may_be_evicted:
             self._add_lost(it, "replay")
         current = published.newest if published and required else None

@@ -183,6 +183,8 @@ class Evidence:
     published: dict[Key, Published] = field(default_factory=dict)
     stored: dict[Key, Experience] = field(default_factory=dict)
     """The entries of replay."""
+    misfits: set[Key] = field(default_factory=set)
+    """Experiences that do not fit their model, and so are not in replay."""
     inconsistent: list[str] = field(default_factory=list)
     """Invalid or inconsistent entries of replay and records of the experiences topic."""
     versions: list[Version] = field(default_factory=list)

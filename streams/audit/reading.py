@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
@@ -12,14 +14,16 @@ from aiokafka.admin import AIOKafkaAdminClient
 from pydantic import ValidationError
 
 from cortex_core.errors import CortexError, InputError, UnavailableError
+from cortex_core.requirements import Requirements
 from cortex_core.weights import WeightsManifest
-from streams.audit.evidence import Evidence, Experience, Interaction, Published, Reply, Version
+from streams.audit.evidence import Evidence, Experience, Interaction, Key, Published, Reply, Version
 from streams.connections import async_redis_client, kafka_client_options
 from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, ReplyEvent, parse, version_of
 from streams.kafka.clients import started
 from streams.kafka.groups import committed_offsets
 from streams.kafka.reader import reading, records_to_end
 from streams.kafka.topics import Topics
+from streams.replay_fit import architecture_key
 from streams.replay_store import CHUNK, ReplayKeys, decode
 from streams.weights.records import MANIFEST, decode_key
 
@@ -58,10 +62,13 @@ async def collect(settings: Settings) -> Evidence:
         except InputError:
             continue
         letters.add((letter.topic, letter.partition, letter.offset))
+        if letter.topic == topics.experiences:
+            evidence.misfits |= _keys(letter)
+    fits: dict[str, Requirements] = {}
     async with async_redis_client(settings) as client:
-        await _replay(settings, client, evidence)
+        await _replay(settings, client, evidence, fits)
     async for record in _records(settings, topics.experiences):
-        _published(record, letters, evidence)
+        _published(record, letters, evidence, fits)
     async for record in _records(settings, topics.weights):
         if version := _version(record):
             evidence.versions.append(version)
@@ -115,7 +122,18 @@ def _event(record: Any, committed: bool, letters: set[Position], evidence: Evide
             evidence.unreadable.append(f"{record.topic}-{record.partition} @{record.offset}")
 
 
-def _published(record: Any, letters: set[Position], evidence: Evidence) -> None:
+def _keys(letter: DeadLetter) -> set[Key]:
+    """The experience in a trainer's dead letter, if it is one."""
+    try:
+        it = parse(ExperienceEvent, base64.b64decode(letter.raw)).interaction
+    except ValueError:
+        return set()
+    return {(it.model_id, it.interaction_id)}
+
+
+def _published(
+    record: Any, letters: set[Position], evidence: Evidence, fits: Mapping[str, Requirements]
+) -> None:
     position = (record.topic, record.partition, record.offset)
     try:
         event = parse(ExperienceEvent, record.value)
@@ -124,6 +142,11 @@ def _published(record: Any, letters: set[Position], evidence: Evidence) -> None:
         if position not in letters:
             evidence.inconsistent.append(f"{record.topic}-{record.partition} @{record.offset}")
         return
+    if experience.model_id in fits:
+        try:
+            fits[experience.model_id].check_entry(event.to_entry())
+        except InputError:
+            evidence.misfits.add(experience.key)
     if known := evidence.published.get(experience.key):
         known.add(experience)
     else:
@@ -140,10 +163,19 @@ def _version(record: Any) -> Version | None:
         return None
 
 
-async def _replay(settings: Settings, client: redis.asyncio.Redis, evidence: Evidence) -> None:
+async def _replay(
+    settings: Settings, client: redis.asyncio.Redis, evidence: Evidence, fits: dict[str, Requirements]
+) -> None:
+    """
+    Args:
+        fits: gets the requirements of each model whose architecture is known.
+    """
     models: Any = await client.smembers(ReplayKeys(settings.topic_prefix, "").models)
     for model_id in sorted(name.decode() for name in models):
         keys = ReplayKeys(settings.topic_prefix, model_id)
+        architecture: Any = await client.get(architecture_key(settings.topic_prefix, model_id))
+        if architecture is not None:
+            fits[model_id] = Requirements.of(json.loads(architecture))
         both = client.pipeline(transaction=True)
         both.zrange(keys.order, 0, -1, withscores=True)
         both.hlen(keys.entries)

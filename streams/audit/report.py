@@ -22,6 +22,7 @@ COUNTS = {
     "experiences": "interactions with an experience",
     "amended": "of these: with more than one reply",
     "expired": "of these: without a reply",
+    "misfits": "interactions that do not fit their model: dead letters, and not in replay",
     "open": "interactions whose window is open",
     "republished": "records of the experiences topic that repeat or amend another one",
     "beyond": "interactions not checked: before --from, or before the retained events",

@@ -92,7 +92,7 @@ def rebuild(
         report = run(work, settings)
     typer.echo(
         f"read {report.interactions} interactions and {report.replies} replies in {report.seconds:.1f} s; "
-        f"{report.unreadable} invalid records"
+        f"{report.unreadable} invalid records, {report.unfit} experiences that do not fit their model"
     )
     for name, entries in report.models.items():
         typer.echo(f"{name}: {entries} entries")

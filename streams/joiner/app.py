@@ -21,6 +21,7 @@ from mode import Service
 from mode.supervisors import CrashingSupervisor
 
 from cortex_core.errors import ConfigError
+from cortex_core.strategy_registry import StrategyRegistry
 from streams.connections import async_redis_client, retry
 from streams.events import DeadLetter, version_header
 from streams.failures import is_transient
@@ -143,7 +144,13 @@ class JoinerApp(faust.App):
         self.join = make_join(settings)
         prefix, trail = settings.topic_prefix, Trail(self.redis, settings.topic_prefix)
         self.states = RedisStates(self.redis, prefix, settings.join_window_s, trail)
-        self.replay = ReplayWriter(self.redis, prefix=prefix, capacity=settings.replay_capacity, trail=trail)
+        self.replay = ReplayWriter(
+            self.redis,
+            prefix=prefix,
+            capacity=settings.replay_capacity,
+            strategies=StrategyRegistry.from_set(settings.strategies).ids,
+            trail=trail,
+        )
         self.engine = Engine(self.join, self.states, self.replay, self._publish_experiences)
         offsets = StoredOffsets(self.redis, prefix, trail)
         self.transport = BatchTransport(self, settings, self.worker, offsets, self.clear_caches)

@@ -26,6 +26,7 @@ from aiokafka import TopicPartition
 from redis.exceptions import LockError
 
 from cortex_core.errors import InputError, UnavailableError
+from cortex_core.strategy_registry import StrategyRegistry
 from streams.connections import async_redis_client, redis_client
 from streams.joiner.decode import Interaction, Reply
 from streams.joiner.effects import Engine, Task
@@ -79,6 +80,8 @@ class RebuildReport:
     replies: int = 0
     unreadable: int = 0
     """Records that are not valid events; the joiner published them as dead letters."""
+    unfit: int = 0
+    """Writes of experiences that do not fit their model; the trainer published them as dead letters."""
     models: dict[str, int] = field(default_factory=dict)
     """Number of entries in each model's new buffer."""
     untouched: list[str] = field(default_factory=list)
@@ -130,13 +133,17 @@ class _Writer(ReplayWriter):
             client,
             prefix=settings.topic_prefix,
             capacity=settings.replay_capacity,
+            strategies=StrategyRegistry.from_set(settings.strategies).ids,
             generation=GENERATION,
         )
         self._only = model_id
+        self.unfit = 0
 
     async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[WriteResult]:
         mine = [(model_id, _rebuilt(w)) for model_id, w in writes if self._only in (None, model_id)]
-        results = iter(await super().write(mine))
+        written = await super().write(mine)
+        self.unfit += written.count(WriteResult.UNFIT)
+        results = iter(written)
         return [next(results) if self._only in (None, w[0]) else WriteResult.SAME for w in writes]
 
     @property
@@ -189,6 +196,7 @@ async def rebuild(
                 await _replay(
                     settings, engine, since=since, report=report, progress=progress, extend_lock=extend_lock
                 )
+                report.unfit = writer.unfit
                 if model_id and model_id not in {*writer.models, *existing}:
                     known = ", ".join(existing) or "none"
                     raise InputError(f"the topics have no interaction of {model_id!r}; models are: {known}")

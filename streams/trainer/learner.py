@@ -27,15 +27,19 @@ import structlog
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from cortex_core.errors import WeightsError
+from cortex_core.errors import InputError, WeightsError
 from cortex_core.model import CortexModel
 from cortex_core.online.update import OnlineUpdate
 from cortex_core.online_trainer import OnlineTrainer
-from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry, ReplayStore
+from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry
+from cortex_core.requirements import Requirements
 from cortex_core.weights import WeightsSnapshot
 from streams.events import ExperienceEvent
 from streams.failures import is_systemic
+from streams.replay_fit import architecture_key
+from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
+from streams.trainer.replay import LearnerReplay
 from streams.weights.architecture import model_config
 
 log = structlog.get_logger(__name__)
@@ -123,11 +127,15 @@ def warm_up(settings: Settings) -> None:
     WeightsSnapshot.of(model, model_id="warm-up", version=1).to_model()
 
 
+class MisfitError(InputError):
+    """An experience does not fit its model, and none of its versions does."""
+
+
 class ModelLearner:
     """Learns one model from its experiences, in the order of their offsets.
 
     learner = ModelLearner.open(settings, "support-bot", newest, resume, buffer=..., cache=...)
-    learner.learn(event, offset)
+    learner.learn(event, version, offset)
     snapshot, resume = learner.next_version({"cortex.experiences-0": offset + 1})
     ...published...
     learner.published(snapshot)
@@ -140,7 +148,7 @@ class ModelLearner:
         model: CortexModel,
         *,
         resume: Resume,
-        buffer: ReplayStore,
+        buffer: RedisReplayBuffer,
         base: WeightsSnapshot | None,
     ) -> None:
         self.settings = settings
@@ -155,8 +163,8 @@ class ModelLearner:
         self.reason: Literal["train", "rollback", "seed"] = "train"
         self._oldest_reply_at: datetime | None = None
         self.resume = resume
-        self._buffer = buffer
         self._model = model
+        self.replay = LearnerReplay(buffer, Requirements.of(model.config.to_dict()))
         self._trainer = (
             self._train(base.manifest.updates, base.manifest.ema_loss) if base else self._train(0, None)
         )
@@ -169,7 +177,7 @@ class ModelLearner:
         newest: WeightsSnapshot | None,
         resume: bytes,
         *,
-        buffer: ReplayStore,
+        buffer: RedisReplayBuffer,
         cache: redis.Redis,
     ) -> ModelLearner:
         """Continues from the newest version, or initialises a model that has none.
@@ -189,6 +197,7 @@ class ModelLearner:
             )
             known = Resume()
         learner = cls(settings, model_id, model, resume=known, buffer=buffer, base=newest)
+        cache.set(*learner._architecture)
         if newest is not None:
             exact = learner._load_optimizer(cache)
             log.info("model continues", model_id=model_id, version=learner.version, warm_restart=not exact)
@@ -215,15 +224,20 @@ class ModelLearner:
             version: of the experience's record (`streams.events.version_of`).
 
         Raises:
-            InputError: its arrays or its strategy do not fit this model; nothing has changed.
+            MisfitError: its arrays or its strategy do not fit this model; nothing has changed.
             redis.RedisError: the store does not answer; this object is to be thrown away.
         """
         known = self.resume.version(event.interaction.interaction_id)
         if known is not None and version <= known:
             return "repeated", None
+        try:
+            entry = replace(event.to_entry(), revision=version)
+            self.replay.requirements.check_entry(entry)
+        except InputError as error:
+            raise MisfitError(str(error)) from error
         if known is None and not event.revision:
             return "no_reply", None
-        update = self._trainer.observe(replace(event.to_entry(), revision=version))
+        update = self._trainer.observe(entry)
         self.resume.note(event.interaction.interaction_id, version)
         self.interactions += known is None
         if self.first_unpublished is None:
@@ -273,6 +287,7 @@ class ModelLearner:
         """Takes an older version's weights; the optimizer starts anew. What was learned stays counted."""
         updates = self.updates
         self._model = to.to_model()
+        self.replay.requirements = Requirements.of(self._model.config.to_dict())
         self._trainer = self._train(updates, to.manifest.ema_loss)
         self.resume.control_offset = control_offset
         self.reason = "rollback"
@@ -287,11 +302,18 @@ class ModelLearner:
         blob = save(tensors, metadata={"meta": json.dumps(state["meta"])}) if tensors else b""
         key = self._cache_key
         pipe = cache.pipeline(transaction=True)
+        pipe.set(*self._architecture)
         pipe.hset(key, str(version), blob)
         pipe.hkeys(key)
         stale = [k for k in pipe.execute()[-1] if not version - 1 <= int(k) <= version]
         if stale:
             cache.hdel(key, *stale)
+
+    @property
+    def _architecture(self) -> tuple[str, str]:
+        """Key and value of what joiners check experiences against; written again in case Redis lost it."""
+        key = architecture_key(self.settings.topic_prefix, self.model_id)
+        return key, json.dumps(self._model.config.to_dict())
 
     @property
     def _cache_key(self) -> str:
@@ -318,7 +340,7 @@ class ModelLearner:
     def _train(self, updates: int, ema_loss: float | None) -> OnlineTrainer:
         trainer = OnlineTrainer.for_model(
             self._model,
-            buffer=self._buffer,
+            buffer=self.replay,
             lr=self.settings.lr,
             update_every=self.settings.update_every,
             batch_size=self.settings.batch_size,

@@ -49,6 +49,14 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self.misfits = Counter(
+            "cortex_trainer_misfits",
+            "Experiences that did not fit their model: now dead letters, and not in replay",
+            ["model_id"],
+            registry=registry,
+        )
+        self.misfits_of: dict[str, int] = {}
+        """The same, for `/readyz`."""
         self.fenced = Counter(
             "cortex_trainer_fenced", "Partitions lost to another trainer", registry=registry
         )
@@ -84,6 +92,13 @@ class Metrics:
         label = self._label(model_id)
         self.step_seconds.observe(seconds)
         (self.skipped if update.skipped else self.updates).labels(label).inc()
+
+    def misfit(self, model_id: str, number: int = 1) -> None:
+        """Counts experiences that did not fit their model."""
+        label = self._label(model_id)
+        self.misfits.labels(label).inc(number)
+        if number:
+            self.misfits_of[label] = self.misfits_of.get(label, 0) + number
 
     def published(self, manifest: WeightsManifest) -> None:
         """Counts one published version."""

@@ -19,6 +19,7 @@ from streams.failures import error_text, is_systemic
 from streams.replay_store import RedisReplayBuffer
 from streams.trainer.context import TrainerContext
 from streams.trainer.learner import ModelLearner
+from streams.trainer.replay import Misfit
 
 log = structlog.get_logger(__name__)
 
@@ -117,6 +118,11 @@ class LoadedModels:
     def unpublished(self) -> list[ModelLearner]:
         """The learners that have something to publish."""
         return [v for v in self._learners.values() if v.first_unpublished is not None or v.reason != "train"]
+
+    def misfits(self) -> list[tuple[ModelLearner, list[Misfit]]]:
+        """The entries that were set aside from replay and are still in it, of each model that has some."""
+        found = [(v, [*v.replay.set_aside.values()]) for v in self._learners.values()]
+        return [(learner, misfits) for learner, misfits in found if misfits]
 
     def next_versions(self, position: int) -> list[Version]:
         """The next version of each model with unpublished changes. For the learning thread.

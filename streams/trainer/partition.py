@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -32,9 +34,11 @@ from streams.failures import error_text, is_systemic
 from streams.kafka.clients import start, stop
 from streams.kafka.dead_letters import dead_letter
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
+from streams.replay_store import decode
 from streams.trainer.context import TrainerContext
-from streams.trainer.learner import ModelLearner, Resume
+from streams.trainer.learner import MisfitError, ModelLearner, Resume
 from streams.trainer.models import LearningError, LoadedModels, Version
+from streams.trainer.replay import Misfit
 from streams.weights.records import publish
 
 if TYPE_CHECKING:
@@ -196,7 +200,15 @@ class PartitionLearner:
             return  # read again for the sake of another model
         event = _experience(record)
         started = time.monotonic()
-        outcome, update = learner.learn(event, version_of(record.headers, event.revision), record.offset)
+        version = version_of(record.headers, event.revision)
+        try:
+            outcome, update = learner.learn(event, version, record.offset)
+        except MisfitError as error:
+            if not learner.replay.refuse(event.interaction.interaction_id, str(error)):
+                return  # its replay entry is the dead letter
+            if record.offset >= self._highest_position:
+                self.context.metrics.misfit(model_id)
+            raise
         self.models.mark_learned(model_id, record.offset)
         self.context.metrics.learned(model_id, outcome, update, time.monotonic() - started)
 
@@ -214,6 +226,22 @@ class PartitionLearner:
         letter = dead_letter(record, reason).model_copy(update={"worker": "trainer"})
         self._letters.append((record.key, letter))
 
+    def _misfit_letter(self, model_id: str, misfit: Misfit) -> KeyedLetter:
+        """The dead letter of a replay entry; the same one if it is published again after a crash."""
+        log.warning("replay entry set aside", model_id=model_id, id=misfit.id, reason=misfit.reason)
+        key = model_id.encode()
+        record = SimpleNamespace(
+            topic=self.tp.topic,
+            partition=self.tp.partition,
+            offset=-1,
+            timestamp=1000 * time.time(),
+            key=key,
+            value=decode(misfit.value)[1],
+        )
+        digest = hashlib.blake2b(key + b"\0" + misfit.id.encode(), digest_size=16).hexdigest()
+        changes = {"worker": "trainer", "dead_letter_id": f"replay-{digest}"}
+        return key, dead_letter(record, f"in replay: {misfit.reason}").model_copy(update=changes)
+
     # --- publishing -----------------------------------------------------------------------------------------
 
     def due_in(self) -> float:
@@ -223,7 +251,7 @@ class PartitionLearner:
     @property
     def unpublished(self) -> bool:
         """Whether there is something to publish."""
-        changes = self.models.unpublished() or self._letters or self._misplaced
+        changes = self.models.unpublished() or self.models.misfits() or self._letters or self._misplaced
         return bool(changes or self._next_offset() != self.committed)
 
     async def publish(self) -> None:
@@ -239,7 +267,11 @@ class PartitionLearner:
         offset = self._next_offset()
         started = time.monotonic()
         versions = await self.context.in_thread(self.models.next_versions, self.position)
-        letters, self._letters = self._letters, []
+        misfits = self.models.misfits()
+        letters = self._letters + [
+            self._misfit_letter(learner.model_id, it) for learner, its in misfits for it in its if it.value
+        ]
+        self._letters = []
         misplaced, self._misplaced = self._misplaced, []
         stepped = time.monotonic()
         self.context.own_versions.extend(snapshot.manifest.sha256 for _, snapshot, _ in versions)
@@ -262,6 +294,9 @@ class PartitionLearner:
         for learner, snapshot, _ in versions:
             learner.published(snapshot)
             self.context.metrics.published(snapshot.manifest)
+        for learner, its in misfits:
+            await self.context.in_thread(learner.replay.remove, its)
+            self.context.metrics.misfit(learner.model_id, sum(bool(it.value) for it in its))
         self.context.metrics.publish_seconds.observe(self.last_publish - stepped)
         self.context.metrics.flush_seconds.observe(stepped - started)
         self.models.unload()

@@ -23,7 +23,7 @@ from streams.kafka.clients import started
 from streams.kafka.follower import TopicFollower
 from streams.kafka.groups import committed_offsets
 from streams.kafka.topics import Topics
-from streams.replay_store import RedisReplayBuffer
+from streams.replay_store import RedisReplayBuffer, ReplayWrite
 from streams.settings import Settings
 from streams.testing import async_wait_for
 from streams.trainer.partition import owner_partition
@@ -84,7 +84,8 @@ def remember(settings: Settings, events: Iterable[ExperienceEvent]) -> None:
     with redis_client(settings) as client:
         for event in events:
             buffer = RedisReplayBuffer.of(settings, event.interaction.model_id, client)
-            buffer.add(event.to_entry())
+            at, name = event.occurred_at.timestamp(), event.interaction.interaction_id
+            buffer.write([ReplayWrite(name, at, event.revision, event.to_bytes())])
 
 
 async def publish_experiences(

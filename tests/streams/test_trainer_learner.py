@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from cortex_core.errors import InputError, WeightsError
 from cortex_core.model import CortexModel
 from cortex_core.online.update import OnlineUpdate
-from cortex_core.replay_buffer import ReplayBuffer
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import redis_client
 from streams.events import ExperienceEvent
@@ -26,6 +25,7 @@ from streams.trainer.learner import ModelLearner, Outcome, Resume
 from streams.trainer.partition import owner_partition
 from streams.weights.architecture import model_config
 from tests.streams.experiences import experience
+from tests.streams.trainers import opened
 
 TP = "cortex.experiences-0"
 
@@ -81,7 +81,7 @@ def cache(settings: Settings) -> Iterator[redis.Redis]:
 
 
 def untrained(settings: Settings, cache: redis.Redis) -> ModelLearner:
-    return ModelLearner.open(settings, "m", None, b"", buffer=ReplayBuffer(100), cache=cache)
+    return opened(settings, "m", None, b"", cache)
 
 
 def learn(
@@ -153,7 +153,7 @@ def test_a_restart_continues_as_if_there_had_been_none(
     if cached:
         learner.save_optimizer(cache, snapshot.manifest.version)
     learner.published(snapshot)
-    heir = ModelLearner.open(settings, "m", snapshot, resume, buffer=ReplayBuffer(100), cache=cache)
+    heir = opened(settings, "m", snapshot, resume, cache)
     assert (heir.version, heir.interactions, heir.updates) == (1, 12, learner.updates)
     assert heir.ema_loss == learner.ema_loss
     assert heir.next_version({})[0].payload == snapshot.payload
@@ -183,7 +183,7 @@ def test_the_cache_has_two_versions_and_those_of_others_are_not_used(
     [key] = cache.scan_iter(f"{settings.topic_prefix}:trainer:*")
     assert sorted(cache.hkeys(key)) == [b"3", b"4"]
     cache.hset(key, "4", b"damaged")
-    heir = ModelLearner.open(settings, "m", snapshot, resume, buffer=ReplayBuffer(100), cache=cache)
+    heir = opened(settings, "m", snapshot, resume, cache)
     assert learn(heir, experience("e5"), 5)[0] == "learned"
 
 

@@ -6,13 +6,17 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import redis
 from prometheus_client import CollectorRegistry
 
+from cortex_core.weights import WeightsSnapshot
 from streams.kafka.topics import create_topics
+from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
 from streams.testing import async_wait_for
 from streams.trainer.app import DEPENDENCIES
 from streams.trainer.consumer import Trainer
+from streams.trainer.learner import ModelLearner
 from streams.worker import Worker
 from tests.streams.experiences import WeightsWatch, committed
 
@@ -21,6 +25,18 @@ def for_trainers(settings: Settings) -> Settings:
     """Settings with four partitions, a group of the test's own, and a session timeout of three seconds."""
     group = f"{settings.topic_prefix}-trainer"
     return settings.model_copy(update={"session_timeout_s": 3.0, "trainer_group": group, "partitions": 4})
+
+
+def opened(
+    settings: Settings,
+    model_id: str,
+    newest: WeightsSnapshot | None,
+    resume: bytes,
+    client: redis.Redis,
+) -> ModelLearner:
+    """The learner of a model on its replay buffer, as a trainer loads it."""
+    buffer = RedisReplayBuffer.of(settings, model_id, client)
+    return ModelLearner.open(settings, model_id, newest, resume, buffer=buffer, cache=client)
 
 
 @contextlib.asynccontextmanager

@@ -15,6 +15,10 @@ DoubleArray = npt.NDArray[np.float64]
 """Rewards and statistics."""
 
 
+_NARROW = (np.float16, np.float32)
+"""Types whose finite numbers are finite as float32."""
+
+
 def as_float32(value: Any, what: str, ndim: int) -> FloatArray:
     """Converts a list, numpy array or tensor to a finite, C-ordered float32 array with `ndim` axes.
 
@@ -24,8 +28,11 @@ def as_float32(value: Any, what: str, ndim: int) -> FloatArray:
     """
     if hasattr(value, "detach"):  # a tensor, recognised without importing torch
         value = value.detach().cpu().numpy()
-    with np.errstate(over="ignore"):  # infinity is an error below, and no warning here
+    if getattr(value, "dtype", None) in _NARROW:
         array = np.ascontiguousarray(value, dtype=np.float32)
+    else:
+        with np.errstate(over="ignore"):  # infinity is an error below, and no warning here
+            array = np.ascontiguousarray(value, dtype=np.float32)
     if array.ndim != ndim:
         raise DimensionError(what, array.shape, f"{ndim} axes")
     if not np.isfinite(array).all():

@@ -198,9 +198,7 @@ class MemoryGate(nn.Module):
         Returns:
             (B,) new α.
         """
-        share = self.strategy_weight.numpy()[strategy]
-        logit = bilinear + self.kernel_logit(phi, psi) + (share[:, :-1] * phi).sum(1) + share[:, -1]
-        p = 1.0 / (1.0 + np.exp(-logit))
+        p = self._satisfied(phi, psi, strategy, bilinear)
         spread = np.maximum(weight * p * (1.0 - p), 1e-3)
         chosen = np.eye(len(self.strategy_weight), dtype=np.float32)[strategy]  # (B, A)
         kernel: FloatArray = PRIOR_VARIANCE * (psi @ psi.T) + STRATEGY_VARIANCE * (chosen @ chosen.T)
@@ -214,6 +212,32 @@ class MemoryGate(nn.Module):
             self.strategy_weight[:, :-1] += torch.from_numpy(strategies)
             self.strategy_weight[:, -1] += BIAS_VARIANCE * float(change.sum())
         return dual + change
+
+    def dual_of(
+        self,
+        *,
+        phi: FloatArray,
+        psi: FloatArray,
+        strategy: npt.NDArray[np.int64],
+        bilinear: FloatArray,
+        label: FloatArray,
+        weight: FloatArray,
+    ) -> FloatArray:
+        """(B,) α of replies that this gate was fitted to: exact at the posterior mode (see `condition`).
+
+        With these, `condition` changes nothing that the replies themselves do not.
+        """
+        out: FloatArray = weight * (label - self._satisfied(phi, psi, strategy, bilinear))
+        return out
+
+    def _satisfied(
+        self, phi: FloatArray, psi: FloatArray, strategy: npt.NDArray[np.int64], bilinear: FloatArray
+    ) -> FloatArray:
+        """(B,) probability of a satisfied user."""
+        share = self.strategy_weight.numpy()[strategy]
+        logit = bilinear + self.kernel_logit(phi, psi) + (share[:, :-1] * phi).sum(1) + share[:, -1]
+        out: FloatArray = 1.0 / (1.0 + np.exp(-logit))
+        return out
 
     def contrastive_loss(
         self, situation: Tensor, positive: Tensor, negative: Tensor, margin: float = 0.5

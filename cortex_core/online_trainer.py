@@ -31,7 +31,7 @@ from cortex_core.online import checkpoints
 from cortex_core.online.batches import Batch, collate, encode
 from cortex_core.online.degradation import GoodWeights, copy_weights, restore_weights
 from cortex_core.online.optimizers import SGD, Adam
-from cortex_core.online.posteriors import Posteriors, chosen_mean
+from cortex_core.online.posteriors import RING, Posteriors, chosen_mean
 from cortex_core.online.progress import Progress, moving_average
 from cortex_core.online.update import InteractionOutcome, Losses, OnlineUpdate
 from cortex_core.replay_buffer import ReplayEntry, ReplayStore
@@ -52,6 +52,8 @@ NOISE_LR = 100.0
 GATE_LR = 30.0
 """Learning rate of the Memory Gate's W, in units of `lr`. By gradient descent without Adam, which would move
 all of its 150,000 numbers by similar amounts and drown the few that the replies support."""
+RECALLED = RING
+"""Number of latest experiences that a restarted trainer recalls."""
 COMPARED = 64
 """Number of latest experiences on which the current weights are compared with the last good ones."""
 
@@ -253,6 +255,37 @@ class OnlineTrainer:
         drawn = self.buffer.sample(self.batch_size) if count else []
         replay = [e for e in drawn if e.id not in ids and self._fits(e)][:count]
         return self._step([*fresh, *replay], len(fresh))
+
+    @torch.no_grad()
+    def recall(self, entries: Sequence[ReplayEntry]) -> None:
+        """Restores what is not in a checkpoint, from experiences that the weights have learned from.
+
+        These are the confidence's calibration window and the gate's ring (`Posteriors.recall`). Without them
+        the first replies after a restart would count for all before. Changes no weight.
+
+        Args:
+            entries: in the order in which they were learned; the `RECALLED` latest are enough.
+
+        Raises:
+            InputError: an entry does not fit this model.
+        """
+        for start in range(0, len(entries), 256):
+            chunk = entries[start : start + 256]
+            batch = collate(chunk, self.registry, self.encoder.text_dim, self.encoder.output_dim)
+            phi, psi = self._posteriors.features(chunk, 0)
+            situation = encode(self.encoder, batch)
+            prior = self.selector.prior(situation).gather(1, batch.strategy[:, None]).squeeze(1)
+            scores = self.gate.score_memories(situation, batch.memories)
+            self._posteriors.recall(
+                chunk,
+                phi,
+                psi,
+                strategy=batch.strategy.tolist(),
+                prior=prior.numpy(),
+                bilinear=self.gate.log_odds(scores, batch.memory_mask).numpy(),
+                label=batch.label().numpy(),
+                weight=batch.sample_weight().numpy(),
+            )
 
     def loss(self, batch: Batch, phi: FloatArray, psi: FloatArray) -> Losses:
         """One forward pass of all components, for a batch and its (B, M) and (B, L) kernel features."""

@@ -22,6 +22,8 @@ from cortex_core.strategy_selector import StrategySelector
 
 CALIBRATION_WINDOW = 600
 """Number of latest decisions on which the confidence is calibrated."""
+RING = 2_000
+"""Number of latest replies with memories to which the gate's posterior is fitted again and again."""
 REPLAYED = 128
 """Number of replies drawn from the ring for each fit of the gate's posterior, besides the fresh ones."""
 MEAN_SCORE_WINDOW = 1_000.0
@@ -33,7 +35,7 @@ KNOWN = 10_000
 class FeatureReplay:
     """Ring buffer of the latest `capacity` experiences with memories, for `MemoryGate.condition`."""
 
-    def __init__(self, features: int, landmarks: int, capacity: int = 2_000) -> None:
+    def __init__(self, features: int, landmarks: int, capacity: int = RING) -> None:
         self.phi: FloatArray = np.zeros((capacity, features), np.float32)
         self.psi: FloatArray = np.zeros((capacity, landmarks), np.float32)
         self.strategy = np.zeros(capacity, np.int64)
@@ -202,17 +204,77 @@ class Posteriors:
             if psi[row].any():
                 self._update_mean_score(float(scores[row]))
                 if w > 0.0:
-                    ring, place = self._ring, self._ring.add(entry.id)
-                    ring.phi[place], ring.psi[place] = phi[row], psi[row]
-                    ring.strategy[place] = strategy[row]
-                    ring.bilinear[place] = bilinear[row]
-                    ring.label[place], ring.weight[place] = y, w
-                    fresh.append(place)
+                    fresh.append(
+                        self._remember(
+                            entry.id, phi[row], psi[row], strategy[row], float(bilinear[row]), y, w
+                        )
+                    )
         self._fit_gate(fresh)
         decisions = [it for it in self._decisions if it.weight > 0.0]
         if decisions:
             columns = zip(*((it.context, it.label, it.weight) for it in decisions), strict=True)
             self.estimator.fit(*(np.array(values, np.float32) for values in columns))
+
+    def recall(
+        self,
+        entries: Sequence[ReplayEntry],
+        phi: FloatArray,
+        psi: FloatArray,
+        *,
+        strategy: Sequence[int],
+        prior: FloatArray,
+        bilinear: FloatArray,
+        label: FloatArray,
+        weight: FloatArray,
+    ) -> None:
+        """Fills ring and calibration window with replies that the weights were conditioned on already.
+
+        After a restart, in the order of learning; no weight changes. Labels, weights and contexts are what
+        they were. φ and ψ are those of all present landmarks, which extend the earlier ones; what was
+        predicted before a reply, the gate's log-odds and its α are computed with the present weights.
+
+        Args: as of `condition`.
+        """
+        means = self.selector.mean.numpy()
+        rows, places = [], []
+        for row, entry in enumerate(entries):
+            w, y = float(weight[row]), float(label[row])
+            decision = _Decision(entry.context, y, w)
+            if entry.id:
+                predicted = float(prior[row] + means[strategy[row]] @ phi[row])
+                self._known[entry.id] = _Learned(y, w, predicted, decision)
+            if w > 0.0 and entry.context:
+                self._decisions.append(decision)
+            if w > 0.0 and psi[row].any():
+                rows.append(row)
+                places.append(
+                    self._remember(entry.id, phi[row], psi[row], strategy[row], float(bilinear[row]), y, w)
+                )
+        self._ring.dual[places] = self.gate.dual_of(
+            phi=phi[rows],
+            psi=psi[rows],
+            strategy=np.array(strategy, np.int64)[rows],
+            bilinear=bilinear[rows],
+            label=label[rows],
+            weight=weight[rows],
+        )
+
+    def _remember(  # noqa: PLR0917 - one row
+        self,
+        entry_id: str,
+        phi: FloatArray,
+        psi: FloatArray,
+        strategy: int,
+        bilinear: float,
+        label: float,
+        weight: float,
+    ) -> int:
+        """Adds a reply to the ring; returns its place."""
+        ring, place = self._ring, self._ring.add(entry_id)
+        ring.phi[place], ring.psi[place] = phi, psi
+        ring.strategy[place], ring.bilinear[place] = strategy, bilinear
+        ring.label[place], ring.weight[place] = label, weight
+        return place
 
     def _update_mean_score(self, score: float) -> None:
         mean, slates = self.gate.mean_score.tolist()

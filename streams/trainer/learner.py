@@ -7,6 +7,7 @@ What a restart needs, and where it is kept:
 - weights, counters, `consumed`: the manifest and payload of the newest version in the weights log;
 - which experiences were learned, and up to which control event: `Resume`, a header of that manifest's
   record. All of this became visible in one transaction, so it cannot disagree with the weights;
+- the windows that calibration and gate are fitted on: replay, in the order of `Resume`;
 - Adam's moments: a cache in Redis, beside the version they belong to. Where it is missing, or of another
   version, the optimizer starts anew ("warm restart"): nothing is learned twice or lost, the first steps
   are merely taken with fresh moments. The log says which of the two happened.
@@ -30,7 +31,7 @@ from safetensors.torch import load, save
 from cortex_core.errors import InputError, WeightsError
 from cortex_core.model import CortexModel
 from cortex_core.online.update import OnlineUpdate
-from cortex_core.online_trainer import OnlineTrainer
+from cortex_core.online_trainer import RECALLED, OnlineTrainer
 from cortex_core.replay_buffer import ReplayBuffer, ReplayEntry
 from cortex_core.requirements import Requirements
 from cortex_core.weights import WeightsSnapshot
@@ -200,6 +201,7 @@ class ModelLearner:
         cache.set(*learner._architecture)
         if newest is not None:
             exact = learner._load_optimizer(cache)
+            learner._recall()
             log.info("model continues", model_id=model_id, version=learner.version, warm_restart=not exact)
         return learner
 
@@ -289,6 +291,7 @@ class ModelLearner:
         self._model = to.to_model()
         self.replay.requirements = Requirements.of(self._model.config.to_dict())
         self._trainer = self._train(updates, to.manifest.ema_loss)
+        self._recall()
         self.resume.control_offset = control_offset
         self.reason = "rollback"
 
@@ -349,6 +352,18 @@ class ModelLearner:
         state["meta"] |= {"updates": updates, "interactions": self.interactions, "ema_loss": ema_loss}
         trainer.load_state_dict(state)
         return trainer
+
+    def _recall(self) -> None:
+        """Refills the trainer's windows with the latest learned experiences that replay has.
+
+        `resume` has their order and versions, so that the result depends on no time and no chance. Takes
+        0.7 ms for each.
+        """
+        versions = self.resume.versions
+        in_replay = {key: i for i in self.replay.store.ids() if (key := _hash(i)) in versions}
+        latest = [key for key in versions if key in in_replay][-RECALLED:]
+        learned = {in_replay[key]: versions[key] for key in latest}
+        self._trainer.recall(self.replay.get_learned(learned))
 
     def _note(self, update: OnlineUpdate | None) -> None:
         if update is not None and update.rolled_back:

@@ -6,7 +6,7 @@ and is then removed from the buffer. So it is neither drawn again nor lost, when
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -14,7 +14,7 @@ from cachetools import LRUCache
 
 from cortex_core.replay_buffer import ReplayEntry
 from cortex_core.requirements import Requirements
-from streams.replay_store import RedisReplayBuffer, to_entry
+from streams.replay_store import RedisReplayBuffer, decode, to_entry
 
 log = structlog.get_logger(__name__)
 
@@ -79,6 +79,16 @@ class LearnerReplay:
         """All entries that fit, earliest first."""
         values = self.store.raw_values(self.store.ids())
         return self._fitting((entry_id, value) for entry_id, value in values if value is not None)
+
+    def get_learned(self, learned: Mapping[str, int]) -> list[ReplayEntry]:
+        """Entries that fit, in the given order.
+
+        Args:
+            learned: id → version learned. An entry of a higher version is omitted: that one comes yet.
+        """
+        values = self.store.raw_values([*learned])
+        same = ((i, v) for i, v in values if v is not None and decode(v)[0] <= learned[i])
+        return list(self._fitting(same))
 
     def __len__(self) -> int:
         return len(self.store)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+import torch
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 from pydantic import SecretStr
@@ -102,6 +103,35 @@ async def test_killed_in_mid_stream_another_does_all_and_each_experience_is_lear
     await watch.check()
     assert {m: watch.newest(m).interactions for m in distinct} == dict.fromkeys(distinct, 25)
     assert await dead_letters(settings) == []
+
+
+async def test_after_kill_9_the_confidence_stays_calibrated_and_the_gate_keeps_its_ring(
+    settings: Settings, watch: WeightsWatch
+) -> None:
+    """Sure decisions got bad replies: one good reply after the restart does not outweigh them."""
+    sure = [4.0, 0.5, 0.1, 0.0, 0.5, 0.1, 0.4]
+    events = [experience(f"e{i}", reward=-0.8, context=sure) for i in range(40)]
+    victim = spawn_worker("trainer", settings)
+    await asyncio.to_thread(victim.wait_ready)
+    await publish_experiences(settings, events)
+    await watch.learned(40)
+    victim.kill()
+    last = watch.newest().version
+    async with running(settings) as heir:
+        before = (await heir.trainer._follower.fetch("m", last)).to_model()
+        await publish_experiences(settings, [experience("e40", reward=0.8, context=sure)])
+        await watch.learned(41)
+        [learner] = [m for p in heir.trainer._owned.values() if (m := p.models.get("m"))]
+        after, posteriors = learner._model, learner._trainer._posteriors
+        assert [(d.context, d.label) for d in posteriors._decisions] == [(sure, 0.0)] * 40 + [(sure, 1.0)]
+        assert posteriors._ring.used == 41
+    # As without a restart: the fit to all 41 replies. Of the last one alone it would be above one half.
+    contexts, labels = np.array([sure] * 41, np.float32), np.array([0.0] * 40 + [1.0], np.float32)
+    before.estimator.fit(contexts, labels, np.ones(41, np.float32))
+    with torch.no_grad():
+        wanted, found = (float(m.estimator(torch.zeros(384), torch.tensor(sure))) for m in (before, after))
+    assert wanted < 0.45
+    assert abs(found - wanted) < 0.05
 
 
 def _home(settings: Settings, model_id: str) -> set[TopicPartition]:

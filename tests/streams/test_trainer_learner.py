@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import redis
 import torch
@@ -20,11 +22,11 @@ from cortex_core.weights import WeightsSnapshot
 from streams.connections import redis_client
 from streams.events import ExperienceEvent
 from streams.settings import Settings
-from streams.trainer import learner
+from streams.trainer import learner as learning
 from streams.trainer.learner import ModelLearner, Outcome, Resume
 from streams.trainer.partition import owner_partition
 from streams.weights.architecture import model_config
-from tests.streams.experiences import experience
+from tests.streams.experiences import experience, remember
 from tests.streams.trainers import opened
 
 TP = "cortex.experiences-0"
@@ -56,7 +58,7 @@ def test_an_invalid_resume_is_refused(raw: bytes) -> None:
 
 
 def test_the_ledger_keeps_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner, "LEDGER_CAPACITY", 3)
+    monkeypatch.setattr(learning, "LEDGER_CAPACITY", 3)
     resume = Resume()
     for name in ("a", "b", "c"):
         resume.note(name, 1)
@@ -201,3 +203,51 @@ def test_a_rollback_restores_the_weights_and_keeps_the_counts(settings: Settings
     assert (snapshot.manifest.interactions, snapshot.manifest.updates) == (2, 2)
     assert Resume.from_bytes(resume).control_offset == 7
     assert learn(learner, experience("b"), 3)[0] == "repeated"
+
+
+def windows(learner: ModelLearner) -> tuple[list[Any], dict[str, tuple[Any, ...]], Any]:
+    """The calibration window, the gate's ring by id, and the ring."""
+    posteriors = learner._trainer._posteriors
+    ring = posteriors._ring
+    rows = {name: row for row, name in enumerate(ring._id_of) if name}
+    kept = {n: (ring.strategy[r], ring.label[r], ring.weight[r]) for n, r in rows.items()}
+    return list(posteriors._decisions), kept, ring
+
+
+@pytest.mark.integration
+def test_a_restart_keeps_the_calibration_window_and_the_gates_ring(
+    settings: Settings, cache: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where replay has more than the windows, amended rewards, and what is not yet learned."""
+    monkeypatch.setattr(learning, "RECALLED", 80)
+    learner = untrained(settings, cache)
+    events = [experience(f"e{i}", reward=(-1.0) ** i * 0.8) for i in range(60)]
+    events += [experience("e59", revision=2, reward=0.5), experience("silent", revision=0)]
+    remember(settings, events)
+    for i, event in enumerate(events):
+        learn(learner, event, i)
+    snapshot, resume = publish(learner, len(events))
+    remember(settings, [experience("later"), experience("e7", revision=2, reward=0.9)])
+
+    heir = opened(settings, "m", snapshot, resume, cache)
+    assert heir.next_version({})[0].payload == snapshot.payload
+    decisions, kept, ring = windows(learner)
+    inherited, kept_by_heir, rings = windows(heir)
+    amended = {"e7"}  # its next version has yet to be learned
+    assert len(inherited) == len(decisions) - 1 == 59
+    assert set(kept) - set(kept_by_heir) == amended
+    assert {n: kept[n] for n in kept_by_heir} == kept_by_heir
+    mine, its = ([windows.row(n) for n in kept_by_heir] for windows in (rings, ring))
+    for name, tolerance in (("phi", 1e-3), ("psi", 1e-3), ("bilinear", 0.25), ("dual", 0.15)):
+        found, wanted = getattr(rings, name)[mine], getattr(ring, name)[its]
+        assert np.allclose(found, wanted, rtol=0.0, atol=tolerance), name
+    assert np.abs(rings.dual[mine] - ring.dual[its]).mean() < 0.05
+
+    # The next replies find the confidence calibrated as without a restart.
+    for it in (learner, heir):
+        learn(it, experience("next", reward=0.8), 99)
+        it.flush()
+    calibrated, inherited_too = (x._model.estimator.linear.weight.detach() for x in (learner, heir))
+    assert torch.allclose(calibrated, inherited_too, atol=0.02)
+    again = opened(settings, "m", snapshot, resume, cache)
+    assert windows(again)[0] == inherited, "it depends on no chance"

@@ -77,6 +77,8 @@ class ReplayEntry:
     """Version of the weights that decided."""
     text: str = ""
     """The user's message; empty unless storing raw text is enabled."""
+    encoder: str = ""
+    """Name of the text encoder of the embeddings; empty if not logged."""
 
     def __post_init__(self) -> None:
         self.situation_emb = as_float32(self.situation_emb, "situation_emb", 1)

@@ -36,20 +36,33 @@ class Requirements:
     situation_dim: int
     """S"""
     strategies: frozenset[str]
+    encoder: str = ""
+    """Name of the text encoder; empty if not known."""
 
     @classmethod
     def of(cls, architecture: Mapping[str, Any]) -> Requirements:
-        """The requirements of an architecture: of `ModelConfig.to_dict()`, or of a weights manifest.
+        """The requirements of an architecture: `ModelConfig.to_dict()`, with the name of the `encoder`
+        if that is known.
 
         Raises:
             KeyError, TypeError, ValueError: it is not an architecture.
         """
         sizes = int(architecture["text_dim"]), int(architecture["situation_dim"])
-        return cls(*sizes, frozenset(map(str, architecture["strategies"])))
+        strategies = frozenset(map(str, architecture["strategies"]))
+        return cls(*sizes, strategies, str(architecture.get("encoder") or ""))
 
     def with_strategies(self, ids: Iterable[str]) -> Requirements:
         """These requirements with further known strategies."""
         return replace(self, strategies=self.strategies.union(ids))
+
+    def encoder_misfit(self, encoder: str | None) -> str:
+        """Why embeddings of this encoder do not fit; empty if they do, or if either name is not known."""
+        if not encoder or not self.encoder or encoder == self.encoder:
+            return ""
+        return (
+            f"the embeddings are from text encoder {encoder!r}, this model learns from those of "
+            f"{self.encoder!r}: use that one (CORTEX_ENCODER), or another model_id"
+        )
 
     def check(
         self,
@@ -61,6 +74,7 @@ class Requirements:
         memories: Shape | None,
         metadata: Iterable[float] | None,
         context: Iterable[float],
+        encoder: str | None,
     ) -> None:
         """Checks the features of an experience, arrays by their shapes; None if a feature is not logged.
 
@@ -70,6 +84,8 @@ class Requirements:
         if not isinstance(strategy_id, str) or strategy_id not in self.strategies:
             known = ", ".join(sorted(self.strategies))
             raise InputError(f"unknown strategy {shown(strategy_id)}, expected one of {known}")
+        if why := self.encoder_misfit(encoder):
+            raise InputError(why)
         text = (self.text_dim,)
         for name, shape, expected in (
             ("situation_emb", situation, (self.situation_dim,)),
@@ -99,6 +115,7 @@ class Requirements:
             memories=None if entry.memory_embs is None else entry.memory_embs.shape,
             metadata=None if entry.metadata is None else entry.metadata.tolist(),
             context=entry.context,
+            encoder=entry.encoder,
         )
 
 

@@ -45,6 +45,8 @@ class WeightsManifest(BaseModel):
     ema_loss: float | None = None
     architecture: dict[str, Any]
     """`ModelConfig.to_dict()`"""
+    encoder: str = ""
+    """name of the text encoder whose embeddings this model learns from; empty if not known"""
     reason: Literal["train", "rollback", "seed"] = "train"
     consumed: dict[str, int] = {}
     """"topic-partition" → next offset: this version has learned from all records below"""
@@ -78,6 +80,7 @@ class WeightsSnapshot:
         oldest_reply_at: datetime | None = None,
         created_at: datetime | None = None,
         reason: Literal["train", "rollback", "seed"] = "train",
+        encoder: str = "",
     ) -> WeightsSnapshot:
         """Takes a snapshot of a model.
 
@@ -102,6 +105,7 @@ class WeightsSnapshot:
                 interactions=interactions,
                 ema_loss=ema_loss if ema_loss is None or math.isfinite(ema_loss) else None,
                 architecture=model.config.to_dict(),
+                encoder=encoder,
                 reason=reason,
                 consumed=consumed or {},
                 oldest_reply_at=oldest_reply_at,

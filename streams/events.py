@@ -151,6 +151,9 @@ class InteractionEvent(Event):
     model_id: Id
     agent_id: Id = "agent"
     weights_version: Whole
+    encoder: Id | None = None
+    """Name of the text encoder of all embeddings (`TextEncoder.name`); None: not known. A model learns from
+    the embeddings of one encoder only."""
 
     message: Embedding
     """(D,)"""
@@ -309,6 +312,7 @@ class ExperienceEvent(Event):
             memory_indices=list(range(k)),
             memory_scores=it.memory_scores,
             strategy_id=it.strategy_id,
+            encoder=it.encoder or "",
             confidence=it.confidence,
             reward=self.reward,
             id=it.interaction_id,

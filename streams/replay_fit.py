@@ -41,6 +41,7 @@ class _Features(Struct):
     metadata: list[float]
     context: list[float]
     strategy_id: str
+    encoder: str | None = None
 
 
 class _Experience(Struct):
@@ -120,6 +121,7 @@ def _misfit(value: bytes, requirements: Requirements) -> str:
             memories=it.memories.shape,
             metadata=it.metadata,
             context=it.context,
+            encoder=it.encoder,
         )
     except InputError as error:
         return str(error)

@@ -81,7 +81,8 @@ class Settings(BaseSettings):
 
     minilm is made for English; paraphrase-multilingual-MiniLM-L12-v2 has as many dimensions. Of a text longer
     than eight times what an encoder reads at once (minilm: about 8,000 letters) the middle is not read, and
-    `cortex_text_shortened_total` counts it."""
+    `cortex_text_shortened_total` counts it. A model that has learned from the embeddings of one encoder is
+    not served by workers with another."""
     text_dim: Count = 384
     text_cache: Count = 10_000
     """Number of cached text embeddings per inference worker; about 2 KB each."""

@@ -112,8 +112,8 @@ class Worker:
         self.stopping = asyncio.Event()
         self.failed: str | None = None
         self.refused: ConfigError | None = None
-        self.notes: dict[str, Mapping[str, Any]] = {}
-        """What `/readyz` says in addition, by name; empty ones are not shown. Changes no readiness."""
+        self.notes: dict[str, Callable[[], Mapping[str, Any]]] = {}
+        """What `/readyz` says in addition, by name; what is empty is not shown. Changes no readiness."""
         self._missing: dict[str, str] = dict.fromkeys(dependencies, "not connected yet")
 
     def ready(self, dependency: str) -> None:
@@ -145,7 +145,7 @@ class Worker:
         async def readyz(_: Request) -> Response:
             ok = not self._missing and not self.stopping.is_set()
             body = {"ready": ok, "worker": self.name, "missing": self.missing}
-            body |= {name: note for name, note in self.notes.items() if note}
+            body |= {name: note for name, make in self.notes.items() if (note := make())}
             return JSONResponse(body, status_code=200 if ok else 503)
 
         # Starlette treats a function as a request handler, and any other callable as an ASGI app.

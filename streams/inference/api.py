@@ -310,6 +310,8 @@ class ModelSummary(BaseModel):
     updates: int = Field(0, description="Gradient steps since initialisation.")
     interactions: int = Field(0, description="Experiences learned from since initialisation.")
     ema_loss: float | None = None
+    encoder: str = Field("", description="Text encoder that it has learned from; empty if not known.")
+    refused: str = Field("", description="Why this worker does not serve it, and what to do.")
 
 
 class ModelDetail(ModelSummary):

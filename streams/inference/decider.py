@@ -23,6 +23,7 @@ from cortex_core.errors import ConfigError
 from cortex_core.metadata import metadata_features
 from cortex_core.model import CortexModel, ModelDecision
 from cortex_core.text_encoder import TextEncoder
+from cortex_core.weights import WeightsManifest
 from streams.events import Float16Array, InteractionEvent, utc_now
 from streams.inference.api import (
     DecideRequest,
@@ -78,7 +79,7 @@ class Decider:
         """Decides with the newest weights. The same id, request and weights give the same decision.
 
         Raises:
-            RequestError: a text, number or dimension exceeds a limit.
+            RequestError: a text, number or dimension exceeds a limit, or the model is of another encoder.
             WeightsError, KafkaError, OSError, TimeoutError: the model could not be loaded from Kafka.
         """
         self.check(request)
@@ -90,8 +91,19 @@ class Decider:
         encoded = iter(rows[turns:])
         memories = [next(encoded) if m.embedding is None else m.embedding for m in request.memories]
         served = await self.models.get(request.model_id)
+        if served.manifest is not None and (why := self.refusal(served.manifest)):
+            raise RequestError(why, {"model_id": why})
         return await asyncio.get_running_loop().run_in_executor(
             self._pool, self._decide, request, interaction_id, served, rows[:turns], metadata, memories
+        )
+
+    def refusal(self, manifest: WeightsManifest) -> str:
+        """Why this worker does not serve a model; empty if it does."""
+        if manifest.encoder in ("", self.embedder.name):
+            return ""
+        return (
+            f"model {manifest.model_id!r} has learned from text encoder {manifest.encoder!r}, and this "
+            f"worker has {self.embedder.name!r}: set CORTEX_ENCODER to the former, or use another model_id"
         )
 
     def warm_up(self) -> None:
@@ -190,6 +202,7 @@ class Decider:
             model_id=request.model_id,
             agent_id=request.agent_id,
             weights_version=served.version,
+            encoder=self.embedder.name,
             message=message,
             history=history,
             metadata=metadata.tolist(),

@@ -117,6 +117,7 @@ class Models:
             updates=manifest.updates if manifest else 0,
             interactions=manifest.interactions if manifest else 0,
             ema_loss=manifest.ema_loss if manifest else None,
+            encoder=manifest.encoder if manifest else "",
         )
 
     def detail(self, model_id: str, newest: WeightsManifest | None) -> ModelDetail:

@@ -32,6 +32,7 @@ from streams.inference.api import (
     DecideResponse,
     ModelDetail,
     ModelList,
+    ModelSummary,
     ReplyRequest,
     ReplyResponse,
     RequestError,
@@ -86,6 +87,8 @@ class Service:
                 group.create_task(self._connect())
         except BaseExceptionGroup as group_error:
             raise group_error.exceptions[0] from None
+        for model_id, why in self.refused_models().items():
+            log.error("model not served", model_id=model_id, why=why)
 
     async def stop(self) -> None:
         """Waits briefly for events in flight, then closes everything; can be called repeatedly."""
@@ -190,12 +193,25 @@ class Service:
         return ModelList(
             encoder=decider.embedder.name,
             dim=decider.embedder.dim,
-            models=[self._models.summary(id_, self._follower.newest(id_)) for id_ in ids],
+            models=[self._summary(id_) for id_ in ids],
         )
 
     def model(self, model_id: str) -> ModelDetail:
         """One model; version 0 for untrained weights."""
-        return self._models.detail(model_id, self._follower.newest(model_id))
+        detail = self._models.detail(model_id, self._follower.newest(model_id))
+        return detail.model_copy(update={"refused": self._refusal(model_id)})
+
+    def refused_models(self) -> dict[str, str]:
+        """Models that this worker does not serve → why; for `/readyz`."""
+        return {id_: why for id_ in self._follower.models() if (why := self._refusal(id_))}
+
+    def _refusal(self, model_id: str) -> str:
+        manifest = self._follower.newest(model_id)
+        return self._decider.refusal(manifest) if self._decider and manifest else ""
+
+    def _summary(self, model_id: str) -> ModelSummary:
+        summary = self._models.summary(model_id, self._follower.newest(model_id))
+        return summary.model_copy(update={"refused": self._refusal(model_id)})
 
     def _ready(self) -> Decider:
         if self._decider is None or self.missing:

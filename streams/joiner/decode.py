@@ -94,6 +94,7 @@ class _Interaction(Struct, forbid_unknown_fields=True):
     memory_propensities: list[Propensity] = []
     schema_version: Schema = SCHEMA_VERSION
     agent_id: Id = "agent"
+    encoder: Id | None = None
     text: str | None = None
 
 

@@ -64,7 +64,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
         self.settings = settings = worker.settings
         self.topic = Topics.of(settings).experiences
         self.metrics = Metrics(registry)
-        worker.notes["misfits"] = self.metrics.misfits_of
+        worker.notes["misfits"] = lambda: self.metrics.misfits_of
         self._owned: dict[TopicPartition, PartitionLearner] = {}
         self._assigned: set[TopicPartition] = set()
         self._joined = False

@@ -165,7 +165,9 @@ class ModelLearner:
         self._oldest_reply_at: datetime | None = None
         self.resume = resume
         self._model = model
-        self.replay = LearnerReplay(buffer, Requirements.of(model.config.to_dict()))
+        self.encoder = base.manifest.encoder if base else ""
+        """Name of the text encoder: that of the first experience learned that names one."""
+        self.replay = LearnerReplay(buffer, self._requirements())
         self._trainer = (
             self._train(base.manifest.updates, base.manifest.ema_loss) if base else self._train(0, None)
         )
@@ -240,6 +242,9 @@ class ModelLearner:
         if known is None and not event.revision:
             return "no_reply", None
         update = self._trainer.observe(entry)
+        if entry.encoder and not self.encoder:
+            self.encoder = entry.encoder
+            self.replay.requirements = self._requirements()
         self.resume.note(event.interaction.interaction_id, version)
         self.interactions += known is None
         if self.first_unpublished is None:
@@ -275,6 +280,7 @@ class ModelLearner:
             consumed={**self.consumed, **consumed},
             oldest_reply_at=self._oldest_reply_at,
             reason=self.reason,
+            encoder=self.encoder,
         )
         return snapshot, self.resume.to_bytes()
 
@@ -289,7 +295,8 @@ class ModelLearner:
         """Takes an older version's weights; the optimizer starts anew. What was learned stays counted."""
         updates = self.updates
         self._model = to.to_model()
-        self.replay.requirements = Requirements.of(self._model.config.to_dict())
+        self.encoder = to.manifest.encoder or self.encoder
+        self.replay.requirements = self._requirements()
         self._trainer = self._train(updates, to.manifest.ema_loss)
         self._recall()
         self.resume.control_offset = control_offset
@@ -316,7 +323,14 @@ class ModelLearner:
     def _architecture(self) -> tuple[str, str]:
         """Key and value of what joiners check experiences against; written again in case Redis lost it."""
         key = architecture_key(self.settings.topic_prefix, self.model_id)
-        return key, json.dumps(self._model.config.to_dict())
+        return key, json.dumps(self._facts)
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        return {**self._model.config.to_dict(), "encoder": self.encoder}
+
+    def _requirements(self) -> Requirements:
+        return Requirements.of(self._facts)
 
     @property
     def _cache_key(self) -> str:

@@ -239,6 +239,18 @@ class MemoryGate(nn.Module):
         out: FloatArray = 1.0 / (1.0 + np.exp(-logit))
         return out
 
+    @torch.no_grad()
+    def copy_strategies(self, old: MemoryGate) -> None:
+        """Takes over another gate's weights, whose strategies are the first of this one's.
+
+        The others have no effect yet, and the common bias.
+        """
+        known = len(old.strategy_weight)
+        for name, value in old.state_dict().items():
+            own = self.state_dict()[name]
+            own[:known].copy_(value) if name == "strategy_weight" else own.copy_(value)
+        self.strategy_weight[known:, -1] = old.strategy_weight[0, -1]
+
     def contrastive_loss(
         self, situation: Tensor, positive: Tensor, negative: Tensor, margin: float = 0.5
     ) -> Tensor:

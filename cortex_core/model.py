@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class ModelDecision:
     strategy_index: int
     strategy_id: str
     probabilities: FloatArray
-    """(A,) probability of choosing each strategy; sums to 1"""
+    """(A,) probability of choosing each strategy; sums to 1; 0 for those that were not to choose among"""
     propensity: float
     """probability of the chosen strategy"""
     memory_indices: list[int]
@@ -148,6 +149,22 @@ class CortexModel(nn.Module):
             model.gate.reset_parameters(model.encoder.projection)
         return model.eval()
 
+    def with_strategies(self, ids: Iterable[str]) -> CortexModel:
+        """This model, or a new one that also has those of these strategies that this one has not.
+
+        The known ones keep their rows and what was learned; new ones start untrained. The same model and ids
+        give the same weights in every process.
+        """
+        new = [id_ for id_ in dict.fromkeys(ids) if id_ not in self.registry]
+        if not new:
+            return self
+        grown = CortexModel(replace(self.config, strategies=(*self.config.strategies, *new)))
+        grown.encoder.load_state_dict(self.encoder.state_dict())
+        grown.estimator.load_state_dict(self.estimator.state_dict())
+        grown.selector.copy_strategies(self.selector)
+        grown.gate.copy_strategies(self.gate)
+        return grown.eval()
+
     def freeze(self) -> CortexModel:
         """Prepares the model for serving and makes it immutable; returns it.
 
@@ -200,6 +217,7 @@ class CortexModel(nn.Module):
         *,
         top_k: int = 3,
         explore: bool = True,
+        strategies: Collection[str] | None = None,
         rng: np.random.Generator,
     ) -> ModelDecision:
         """Selects strategy and memories for one request; takes under 2 ms for 200 memories.
@@ -213,9 +231,11 @@ class CortexModel(nn.Module):
             memory_embs: (N, D) candidates; None means N = 0.
             top_k: K, number of memories to retrieve.
             explore: False always selects the highest estimates, so that the others are never tried.
+            strategies: ids of the strategies to choose among; None means all.
             rng: source of randomness.
 
         Raises:
+            ConfigError: none of `strategies` is known.
             DimensionError, NonFiniteError: an invalid array.
         """
         config = self.config
@@ -232,7 +252,9 @@ class CortexModel(nn.Module):
 
         situation = self.encoder(message, history, features)
         phi = self.selector.features(message.numpy()[None])[0]
-        selection = self.selector.select(situation, self.registry, explore, phi=phi, rng=rng)
+        selection = self.selector.select(
+            situation, self.registry, explore, phi=phi, allowed=strategies, rng=rng
+        )
         slate = self.gate.draw_slate(
             situation, torch.from_numpy(memories), top_k, explore=explore, rng=rng, phi=phi
         )
@@ -262,7 +284,9 @@ class CortexModel(nn.Module):
 def summarize(belief: Belief, index: int, slate: Slate) -> ContextSummary:
     """The context summary of a decision for strategy `index` and a slate."""
     chosen = float(belief.mean[index])
-    others = float(np.delete(belief.mean, index).max()) if len(belief.mean) > 1 else chosen
+    allowed = belief.probabilities > 0.0
+    allowed[index] = False
+    others = float(belief.mean[allowed].max()) if allowed.any() else chosen
     scores, unselected = slate.scores, slate.best_unselected
     return ContextSummary(
         satisfaction_logit=math.log(chosen / (1.0 - chosen)),

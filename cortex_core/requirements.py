@@ -83,7 +83,10 @@ class Requirements:
         """
         if not isinstance(strategy_id, str) or strategy_id not in self.strategies:
             known = ", ".join(sorted(self.strategies))
-            raise InputError(f"unknown strategy {shown(strategy_id)}, expected one of {known}")
+            raise InputError(
+                f"unknown strategy {shown(strategy_id)}, expected one of {known}. All workers need the same "
+                "CORTEX_STRATEGIES"
+            )
         if why := self.encoder_misfit(encoder):
             raise InputError(why)
         text = (self.text_dim,)

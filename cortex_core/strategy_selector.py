@@ -8,9 +8,11 @@ the posterior is exact and is updated with every reply.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,7 +46,7 @@ class Belief:
     deviation: FloatArray
     """posterior standard deviation; 1 without data"""
     probabilities: FloatArray
-    """probability of choosing each strategy when exploring; sums to 1"""
+    """probability of choosing each strategy when exploring; sums to 1; 0 for those that are not allowed"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +157,18 @@ class StrategySelector(nn.Module):
         return self.landmarks.features(unit(message))
 
     def belief(
-        self, situation: Tensor, message: FloatArray | None = None, *, phi: FloatArray | None = None
+        self,
+        situation: Tensor,
+        message: FloatArray | None = None,
+        *,
+        phi: FloatArray | None = None,
+        allowed: npt.NDArray[np.bool_] | None = None,
     ) -> Belief:
         """Posterior for one (S,) situation and its (D,) message; None means the situation, if S = D.
 
-        `phi` (M,) are the message features, if the caller has computed them.
+        Args:
+            phi: (M,) message features, if the caller has computed them.
+            allowed: (A,) the strategies that may be chosen, at least one; None means all.
         """
         with torch.no_grad():
             prior = self.prior(situation).numpy()
@@ -172,9 +181,13 @@ class StrategySelector(nn.Module):
         variance = spread @ phi + max(1.0 - float(phi @ phi), 0.0)
         deviation = np.sqrt(np.clip(variance, 1e-6, None))
         index = (mean + OPTIMISM * deviation).astype(np.float64) / TEMPERATURE
+        if allowed is not None:
+            index[~allowed] = -np.inf
         weights = np.exp(index - index.max())
         # A lower bound on the propensity bounds the importance weights.
         weights = np.maximum(weights / weights.sum(), 1e-5)
+        if allowed is not None:
+            weights[~allowed] = 0.0
         return Belief(mean, deviation, (weights / weights.sum()).astype(np.float32))
 
     def probabilities(self, situation: Tensor, message: FloatArray | None = None) -> Tensor:
@@ -189,21 +202,46 @@ class StrategySelector(nn.Module):
         *,
         message: FloatArray | None = None,
         phi: FloatArray | None = None,
+        allowed: Collection[str] | None = None,
         rng: np.random.Generator | None = None,
     ) -> Selection:
-        """Draws a strategy for one (S,) situation; without `explore`, takes the one with the highest mean."""
+        """Draws a strategy for one (S,) situation; without `explore`, takes the one with the highest mean.
+
+        Args:
+            allowed: ids of the strategies to choose among, unknown ones ignored; None means all.
+
+        Raises:
+            ConfigError: the registry is of another model, or none of `allowed` is known.
+        """
         if len(registry) != self.num_strategies:
             raise ConfigError(
                 f"the registry has {len(registry)} strategies, this selector {self.num_strategies}"
             )
-        belief = self.belief(situation, message, phi=phi)
+        mask = None if allowed is None else np.array([id_ in allowed for id_ in registry.ids])
+        if mask is not None and not mask.any():
+            raise ConfigError(f"none of {sorted(allowed or ())} is a strategy of this model: {registry}")
+        belief = self.belief(situation, message, phi=phi, allowed=mask)
         p = belief.probabilities.astype(np.float64)
         if not explore:
-            index = int(belief.mean.argmax())
+            index = int(np.where(p > 0.0, belief.mean, -np.inf).argmax())
             greedy = np.eye(len(p), dtype=np.float32)[index]
             return Selection(registry[index], index, 1.0, greedy, belief)
         index = int((rng or np.random.default_rng()).choice(len(p), p=p / p.sum()))
         return Selection(registry[index], index, float(p[index] / p.sum()), belief.probabilities, belief)
+
+    @torch.no_grad()
+    def copy_strategies(self, old: StrategySelector) -> None:
+        """Takes over what another selector has learned of its strategies, which are the first of this one.
+
+        The others get the mean of their rows in the head, which disturbs the prior of the old ones least, and
+        no posterior.
+        """
+        known = old.num_strategies
+        for name, value in old.state_dict().items():
+            own = self.state_dict()[name]
+            own[:known].copy_(value) if own.ndim and own.shape != value.shape else own.copy_(value)
+        self.out.weight[known:] = old.out.weight.mean(0)
+        self.out.bias[known:] = old.out.bias.mean()
 
     def condition(self, phi: FloatArray, strategy: int, residual: float, weight: float = 1.0) -> None:
         """Conditions the posterior on one reply: `residual` is label − prediction, `weight` is in (0, 1].

@@ -89,7 +89,8 @@ class Settings(BaseSettings):
     models_in_memory: Count = 100
     """Number of models loaded per inference worker, about 2 MB each; others are read from Kafka on demand."""
     strategies: Literal["generic", "developer", "support"] = "generic"
-    """Strategy set: generic, developer or support."""
+    """Strategy set: generic, developer or support; the same for all workers. May change while models live:
+    strategies in both sets keep what they learned, new ones start untrained, others are no longer chosen."""
     top_k: Count = 3
     """Default number of memories to retrieve."""
     logged_negatives: Annotated[int, Field(ge=0)] = 5

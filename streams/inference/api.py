@@ -311,6 +311,9 @@ class ModelSummary(BaseModel):
     interactions: int = Field(0, description="Experiences learned from since initialisation.")
     ema_loss: float | None = None
     encoder: str = Field("", description="Text encoder that it has learned from; empty if not known.")
+    strategies_changed: str = Field(
+        "", description="How its strategies differ from the configured ones (CORTEX_STRATEGIES)."
+    )
     refused: str = Field("", description="Why this worker does not serve it, and what to do.")
 
 

@@ -236,6 +236,7 @@ def create_app(service: Service, worker: Worker) -> FastAPI:
     app.state.service = service
     app.include_router(router)
     worker.notes["refused_models"] = service.refused_models
+    worker.notes["strategies_changed"] = service.strategies_changed
     app.router.routes.extend(worker.routes())
 
     async def on_error(request: Request, error: Exception) -> Response:

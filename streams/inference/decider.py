@@ -73,6 +73,8 @@ class Decider:
         self.settings = settings
         self.models = models
         self.embedder = Embedder(encoder, settings.text_cache)
+        self.strategies = models.config.strategies
+        """The strategies to choose among; a model may have learned others before."""
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decide")
 
     async def decide(self, request: DecideRequest, interaction_id: str) -> Decided:
@@ -188,13 +190,14 @@ class Decider:
             candidates,
             top_k=self.settings.top_k if request.top_k is None else request.top_k,
             explore=request.explore,
+            strategies=self.strategies,
             rng=rng,
         )
         MODEL_S.observe(time.perf_counter() - started)
         logged = decision.memory_indices + self._negatives(len(ids), decision.memory_indices, rng)
-        probabilities = decision.probabilities.tolist()
+        probabilities = self._chosen_among(served, decision)
         if not request.explore:  # the choice was deterministic: its propensity is 1
-            probabilities = [float(i == decision.strategy_index) for i in range(len(probabilities))]
+            probabilities = {id_: float(id_ == decision.strategy_id) for id_ in probabilities}
         event = InteractionEvent(
             occurred_at=utc_now(),
             interaction_id=interaction_id,
@@ -212,8 +215,8 @@ class Decider:
             memory_scores=decision.memory_scores,
             memory_propensities=decision.memory_propensities,
             strategy_id=decision.strategy_id,
-            strategy_ids=list(served.model.registry.ids),
-            probabilities=probabilities,
+            strategy_ids=list(probabilities),
+            probabilities=list(probabilities.values()),
             context=decision.context,
             confidence=decision.confidence,
             text=request.message if self.settings.store_text else None,
@@ -225,8 +228,12 @@ class Decider:
         count = min(self.settings.logged_negatives, len(others))
         return [others[i] for i in rng.choice(len(others), count, replace=False)] if count else []
 
-    @staticmethod
+    def _chosen_among(self, served: Served, decision: ModelDecision) -> dict[str, float]:
+        every = zip(served.model.registry.ids, decision.probabilities.tolist(), strict=True)
+        return {id_: p for id_, p in every if id_ in self.strategies}
+
     def _response(
+        self,
         request: DecideRequest,
         interaction_id: str,
         served: Served,
@@ -240,7 +247,7 @@ class Decider:
             model_id=request.model_id,
             weights_version=served.version,
             strategy=StrategyChoice(**asdict(registry[decision.strategy_index])),
-            probabilities=dict(zip(registry.ids, decision.probabilities.tolist(), strict=True)),
+            probabilities=self._chosen_among(served, decision),
             memories=[
                 RetrievedMemory(id=ids[i], score=score)
                 for i, score in zip(decision.memory_indices, decision.memory_scores, strict=True)

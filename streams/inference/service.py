@@ -43,7 +43,7 @@ from streams.inference.once import IdempotentPublisher, Record
 from streams.kafka.publisher import Publisher
 from streams.kafka.topics import Topics
 from streams.settings import Settings
-from streams.weights.architecture import model_config
+from streams.weights.architecture import model_config, strategies_changed
 from streams.weights.control import Control, ControlFollower
 from streams.weights.follower import WeightsFollower
 
@@ -89,6 +89,8 @@ class Service:
             raise group_error.exceptions[0] from None
         for model_id, why in self.refused_models().items():
             log.error("model not served", model_id=model_id, why=why)
+        for model_id, what in self.strategies_changed().items():
+            log.warning("strategies changed", model_id=model_id, what=what)
 
     async def stop(self) -> None:
         """Waits briefly for events in flight, then closes everything; can be called repeatedly."""
@@ -199,11 +201,19 @@ class Service:
     def model(self, model_id: str) -> ModelDetail:
         """One model; version 0 for untrained weights."""
         detail = self._models.detail(model_id, self._follower.newest(model_id))
-        return detail.model_copy(update={"refused": self._refusal(model_id)})
+        return detail.model_copy(update=self._notes(model_id))
 
     def refused_models(self) -> dict[str, str]:
         """Models that this worker does not serve → why; for `/readyz`."""
         return {id_: why for id_ in self._follower.models() if (why := self._refusal(id_))}
+
+    def strategies_changed(self) -> dict[str, str]:
+        """Models that have learned other strategies than the configured ones → how; for `/readyz`."""
+        return {id_: what for id_ in self._follower.models() if (what := self._strategies_changed(id_))}
+
+    def _strategies_changed(self, model_id: str) -> str:
+        manifest = self._follower.newest(model_id)
+        return strategies_changed(self.settings, manifest.architecture) if manifest else ""
 
     def _refusal(self, model_id: str) -> str:
         manifest = self._follower.newest(model_id)
@@ -211,7 +221,13 @@ class Service:
 
     def _summary(self, model_id: str) -> ModelSummary:
         summary = self._models.summary(model_id, self._follower.newest(model_id))
-        return summary.model_copy(update={"refused": self._refusal(model_id)})
+        return summary.model_copy(update=self._notes(model_id))
+
+    def _notes(self, model_id: str) -> dict[str, str]:
+        return {
+            "refused": self._refusal(model_id),
+            "strategies_changed": self._strategies_changed(model_id),
+        }
 
     def _ready(self) -> Decider:
         if self._decider is None or self.missing:
@@ -247,7 +263,7 @@ class Service:
         self._state("weights", None)
 
     async def _swap(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
-        self._models.put(snapshot, model)
+        self._models.put(snapshot, await self._complete(model))
         log.debug("weights swapped", model_id=snapshot.manifest.model_id, version=snapshot.manifest.version)
 
     async def _control(self, model_id: str, control: Control) -> None:
@@ -265,7 +281,13 @@ class Service:
         if manifest is None:
             return None
         snapshot = await self._follower.fetch(model_id, pinned or manifest.version)
-        return snapshot, await asyncio.to_thread(snapshot.to_model)
+        return snapshot, await self._complete(await asyncio.to_thread(snapshot.to_model))
+
+    async def _complete(self, model: CortexModel) -> CortexModel:
+        """The model with all configured strategies; a new one if it has not learned with them yet."""
+        if set(self._models.config.strategies) <= set(model.config.strategies):
+            return model
+        return await asyncio.to_thread(lambda: model.with_strategies(self._models.config.strategies).freeze())
 
 
 def _fingerprint(request: DecideRequest) -> bytes:

@@ -41,7 +41,7 @@ from streams.replay_fit import architecture_key
 from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
 from streams.trainer.replay import LearnerReplay
-from streams.weights.architecture import model_config
+from streams.weights.architecture import model_config, strategies_changed, strategy_ids
 
 log = structlog.get_logger(__name__)
 
@@ -189,7 +189,12 @@ class ModelLearner:
             WeightsError: the version cannot be used.
             redis.RedisError: the store does not answer.
         """
-        model = newest.to_model() if newest else CortexModel.create(model_config(settings), model_id)
+        if newest is None:
+            model = CortexModel.create(model_config(settings), model_id)
+        else:
+            model = newest.to_model().with_strategies(strategy_ids(settings))
+            if why := strategies_changed(settings, newest.manifest.architecture):
+                log.warning("strategies changed", model_id=model_id, what=why)
         try:
             known = Resume.from_bytes(resume)
         except WeightsError as error:
@@ -294,7 +299,7 @@ class ModelLearner:
     def roll_back(self, to: WeightsSnapshot, control_offset: int) -> None:
         """Takes an older version's weights; the optimizer starts anew. What was learned stays counted."""
         updates = self.updates
-        self._model = to.to_model()
+        self._model = to.to_model().with_strategies(strategy_ids(self.settings))
         self.encoder = to.manifest.encoder or self.encoder
         self.replay.requirements = self._requirements()
         self._trainer = self._train(updates, to.manifest.ema_loss)

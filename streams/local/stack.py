@@ -3,9 +3,10 @@
     async with Stack(settings, joiners=1, trainers=1, inference=2, on_event=print) as stack:
         print(stack.kafka, stack.redis_url, stack.inference_urls)
 
-In the body everything is ready. A process that ends is restarted and reported. On exit everything is stopped
-within ten seconds: inference first, then joiners and trainers (they finish their batch and commit), then the
-servers.
+In the body everything is ready. A process that ends is restarted and reported. A worker that rejects its
+settings (exit code 2) is not: it cancels the body, and the `async with` raises its error; so does an error of
+the supervisor itself. On exit everything is stopped within ten seconds: inference first, then joiners and
+trainers (they finish their batch and commit), then the servers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import httpx
 from pydantic import SecretStr
 
 from cortex_core.errors import ConfigError, UnavailableError
+from streams.connections import backoff
 from streams.kafka.topics import create_topics
 from streams.local.embedded import (
     EmbeddedKafka,
@@ -45,6 +47,8 @@ SERVER_GRACE_S = 2.5
 READY_TIMEOUT_S = 240.0
 """A busy machine with two cores takes a minute to load the sentence encoder in each inference worker."""
 REPORT_WAITING_S = 15.0
+STABLE_S = 30.0
+"""A process that ends after this time is restarted at once, an earlier one with backoff."""
 MAX_STARTS = 3
 """A worker that has ended this often before the stack was ready is not restarted."""
 
@@ -93,6 +97,16 @@ class ManagedWorker:
     def ending(self) -> str:
         return self.child.ending
 
+    @property
+    def log_end(self) -> str:
+        """The end of its log, for an error message."""
+        return f"end of {self.child.log_file}:\n{self.child.log_tail()}"
+
+    def check_settings(self) -> None:
+        """Raises a `ConfigError` if it has ended because it rejects its settings: a restart cannot help."""
+        if self.child.returncode == 2:  # the exit code of every command for invalid settings
+            raise ConfigError(f"{self.name} rejects its settings; {self.log_end}")
+
     async def start(self) -> None:
         if not is_free(self.port):
             self.port = free_port()
@@ -120,6 +134,10 @@ class Stack:
     Raises (on entering):
         ConfigError: another stack uses the data folder, or a setting is invalid.
         UnavailableError: a server or a worker does not start; the message contains the end of its log.
+
+    Raises (on leaving):
+        ConfigError: a server or a worker that was restarted rejects its settings.
+        Exception: an error of the supervisor.
     """
 
     def __init__(
@@ -137,7 +155,8 @@ class Stack:
         self.servers: list[EmbeddedServer] = []
         self._counts = {"joiner": joiners, "trainer": trainers, "inference": inference}
         self._report = on_event or (lambda _: None)
-        self._supervisors: list[asyncio.Task[None]] = []
+        self._supervisors: asyncio.TaskGroup | None = None
+        self._supervising: list[asyncio.Task[None]] = []
         self._lock = filelock.FileLock(settings.data / "lock")
 
     # --- addresses ------------------------------------------------------------------------------------------
@@ -166,7 +185,9 @@ class Stack:
             await self._start_workers()
             self._write_stack_file()
             members: list[Member] = [*self.servers, *self.workers]
-            self._supervisors = [asyncio.create_task(self._supervise(m), name=m.name) for m in members]
+            # A task group cancels the body of the `async with` when one of its tasks fails.
+            self._supervisors = await asyncio.TaskGroup().__aenter__()
+            self._supervising = [self._supervisors.create_task(self._supervise(m)) for m in members]
         except BaseException:
             await self.stop()
             raise
@@ -244,11 +265,9 @@ class Stack:
         missing = "no answer yet"
         while time.monotonic() - before < READY_TIMEOUT_S:
             if not worker.alive:
-                tail = f"end of {worker.child.log_file}:\n{worker.child.log_tail()}"
-                if worker.child.returncode == 2:  # the exit code of every command for invalid settings
-                    raise ConfigError(f"{worker.name} rejects its settings; {tail}")
+                worker.check_settings()
                 if starts == MAX_STARTS:
-                    raise UnavailableError(f"{worker.name} {worker.ending}, {starts} times; {tail}")
+                    raise UnavailableError(f"{worker.name} {worker.ending}, {starts} times; {worker.log_end}")
                 self._report(f"{worker.name} {worker.ending} while starting; restarting it")
                 await worker.start()
                 starts += 1
@@ -264,8 +283,7 @@ class Stack:
                 self._report(f"waiting for {worker.name} ({missing})")
             await asyncio.sleep(0.1)
         raise UnavailableError(
-            f"{worker.name} was not ready within {READY_TIMEOUT_S:.0f} s ({missing}); end of "
-            f"{worker.child.log_file}:\n{worker.child.log_tail()}"
+            f"{worker.name} was not ready within {READY_TIMEOUT_S:.0f} s ({missing}); {worker.log_end}"
         )
 
     def _write_stack_file(self) -> None:
@@ -283,17 +301,22 @@ class Stack:
     # --- supervising ----------------------------------------------------------------------------------------
 
     async def _supervise(self, member: Member) -> None:
-        """Restarts the member whenever it ends, with exponential backoff if it ends soon after its start."""
-        delay, alive_since = 0.2, time.monotonic()
+        """Restarts the member whenever it ends: at once, and with backoff if it ends soon after its start.
+
+        Raises:
+            ConfigError: it rejects its settings.
+        """
+        attempts, alive_since = backoff(most_s=10.0), time.monotonic()
         while True:
             while member.alive:
                 await asyncio.sleep(0.1)
                 member.rotate_log()
-            if time.monotonic() - alive_since > 30:
-                delay = 0.2
+            if isinstance(member, ManagedWorker):
+                member.check_settings()
+            if time.monotonic() - alive_since > STABLE_S:
+                attempts = backoff(most_s=10.0)
             self._report(f"{member.name} {member.ending}; restarting it")
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, 10.0)
+            await anext(attempts)
             before = (self.settings.kafka, self.settings.redis_url)
             try:
                 await member.start()
@@ -318,14 +341,30 @@ class Stack:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self.stop()
+        try:
+            await self.stop()
+        finally:
+            await self._end_supervision(kind, error, trace)
+
+    async def _end_supervision(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises the first error of a supervisor, if one failed before the body did."""
+        if self._supervisors is None:
+            return
+        try:
+            await self._supervisors.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as group:
+            first = group.exceptions[0]
+            if first is not error:  # which leaves the `async with` by itself
+                raise first from first.__cause__
 
     async def stop(self) -> None:
         """Stops everything; can be called after a failed start, and repeatedly."""
         self._report("stopping")
-        for task in self._supervisors:
+        for task in self._supervising:
             task.cancel()
-        await asyncio.gather(*self._supervisors, return_exceptions=True)
+        await asyncio.gather(*self._supervising, return_exceptions=True)
         try:
             first = [w for w in self.workers if w.kind == "inference"]
             then = [w for w in self.workers if w.kind != "inference"]
@@ -363,7 +402,7 @@ def run_until_signal(stack: Stack, on_up: Callable[[], None]) -> None:
         on_up: called once everything is ready.
 
     Raises:
-        ConfigError, UnavailableError: see `Stack`.
+        ConfigError, UnavailableError, Exception: see `Stack`.
     """
 
     async def body() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -19,9 +20,10 @@ from redis import Redis
 
 from cortex_core.errors import ConfigError
 from streams.kafka.topics import Topics
-from streams.local.stack import Stack
+from streams.local.stack import ManagedWorker, Stack, run_until_signal
 from streams.settings import Settings
 from streams.testing import async_wait_for, wait_for
+from streams.testing.waiting import DEFAULT_TIMEOUT_S
 from tests.streams.test_embedded import gone
 
 
@@ -210,4 +212,50 @@ async def test_a_worker_that_refuses_its_settings_is_an_error_at_once(settings: 
     wrong = settings.model_copy(update={"text_dim": 7})
     with pytest.raises(ConfigError, match=r"(?s)inference-1 rejects its settings.*CORTEX_TEXT_DIM is 7"):
         await Stack(wrong, joiners=0, trainers=0, inference=1).__aenter__()
+    assert settings.running_stack() == {}
+
+
+def rejecting_its_settings(worker: ManagedWorker) -> None:
+    """Kills a worker, whose restart then rejects its settings."""
+    worker.settings = worker.settings.model_copy(update={"text_dim": 7})
+    os.kill(worker.child.pid, signal.SIGKILL)
+
+
+def test_a_restarted_worker_that_rejects_its_settings_ends_the_command(settings: Settings) -> None:
+    said: list[str] = []
+    stack = Stack(settings, joiners=0, trainers=0, inference=1, on_event=said.append)
+    with pytest.raises(ConfigError, match=r"(?s)inference-1 rejects its settings.*CORTEX_TEXT_DIM is 7"):
+        run_until_signal(stack, lambda: rejecting_its_settings(stack.workers[0]))
+    assert said.count("inference-1 was killed by SIGKILL; restarting it") == 1
+    assert said[-1] == "stopped"
+    assert settings.running_stack() == {}
+
+
+async def test_an_error_of_the_supervisor_ends_the_stack(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class UnforeseenError(Exception):
+        pass
+
+    async def fail(_: ManagedWorker) -> None:
+        raise UnforeseenError
+
+    async def run() -> None:
+        stack = Stack(settings, joiners=1, trainers=0, inference=0)
+        async with stack, asyncio.timeout(DEFAULT_TIMEOUT_S):
+            monkeypatch.setattr(ManagedWorker, "start", fail)
+            os.kill(stack.workers[0].child.pid, signal.SIGKILL)
+            await asyncio.Event().wait()
+
+    with pytest.raises(UnforeseenError):
+        await run()
+    assert settings.running_stack() == {}
+
+
+async def test_an_error_of_the_body_leaves_the_stack_as_it_is(settings: Settings) -> None:
+    cause = OSError("cause")
+    with pytest.raises(ConfigError, match="of the body") as raised:
+        async with no_workers(settings):
+            raise ConfigError("of the body") from cause
+    assert raised.value.__cause__ is cause
     assert settings.running_stack() == {}

@@ -32,6 +32,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cortex_core.errors import ConfigError
+from streams.failures import error_text
 from streams.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -55,6 +56,37 @@ class _RateLimit(logging.Filter):
         return True
 
 
+class _TracebackOnce:
+    """Processor that keeps an error's traceback in the first of several log messages, and else its text.
+
+    What fails is retried, and the traceback is the same each time.
+    """
+
+    def __init__(self) -> None:
+        self._logged: set[tuple[str, str, str]] = set()
+
+    def __call__(self, _logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+        info = event.get("exc_info")
+        error = sys.exc_info()[1] if info is True else info[1] if isinstance(info, tuple) else info
+        if not isinstance(error, BaseException):
+            return event
+        key = (str(event.get("event"))[:200], type(error).__name__, _where(error))
+        if key in self._logged:
+            del event["exc_info"]
+            event.setdefault("error", error_text(error))
+        elif len(self._logged) < 1_000:
+            self._logged.add(key)
+        return event
+
+
+def _where(error: BaseException) -> str:
+    """File and line that raised the error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
+
+
 def configure_logs(settings: Settings) -> None:
     """Configures structured logs to stderr: coloured lines for a terminal, or JSON."""
     level = getattr(logging, settings.log_level.upper())
@@ -62,6 +94,7 @@ def configure_logs(settings: Settings) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _TracebackOnce(),
         structlog.processors.format_exc_info if settings.log_format == "json" else lambda _l, _m, e: e,
     ]
     renderer: Any = (

@@ -148,6 +148,9 @@ def test_a_dead_letter_is_listed_and_sent_in_again(settings: Settings) -> None:
     assert worker.alive
     letter_id = str(letter["dead_letter_id"])
     assert letter["reason"]
+    shown = here("dead-letters", "list", *flags(settings)).stdout
+    assert letter_id in shown.split()  # whole, also where the terminal is narrow
+    assert str(letter["reason"]) in shown
 
     done = here("dead-letters", "retry", letter_id, *flags(settings))
     assert (done.returncode, done.stdout) == (0, "resent 1\n"), done.stderr

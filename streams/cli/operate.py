@@ -128,26 +128,17 @@ def letters_list(
 ) -> None:
     """Show the events that a worker rejected, and why."""
     settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
-    from streams.cli.status import table
     from streams.kafka.dead_letters import list_dead_letters
 
     letters = run(list_dead_letters(settings, limit), settings)
     if as_json:
         typer.echo(json.dumps([letter.model_dump(mode="json") for letter in letters], indent=1))
         return
-    table(
-        "Dead letters",
-        ["id", "at", "from", "reason"],
-        [
-            [
-                letter.dead_letter_id,
-                letter.occurred_at.isoformat(timespec="seconds"),
-                f"{letter.topic}-{letter.partition} @{letter.offset}",
-                letter.reason,
-            ]
-            for letter in letters
-        ],
-    )
+    for letter in letters:  # no table: a narrow one would cut the ids
+        at = letter.occurred_at.isoformat(timespec="seconds")
+        typer.echo(f"{letter.dead_letter_id}  {at}  {letter.worker}\n    {letter.reason}")
+    if not letters:
+        typer.echo("no dead letters")
 
 
 @letters_app.command("retry")
@@ -170,7 +161,9 @@ def letters_retry(
         typer.echo(f"{letter_id}: its bytes have expired", err=True)
     for letter_id in done.unknown:
         typer.echo(f"{letter_id}: unknown dead letter", err=True)
-    if done.lost or done.unknown:
+    for letter_id, reason in done.refused.items():
+        typer.echo(f"{letter_id}: not sent: {reason}", err=True)
+    if done.lost or done.unknown or done.refused:
         raise typer.Exit(1)
 
 

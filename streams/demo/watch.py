@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import orjson
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from pydantic import ValidationError
 
 from streams.demo.measures import ExperienceSeen, VersionSeen
 from streams.events import version_of
@@ -151,12 +152,11 @@ class WorkerWatch:
         await asyncio.gather(*(self._poll_worker(worker) for worker in self.workers))
 
     async def _poll_worker(self, worker: WorkerState) -> None:
-        try:
+        # No answer, or one of something else that listens on the port: the worker keeps its last state.
+        with contextlib.suppress(httpx.HTTPError, ValidationError):
             answer = await self._http.get(f"{worker.url}/v1/models/{self.model_id}")
-        except httpx.HTTPError:
-            return
-        if answer.status_code == 200:
-            update(worker, ModelDetail.model_validate_json(answer.content))
+            if answer.status_code == 200:
+                update(worker, ModelDetail.model_validate_json(answer.content))
 
     @property
     def newest(self) -> WorkerState:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import sys
 from collections.abc import AsyncIterable, Sequence
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ import structlog
 from faust.app.base import BootStrategy
 from mode import Service
 from mode.supervisors import CrashingSupervisor
+from pydantic import SecretStr
 
 from cortex_core.errors import ConfigError
 from cortex_core.strategy_registry import StrategyRegistry
@@ -257,6 +259,9 @@ def __getattr__(name: str) -> Any:
 
         try:
             settings = Settings.load().of_worker("joiner")
+            if "--help" in sys.argv:  # Faust creates the app before it prints help, which needs no server
+                unused = {"kafka": "localhost:9092", "redis_url": SecretStr("redis://localhost")}
+                settings = settings.model_copy(update=unused)
             configure_logs(settings)
             globals()["app"] = create_app(settings)
         except ConfigError as error:

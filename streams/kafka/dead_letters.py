@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 
-from cortex_core.errors import InputError
+from cortex_core.errors import InputError, shown
 from streams.connections import kafka_client_options
 from streams.events import DeadLetter, parse
 from streams.kafka.clients import started
@@ -32,6 +32,8 @@ class Retried:
     """Ids without a dead letter."""
     lost: list[str]
     """Ids of the letters that were too large to copy and whose records have been deleted by retention."""
+    refused: dict[str, str]
+    """Id → reason, of the letters that no worker can have written: nothing is sent."""
 
 
 async def list_dead_letters(settings: Settings, limit: int | None = 100) -> list[DeadLetter]:
@@ -63,10 +65,12 @@ async def retry_dead_letters(settings: Settings, ids: Collection[str] | None = N
     joined meanwhile is a duplicate, which changes nothing.
     """
     settings = settings.resolved()
+    topics = Topics.of(settings)
     letters = {letter.dead_letter_id: letter for letter in await list_dead_letters(settings, None)}
     wanted = list(letters) if ids is None else [i for i in dict.fromkeys(ids) if i in letters]
     lost: list[str] = []
     sent: list[str] = []
+    refused: dict[str, str] = {}
     client = AIOKafkaProducer(
         **kafka_client_options(settings),
         acks="all",
@@ -76,8 +80,11 @@ async def retry_dead_letters(settings: Settings, ids: Collection[str] | None = N
     async with started(client) as producer:
         for letter_id in wanted:
             letter = letters[letter_id]
-            key = None if letter.key is None else base64.b64decode(letter.key)
-            value: bytes | None = base64.b64decode(letter.raw)
+            try:
+                key, value = _record_of(letter, topics)
+            except InputError as error:
+                refused[letter_id] = str(error)
+                continue
             if letter.raw_at_source:
                 value = await _at_source(settings, letter)
                 if value is None:
@@ -85,7 +92,27 @@ async def retry_dead_letters(settings: Settings, ids: Collection[str] | None = N
                     continue
             await producer.send_and_wait(letter.topic, value, key=key)
             sent.append(letter_id)
-    return Retried(sent, [] if ids is None else [i for i in ids if i not in letters], lost)
+    return Retried(sent, [] if ids is None else [i for i in ids if i not in letters], lost, refused)
+
+
+def _record_of(letter: DeadLetter, topics: Topics) -> tuple[bytes | None, bytes | None]:
+    """Key and value of the record that a letter is about.
+
+    Raises:
+        InputError: the letter was not written by a worker: its bytes are not base64, or workers do not read
+            its topic.
+    """
+    expected = (topics.interactions, topics.replies, topics.experiences)
+    if letter.topic not in expected:
+        raise InputError(f"its topic is {shown(letter.topic)}, expected {', '.join(expected)}")
+    fields = {"key": letter.key, "raw": letter.raw}
+    decoded: dict[str, bytes | None] = {}
+    for name, text in fields.items():
+        try:
+            decoded[name] = None if text is None else base64.b64decode(text, validate=True)
+        except ValueError as error:
+            raise InputError(f"{name} is {shown(text)}, expected base64 ({error})") from error
+    return decoded["key"], decoded["raw"]
 
 
 async def _at_source(settings: Settings, letter: DeadLetter) -> bytes | None:
@@ -104,7 +131,7 @@ def dead_letter(record: Any, reason: str) -> DeadLetter:
     raw = base64.b64encode(record.value or b"").decode()
     fits = len(raw) < MAX_VALUE - 20_000
     return DeadLetter(
-        occurred_at=datetime.fromtimestamp(record.timestamp / 1000, UTC),
+        occurred_at=_moment(record.timestamp),
         dead_letter_id=f"{record.topic}-{record.partition}-{record.offset}",
         reason=reason[:8000],
         topic=record.topic,
@@ -115,3 +142,11 @@ def dead_letter(record: Any, reason: str) -> DeadLetter:
         raw_at_source=not fits,
         worker="joiner",
     )
+
+
+def _moment(timestamp_ms: int) -> datetime:
+    """A record's timestamp, which its producer may have set to any number; 1970 if it is no date."""
+    try:
+        return datetime.fromtimestamp(timestamp_ms / 1000, UTC)
+    except (ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(0, UTC)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import base64
+from types import SimpleNamespace
 
 import pytest
 
+from streams.events import DeadLetter, parse
 from streams.kafka.dead_letters import dead_letter, list_dead_letters, retry_dead_letters
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.settings import Settings
@@ -53,3 +55,32 @@ async def test_a_letter_whose_record_was_deleted_is_reported_as_lost(settings: S
     await send(settings, [(topics.dead_letters, b"", letter.to_bytes())])
     done = await retry_dead_letters(settings)
     assert (done.sent, done.lost) == ([], [letter.dead_letter_id])
+
+
+async def test_a_letter_that_no_worker_wrote_is_not_sent(settings: Settings) -> None:
+    topics = Topics.of(settings)
+    await send(settings, [(topics.replies, b"c", b"{}")])
+    [record] = await read_all(settings, topics.replies)
+    good = dead_letter(record, "why")
+    changes = {
+        "bytes": {"raw": "no base64!"},
+        "key": {"key": "="},
+        "elsewhere": {"topic": "payments"},
+        "ours, but nobody's input": {"topic": topics.weights},
+    }
+    forged = [good.model_copy(update={"dead_letter_id": i} | change) for i, change in changes.items()]
+    letters = [*forged, good.model_copy(update={"dead_letter_id": "good"})]
+    await send(settings, [(topics.dead_letters, b"", letter.to_bytes()) for letter in letters])
+
+    done = await retry_dead_letters(settings)
+    assert done.sent == ["good"]
+    assert list(done.refused) == list(changes)
+    assert done.refused["bytes"].startswith("raw is 'no base64!', expected base64")
+    assert done.refused["elsewhere"].startswith(f"its topic is 'payments', expected {topics.interactions}")
+    assert len(await read_all(settings, topics.replies)) == 2
+
+
+@pytest.mark.parametrize("timestamp", [-1, 0, 10**15, -(10**15), 2**63 - 1, -(2**63)])
+def test_any_timestamp_of_a_record_makes_a_dead_letter(timestamp: int) -> None:
+    record = SimpleNamespace(topic="t", partition=0, offset=7, key=None, value=b"x", timestamp=timestamp)
+    assert parse(DeadLetter, dead_letter(record, "why").to_bytes()).dead_letter_id == "t-0-7"

@@ -330,3 +330,10 @@ def test_faust_s_commands_find_the_app(settings: Settings) -> None:
         "port 8181",  # not the inference worker's
     ):
         assert line in output, output
+
+
+def test_faust_s_help_needs_no_server(settings: Settings) -> None:
+    nowhere = settings.model_copy(update={"kafka": None, "redis_url": None})
+    code, output = run_python("-m", "faust", "-A", "streams.joiner", "worker", "--help", settings=nowhere)
+    assert code == 0, output
+    assert "Usage:" in output

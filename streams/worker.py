@@ -1,4 +1,4 @@
-"""Common parts of all worker processes: logs, health over HTTP, signals, and a deadline for stopping.
+"""Common parts of all worker processes: logs, health over HTTP, heartbeats, signals, a deadline for stopping.
 
     async def main(worker: Worker) -> None:
         async with worker.serving():            # /healthz, /readyz, /metrics answer from here on
@@ -20,7 +20,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import structlog
@@ -33,6 +35,7 @@ from starlette.routing import Route
 
 from cortex_core.errors import ConfigError
 from streams.failures import error_text
+from streams.heartbeats import Activity, Heartbeat, beating
 from streams.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -147,6 +150,9 @@ class Worker:
         self.refused: ConfigError | None = None
         self.notes: dict[str, Callable[[], Mapping[str, Any]]] = {}
         """What `/readyz` says in addition, by name; what is empty is not shown. Changes no readiness."""
+        self.activity: Callable[[], Activity] = Activity
+        """Called for each heartbeat; the worker's `main` sets it."""
+        self._started = time.time()
         self._missing: dict[str, str] = dict.fromkeys(dependencies, "not connected yet")
 
     def ready(self, dependency: str) -> None:
@@ -169,6 +175,10 @@ class Worker:
         """Dependency → reason, for each that is not ready; empty if the worker is ready."""
         return dict(self._missing)
 
+    @property
+    def is_ready(self) -> bool:
+        return not self._missing and not self.stopping.is_set()
+
     def routes(self) -> list[Route]:
         """The routes `/healthz`, `/readyz` and `/metrics`."""
 
@@ -176,10 +186,9 @@ class Worker:
             return JSONResponse({"status": "ok", "worker": self.name, "pid": os.getpid()})
 
         async def readyz(_: Request) -> Response:
-            ok = not self._missing and not self.stopping.is_set()
-            body = {"ready": ok, "worker": self.name, "missing": self.missing}
+            body = {"ready": self.is_ready, "worker": self.name, "missing": self.missing}
             body |= {name: note for name, make in self.notes.items() if (note := make())}
-            return JSONResponse(body, status_code=200 if ok else 503)
+            return JSONResponse(body, status_code=200 if self.is_ready else 503)
 
         # Starlette treats a function as a request handler, and any other callable as an ASGI app.
         metrics = make_asgi_app().__call__  # type: ignore[operator]  # untyped
@@ -192,6 +201,8 @@ class Worker:
     @contextlib.asynccontextmanager
     async def serving(self, app: Any = None) -> AsyncIterator[int]:
         """Serves `app`, by default health and metrics only, while the body runs; yields the port.
+
+        Writes heartbeats meanwhile, unless the worker has no Redis.
 
         Raises:
             OSError: the port is in use; nothing was started.
@@ -222,11 +233,37 @@ class Worker:
             if task.done():
                 task.result()
             log.info("listening", worker=self.name, address=f"http://{self.settings.host}:{port}")
-            yield port
+            async with self._beating(port):
+                yield port
         finally:
             server.should_exit = True
             await asyncio.gather(task, return_exceptions=True)
             sock.close()
+
+    def _beating(self, port: int) -> contextlib.AbstractAsyncContextManager[None]:
+        if self.settings.redis_url is None:
+            log.warning("`cortex status` cannot see this worker: CORTEX_REDIS_URL is not set")
+            return contextlib.nullcontext()
+        machine, host = socket.gethostname(), self.settings.host
+        # A worker that listens on all addresses is reached by the name of its machine.
+        shown = machine if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        name, release = f"{self.name}@{machine}:{port}", version("cortex-streams")
+
+        def current() -> Heartbeat:
+            return Heartbeat(
+                name=name,
+                kind=self.name,
+                host=machine,
+                pid=os.getpid(),
+                url=f"http://{shown}:{port}",
+                started=self._started,
+                release=release,
+                ready=self.is_ready,
+                missing=self.missing,
+                activity=self.activity(),
+            )
+
+        return beating(self.settings, name, current)
 
     def stop(self) -> None:
         """Requests shutdown; ends the process with code 1 if it still runs after `shutdown_timeout_s`."""

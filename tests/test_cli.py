@@ -8,17 +8,23 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from aiokafka import AIOKafkaProducer
+from redis import Redis
 from typer.main import get_group
 from typer.testing import CliRunner
 
 from streams.cli import status
 from streams.cli.app import app
 from streams.cli.logs import show_logs
+from streams.heartbeats import FORGOTTEN_S
 from streams.kafka.topics import Topics, create_topics
 from streams.settings import Settings
 from streams.testing import spawn_worker, wait_for
@@ -186,47 +192,84 @@ async def test_status_reports_lag_and_replay_and_what_does_not_answer(settings: 
         "topic": topics.replies,
         "events": 3,
         "lag": 3,
+        "behind_s": by_topic[topics.replies]["behind_s"],
     }
     assert by_topic[topics.interactions]["lag"] == 0
+    assert by_topic[topics.replies]["behind_s"] >= 0.0
+    assert by_topic[topics.interactions]["behind_s"] is None
     assert report["errors"] == {}
-    assert report["workers"] == report["replay"] == report["weights"] == []
+    assert report["workers"] == report["replay"] == report["weights"] == report["waiting"] == []
+    assert report["problems"] == [f"no {kind} worker runs" for kind in ("inference", "joiner", "trainer")]
 
     away = await status.collect(
         Settings.load(**settings.model_dump() | {"redis_url": "redis://127.0.0.1:1/0"})
     )
-    assert set(away["errors"]) == {"replay"}  # one part that is away hides no other
-    assert away["groups"] == report["groups"]
+    assert set(away["errors"]) == {"workers", "waiting", "replay"}  # one part that is away hides no other
+    assert {g["topic"]: g["lag"] for g in away["groups"]} == {g["topic"]: g["lag"] for g in report["groups"]}
 
 
-def test_status_shows_the_workers_of_a_running_stack(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def reported(settings: Settings) -> tuple[int, dict[str, Any]]:
+    """The exit code and the report of `cortex status`."""
+    done = here("status", "--json", *flags(settings), "--redis", settings.redis_address)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_status_sees_workers_wherever_they_run(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CORTEX_JOINER_GROUP", settings.joiner_group)
-    worker = spawn_worker("joiner", settings).wait_ready()
-    stack = {
-        "pid": os.getpid(),
-        "kafka": settings.kafka_address,
-        "redis_url": settings.redis_address,
-        "inference": [],
-        "workers": {"joiner-1": {"pid": worker.pid, "port": worker.port}, "trainer-1": {"pid": 1, "port": 1}},
+    code, report = reported(settings)
+    assert (code, report["workers"]) == (1, [])
+
+    started = {kind: spawn_worker(kind, settings) for kind in ("joiner", "trainer", "inference")}
+    for worker in started.values():
+        worker.wait_ready()
+    decision = {"conversation_id": "c", "message": "hello", "interaction_id": "asked"}
+    httpx.post(f"{started['inference'].url}/v1/decide", json=decision, timeout=30).raise_for_status()
+
+    def answered(code_: int, ok: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+        def probe() -> dict[str, Any]:
+            code, report = reported(settings)
+            return report if code == code_ and ok(report) else {}
+
+        return wait_for(probe, f"a report with exit code {code_}", every_s=0.2)
+
+    report = answered(0, lambda r: r["waiting"] and any(w["version"] == 0 for w in r["weights"]))
+    by_kind = {w["kind"]: w for w in report["workers"]}
+    assert by_kind.keys() == started.keys()
+    topics = Topics.of(settings)
+    for kind, worker in started.items():
+        row = by_kind[kind]
+        assert row["name"] == f"{kind}@{socket.gethostname()}:{worker.port}"
+        assert (row["pid"], row["url"], row["state"]) == (worker.pid, worker.url, "ready")
+        assert row["release"] == version("cortex-streams")
+    assert set(by_kind["joiner"]["partitions"]) == {
+        f"{topic}-{n}" for topic in (topics.interactions, topics.replies) for n in range(2)
     }
-    settings.stack_file.write_text(json.dumps(stack))
-    arguments = ["status", "--data", str(settings.data), "--topic-prefix", settings.topic_prefix]
-    report = json.loads(here(*arguments, "--json").stdout)
-    joiner, trainer = report["workers"]
-    assert joiner == {
-        "name": "joiner-1",
-        "pid": worker.pid,
-        "port": worker.port,
-        "ready": True,
-        "missing": {},
-    }
-    assert trainer["ready"] is False
-    groups = {row["topic"]: row for row in report["groups"]}
-    assert groups[Topics.of(settings).replies]["members"] == 1
-    shown = here(*arguments).stdout
-    assert "joiner-1" in shown
+    assert set(by_kind["trainer"]["partitions"]) == {f"{topics.experiences}-{n}" for n in range(2)}
+    assert report["waiting"][0]["oldest_interaction"] == "asked"
+
+    # What is learned and what operators ask for is seen in trainers and inference workers alike.
+    reply = {"conversation_id": "c", "interaction_id": "asked", "text": "Thanks, that worked!"}
+    httpx.post(f"{started['inference'].url}/v1/replies", json=reply, timeout=30).raise_for_status()
+
+    def learned(report: dict[str, Any]) -> bool:
+        return {(w["kind"], w["version"]) for w in report["weights"]} == {("trainer", 1), ("inference", 1)}
+
+    answered(0, learned)
+    here("control", "pin", "default", "--version", "1", *flags(settings))
+    answered(0, lambda r: [w["pinned"] for w in r["weights"]] == [1, 1])
+    shown = here("status", *flags(settings), "--redis", settings.redis_address).stdout
+    assert "pinned to 1" in shown
     assert "Consumer groups" in shown
+
+    assert started["trainer"].stop() == 0
+    stopped = answered(1, lambda r: len(r["workers"]) == 2)
+    assert stopped["problems"] == ["no trainer worker runs"]
+    started["joiner"].kill()
+    with Redis.from_url(settings.redis_address) as client:  # a minute later
+        client.expire(f"{settings.topic_prefix}:worker:{by_kind['joiner']['name']}", FORGOTTEN_S - 60)
+    lost = answered(1, lambda r: any(w["state"] == "missing" for w in r["workers"]))
+    name = by_kind["joiner"]["name"]
+    assert any(p.startswith(f"{name} is missing: its last heartbeat is") for p in lost["problems"])
 
 
 def write_logs(folder: Path) -> Path:

@@ -106,6 +106,7 @@ NOT_RUN = {
     "cortex_core.memory_bank.MemoryBank.decay",  # a formula
     "cortex_core.recency.RecencySampler",  # a formula
     "streams.audit 2",  # its modules
+    "streams.heartbeats",  # keys of Redis
     "streams.joiner.effects",  # the order of effects
     "streams.joiner.offsets.StoredOffsets",  # keys of Redis
     "streams.joiner.states.RedisStates",  # keys of Redis

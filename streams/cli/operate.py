@@ -175,13 +175,17 @@ def status(
     topic_prefix: Prefix = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show workers and their readiness, lag of the consumer groups, replay sizes and weights versions."""
+    """Show all workers, wherever they run, lag, the oldest waiting interaction, replay and weights versions.
+
+    The exit code is 1 if a server does not answer, a worker is missing or not ready, or a kind of worker does
+    not run.
+    """
     settings = load(kafka=kafka, redis=redis, data=data, topic_prefix=topic_prefix).resolved()
     from streams.cli.status import collect, show
 
     report = run(collect(settings), settings)
     typer.echo(json.dumps(report, indent=1)) if as_json else show(report)
-    if report["errors"]:
+    if report["problems"]:
         raise typer.Exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Status of a stack: workers and readiness, lag of the consumer groups, replay sizes, weights versions.
+"""Status of all workers, wherever they run: from their heartbeats, the consumer groups, and Redis.
 
 The parts are queried independently: one that does not answer is reported and does not hide the others.
 """
@@ -6,79 +6,113 @@ The parts are queried independently: one that does not answer is reported and do
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from typing import Any
 
-import httpx
-from aiokafka import TopicPartition
+import msgspec
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from rich.console import Console
 from rich.table import Table
 
-from streams.connections import explain, kafka_client_options, redis_client
+from streams.connections import async_redis_client, explain, kafka_client_options, redis_client
 from streams.failures import error_text
+from streams.heartbeats import Seen, read_heartbeats
+from streams.joiner.states import RedisStates
 from streams.kafka.clients import started
 from streams.kafka.groups import committed_offsets
 from streams.kafka.reader import reading
 from streams.kafka.topics import Topics
+from streams.ports import WORKER_PORTS
 from streams.replay_store import RedisReplayBuffer, model_ids
 from streams.settings import Settings
+from streams.trail import Trail
 
 TIMEOUT_S = 5.0
+MAX_PARTITIONS = 1_024
+"""Partitions of a topic that are looked up in Redis, so that it need not be asked how many Kafka has."""
+FIRST_DUE = 20
+"""Conversations of each partition in which the oldest waiting interaction is searched."""
+
+Rows = list[dict[str, Any]]
 
 
 async def collect(settings: Settings) -> dict[str, Any]:
-    """The data for `show`: kafka, redis, workers, groups, replay, weights, errors.
+    """The data for `show`: kafka, redis, workers, groups, waiting, replay, weights, errors, problems.
+
+    `problems` is empty if both servers answer, and workers of each kind run and are ready.
 
     Args:
         settings: resolved.
     """
     errors: dict[str, str] = {}
 
-    async def part(name: str, work: Awaitable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    async def part(name: str, work: Awaitable[Rows]) -> Rows:
         try:
             return await asyncio.wait_for(work, 2 * TIMEOUT_S)
         except Exception as error:  # reported; the other parts are still shown
             errors[name] = str(await explain(error, settings) or error_text(error))
             return []
 
-    workers, groups, replay, weights = await asyncio.gather(
+    workers, groups, waiting, replay = await asyncio.gather(
         part("workers", _workers(settings)),
         part("groups", _groups(settings)),
+        part("waiting", _waiting(settings)),
         part("replay", _replay(settings)),
-        part("weights", _weights(settings)),
     )
+    problems = [f"{name}: {why}" for name, why in errors.items()]
+    if "workers" not in errors:
+        problems += _problems(workers)
     return {
         "kafka": settings.kafka_address,
         "redis": settings.redis_shown,
         "workers": workers,
         "groups": groups,
+        "waiting": waiting,
         "replay": replay,
-        "weights": weights,
+        "weights": [
+            {"worker": w["name"], "kind": w["kind"], "model_id": model_id, **state}
+            for w in workers
+            for model_id, state in w["models"].items()
+        ],
         "errors": errors,
+        "problems": problems,
     }
 
 
-async def _workers(settings: Settings) -> list[dict[str, Any]]:
-    """The workers of the stack; none if no stack runs on the data folder."""
-
-    async def one(http: httpx.AsyncClient, name: str, worker: dict[str, Any]) -> dict[str, Any]:
-        row: dict[str, Any] = {"name": name, "pid": worker["pid"], "port": worker["port"]}
-        try:
-            answer = await http.get(f"http://{host}:{worker['port']}/readyz")
-            body = answer.json()
-            return row | {"ready": answer.status_code == 200, "missing": body.get("missing", {})}
-        except (httpx.HTTPError, ValueError) as error:
-            return row | {"ready": False, "missing": {"http": f"{type(error).__name__}: {error}"}}
-
-    host = settings.local_host
-    known: dict[str, Any] = settings.running_stack().get("workers", {})
-    async with httpx.AsyncClient(timeout=TIMEOUT_S) as http:
-        return list(await asyncio.gather(*(one(http, name, worker) for name, worker in known.items())))
+def _problems(workers: Rows) -> list[str]:
+    running = {w["kind"] for w in workers if w["state"] != "missing"}
+    problems = [f"no {kind} worker runs" for kind in WORKER_PORTS if kind not in running]
+    for worker in workers:
+        if worker["state"] == "missing":
+            problems.append(
+                f"{worker['name']} is missing: its last heartbeat is {_span(worker['age_s'])} old"
+            )
+        elif worker["state"] == "not ready":
+            why = "; ".join(f"{k}: {v}" for k, v in worker["missing"].items()) or "it is stopping"
+            problems.append(f"{worker['name']} is not ready: {why}")
+    return problems
 
 
-async def _groups(settings: Settings) -> list[dict[str, Any]]:
-    """For each consumer group and topic: members of the group, and its lag."""
+async def _workers(settings: Settings) -> Rows:
+    """All workers that report to this Redis."""
+    async with async_redis_client(settings) as client:
+        return [_row(seen) for seen in await read_heartbeats(client, settings.topic_prefix)]
+
+
+def _row(seen: Seen) -> dict[str, Any]:
+    it = seen.heartbeat
+    state = "missing" if seen.is_missing else "ready" if it.ready else "not ready"
+    row: dict[str, Any] = msgspec.to_builtins(it)
+    row |= {"partitions": it.activity.partitions, "models_total": it.activity.models_total}
+    row["models"] = {name: msgspec.structs.asdict(model) for name, model in it.activity.models.items()}
+    del row["activity"], row["ready"]
+    return row | {"state": state, "age_s": round(seen.age_s, 1)}
+
+
+async def _groups(settings: Settings) -> Rows:
+    """For each consumer group and topic: members of the group, its lag, and the age of its next event."""
     topics = Topics.of(settings)
     reads = {
         settings.joiner_group: (topics.interactions, topics.replies),
@@ -93,15 +127,41 @@ async def _groups(settings: Settings) -> list[dict[str, Any]]:
             partitions = sorted(consumer.assignment())
             ends = await consumer.end_offsets(partitions)
             starts = await consumer.beginning_offsets(partitions)
-        for group, names in reads.items():
-            members, committed = await _group(admin, group)
-            for name in sorted(set(names).intersection(existing)):
-                mine = [p for p in partitions if p.topic == name]
-                done = {p: committed.get(p, -1) for p in mine}
-                lag = sum(ends[p] - (done[p] if done[p] >= 0 else starts[p]) for p in mine)
-                events = sum(ends[p] for p in mine)
-                rows.append({"group": group, "members": members, "topic": name, "events": events, "lag": lag})
+            for group, names in reads.items():
+                members, committed = await _group(admin, group)
+                for name in sorted(set(names).intersection(existing)):
+                    mine = [p for p in partitions if p.topic == name]
+                    next_ = {p: max(committed.get(p, 0), starts[p]) for p in mine}
+                    rows.append(
+                        {
+                            "group": group,
+                            "members": members,
+                            "topic": name,
+                            "events": sum(ends[p] for p in mine),
+                            "lag": sum(ends[p] - next_[p] for p in mine),
+                            "behind_s": await _behind(
+                                consumer, {p: at for p, at in next_.items() if at < ends[p]}
+                            ),
+                        }
+                    )
     return rows
+
+
+async def _behind(consumer: AIOKafkaConsumer, next_: dict[TopicPartition, int]) -> float | None:
+    """Age in seconds of the oldest of the records at these offsets; None if there are none."""
+    for partition in consumer.assignment():
+        if partition in next_:
+            consumer.resume(partition)
+            consumer.seek(partition, next_[partition])
+        else:
+            consumer.pause(partition)
+    oldest: dict[TopicPartition, int] = {}
+    deadline = time.monotonic() + TIMEOUT_S / 2
+    while len(oldest) < len(next_) and time.monotonic() < deadline:
+        for partition, records in (await consumer.getmany(timeout_ms=200)).items():
+            oldest.setdefault(partition, records[0].timestamp)
+            consumer.pause(partition)
+    return round(max(0.0, time.time() - min(oldest.values()) / 1000), 1) if oldest else None
 
 
 async def _group(admin: AIOKafkaAdminClient, group: str) -> tuple[int, dict[TopicPartition, int]]:
@@ -113,10 +173,43 @@ async def _group(admin: AIOKafkaAdminClient, group: str) -> tuple[int, dict[Topi
     return members, committed
 
 
-async def _replay(settings: Settings) -> list[dict[str, Any]]:
+async def _waiting(settings: Settings) -> Rows:
+    """The interaction that has waited longest for a reply; none if none waits."""
+    oldest: tuple[float, str, str] | None = None
+    conversations = 0
+    async with async_redis_client(settings) as client:
+        prefix = settings.topic_prefix
+        states = RedisStates(client, prefix, settings.join_window_s, Trail(client, prefix))
+        pipe = client.pipeline(transaction=False)
+        for partition in range(MAX_PARTITIONS):
+            pipe.zcard(states.due_key(partition))
+            # By the time of their next change, which also is the end of the wait of a reply.
+            pipe.zrange(states.due_key(partition), 0, FIRST_DUE - 1)
+        answers = await pipe.execute()
+        for open_, first in zip(answers[::2], answers[1::2], strict=True):
+            conversations += open_
+            for stored in (await states.load(c.decode() for c in first)).values():
+                waiting = [it for it in stored.conversation.in_order() if it.body is not None]
+                waiting = [it for it in waiting if not stored.conversation.replies_of(it)]
+                for it in waiting[:1]:
+                    oldest = min(oldest or (it.at, it.id, it.occurred_at), (it.at, it.id, it.occurred_at))
+    if oldest is None:
+        return []
+    at, interaction_id, occurred_at = oldest
+    return [
+        {
+            "conversations": conversations,
+            "oldest_interaction": interaction_id,
+            "occurred_at": occurred_at,
+            "age_s": round(max(0.0, time.time() - at), 1),
+        }
+    ]
+
+
+async def _replay(settings: Settings) -> Rows:
     """Number of entries in replay, by model."""
 
-    def sizes() -> list[dict[str, Any]]:
+    def sizes() -> Rows:
         with redis_client(settings) as client:
             return [
                 {"model_id": name, "entries": len(RedisReplayBuffer.of(settings, name, client))}
@@ -126,29 +219,22 @@ async def _replay(settings: Settings) -> list[dict[str, Any]]:
     return await asyncio.to_thread(sizes)
 
 
-async def _weights(settings: Settings) -> list[dict[str, Any]]:
-    """The version that each inference worker of the stack serves, by model."""
-    rows = []
-    async with httpx.AsyncClient(timeout=TIMEOUT_S) as http:
-        for url in settings.running_stack().get("inference", []):
-            answer = await http.get(f"{url}/v1/models")
-            rows += [{"worker": url, **model} for model in answer.raise_for_status().json()["models"]]
-    return rows
-
-
 def show(report: dict[str, Any], console: Console | None = None) -> None:
     """Prints a report as tables."""
     console = console or Console()
     console.print(f"Kafka {report['kafka']}   Redis {report['redis']}", highlight=False)
     table(
         "Workers",
-        ["name", "pid", "port", "ready"],
+        ["name", "state", "pid", "up", "release", "partitions", "models"],
         [
             [
                 w["name"],
+                w["state"],
                 str(w["pid"]),
-                str(w["port"]),
-                "yes" if w["ready"] else "no: " + "; ".join(f"{k}: {v}" for k, v in w["missing"].items()),
+                _span(time.time() - w["started"]),
+                w["release"],
+                str(len(w["partitions"])),
+                str(w["models_total"]),
             ]
             for w in report["workers"]
         ],
@@ -156,13 +242,19 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
     )
     table(
         "Consumer groups",
-        ["group", "members", "topic", "events", "lag"],
+        ["group", "members", "topic", "events", "lag", "behind"],
         [
-            [g["group"], str(g["members"]), g["topic"], str(g["events"]), str(g["lag"])]
+            [g["group"], str(g["members"]), g["topic"], str(g["events"]), str(g["lag"]), _span(g["behind_s"])]
             for g in report["groups"]
         ],
         console,
     )
+    for w in report["waiting"]:
+        console.print(
+            f"Oldest interaction that waits for a reply: {w['oldest_interaction']}, {_span(w['age_s'])}; "
+            f"{w['conversations']} open conversations",
+            highlight=False,
+        )
     table(
         "Replay",
         ["model", "entries"],
@@ -170,13 +262,28 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
         console,
     )
     table(
-        "Weights served",
-        ["model", "version", "inference worker"],
-        [[w["model_id"], str(w["version"]), w["worker"]] for w in report["weights"]],
+        "Weights",
+        ["model", "version", "control", "worker"],
+        [[w["model_id"], str(w["version"]), _control(w), w["worker"]] for w in report["weights"]],
         console,
     )
-    for name, why in report["errors"].items():
-        console.print(f"{name}: {why}", style="red", highlight=False)
+    for problem in report["problems"]:
+        console.print(problem, style="red", highlight=False)
+
+
+def _control(state: dict[str, Any]) -> str:
+    """An operator's commands for a model, as one worker knows them."""
+    pinned = f"pinned to {state['pinned']}" if state["pinned"] is not None else ""
+    return ", ".join(filter(None, (pinned, "paused" if state["paused"] else ""))) or "-"
+
+
+def _span(seconds: float | None) -> str:
+    """A duration, such as 7 s, 12 min or 3.5 h."""
+    if seconds is None:
+        return "-"
+    units = ((86_400, "d"), (3_600, "h"), (60, "min"))
+    size, unit = next(((size, unit) for size, unit in units if seconds >= 2 * size), (1, "s"))
+    return f"{seconds / size:.0f} {unit}"
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], console: Console | None = None) -> None:
@@ -187,7 +294,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], console: Consol
         return
     grid = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
-        grid.add_column(column)
+        grid.add_column(column, overflow="fold")  # on a narrow terminal, nothing is cut
     for row in rows:
         grid.add_row(*row)
     console.print(grid)

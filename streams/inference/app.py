@@ -262,6 +262,7 @@ class _RefusedCollector(Collector):
 async def _serve(worker: Worker) -> None:
     torch.set_num_threads(worker.settings.torch_threads)
     service = Service(worker.settings, worker.report)
+    worker.activity = service.activity
     REGISTRY.register(_RefusedCollector(service))
     stopping = asyncio.create_task(worker.stopping.wait())
     try:

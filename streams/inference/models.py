@@ -126,7 +126,7 @@ class Models:
         return ModelDetail(**summary.model_dump(), versions=list(self._versions.get(model_id, ())))
 
     def ids(self) -> list[str]:
-        """Ids of the loaded models."""
+        """Ids of the loaded models, in the order of their last use."""
         return list(self._ready)
 
     def _may_serve(self, model_id: str, version: int) -> bool:

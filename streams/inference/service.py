@@ -27,6 +27,7 @@ from cortex_core.text_encoder import load_encoder
 from cortex_core.weights import WeightsSnapshot
 from streams.events import ReplyEvent, new_id, utc_now
 from streams.failures import error_text
+from streams.heartbeats import MODELS_REPORTED, Activity, ModelState
 from streams.inference.api import (
     DecideRequest,
     DecideResponse,
@@ -228,6 +229,16 @@ class Service:
             "refused": self._refusal(model_id),
             "strategies_changed": self._strategies_changed(model_id),
         }
+
+    def activity(self) -> Activity:
+        """What this process serves, for its heartbeat: the models used last."""
+        ids = self._models.ids()
+        models = {}
+        for model_id in ids[-MODELS_REPORTED:]:
+            control = self._controls.of(model_id)
+            version = self._models.summary(model_id, None).version
+            models[model_id] = ModelState(version, control.pinned, control.paused)
+        return Activity(models=models, models_total=len(ids))
 
     def _ready(self) -> Decider:
         if self._decider is None or self.missing:

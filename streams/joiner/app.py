@@ -27,6 +27,7 @@ from cortex_core.strategy_registry import StrategyRegistry
 from streams.connections import async_redis_client, retry
 from streams.events import DeadLetter, version_header
 from streams.failures import is_transient
+from streams.heartbeats import Activity
 from streams.joiner.batch import Batch
 from streams.joiner.consumer import BatchConsumer, BatchTransport, JoinedTopic, NoTables
 from streams.joiner.effects import Engine, Experience
@@ -205,7 +206,12 @@ class JoinerApp(faust.App):
         await retry(self.redis.ping, self.cortex_settings, self.worker.not_ready)
         self.worker.ready("redis")
         await self.publisher.start()
+        self.worker.activity = self._activity
         self.worker.not_ready("kafka", "joining the group")
+
+    def _activity(self) -> Activity:
+        owned = self.batches.assignment() if self.batches.is_reading else ()
+        return Activity(sorted(f"{tp.topic}-{tp.partition}" for tp in owned))
 
     def _on_publisher(self, reason: str | None) -> None:
         if reason is not None:

@@ -34,6 +34,7 @@ from streams.connections import (
     why_unavailable,
 )
 from streams.failures import configuration_error, error_text, is_transient
+from streams.heartbeats import MODELS_REPORTED, Activity, ModelState
 from streams.kafka.clients import start, stop
 from streams.kafka.reader import PROBE_S, EndProbe, Watchdog
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics, create_topics
@@ -86,6 +87,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
             is_own=lambda manifest: manifest.sha256 in self._context.own_versions,
         )
         self._controls = ControlFollower(settings, self._on_control)
+        worker.activity = self._activity
         self._context = TrainerContext(
             settings, self._follower, self._controls, self._cache, self.metrics, self._in_thread
         )
@@ -272,6 +274,19 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
                 await retry(client.ping, self.settings, self.worker.not_ready)
                 self.worker.ready("redis")
                 await asyncio.sleep(PROBE_S)
+
+    def _activity(self) -> Activity:
+        """The partitions and models of this trainer, for its heartbeat: first the models in memory."""
+        owned = list(self._owned.values())
+        loaded = [model_id for partition in owned for model_id in partition.models.ids()]
+        others = [*self._controls.models()[:MODELS_REPORTED], *self._follower.models()[:MODELS_REPORTED]]
+        models: dict[str, ModelState] = {}
+        for model_id in [*loaded, *others]:
+            if len(models) < MODELS_REPORTED and any(partition.owns(model_id) for partition in owned):
+                newest, control = self._follower.newest(model_id), self._controls.of(model_id)
+                version = newest.version if newest else 0
+                models[model_id] = ModelState(version, control.pinned, control.paused)
+        return Activity([p.name for p in owned], models, len(self._follower.models()))
 
     async def _on_control(self, model_id: str, _control: Control) -> None:
         self._changed_models.add(model_id)

@@ -56,6 +56,10 @@ class LoadedModels:
         """The model's learner, if it is in memory."""
         return self._learners.get(model_id)
 
+    def ids(self) -> list[str]:
+        """Ids of the models in memory."""
+        return list(self._learners)
+
     async def load(self, model_id: str) -> ModelLearner:
         """The model's learner; continues from the newest version if it is not in memory.
 

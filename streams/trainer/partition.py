@@ -86,8 +86,8 @@ class PartitionLearner:
         """Model whose training is paused → offset of the first experience that it has not learned from."""
         self.last_publish = 0.0
         self.isolate_until = isolate_until
-        self._name = f"{tp.topic}-{tp.partition}"
-        self.models = LoadedModels(context, self._name)
+        self.name = f"{tp.topic}-{tp.partition}"
+        self.models = LoadedModels(context, self.name)
         self._consumer = consumer
         self._poison = poison or {}
         self._refused_rollbacks: dict[str, int] = {}
@@ -107,7 +107,7 @@ class PartitionLearner:
         """
         producer = AIOKafkaProducer(
             **kafka_client_options(self.settings),
-            transactional_id=f"{self.settings.topic_prefix}-trainer-{self._name}",
+            transactional_id=f"{self.settings.topic_prefix}-trainer-{self.name}",
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
             max_request_size=2 * MAX_RECORD_BYTES,
         )
@@ -124,7 +124,7 @@ class PartitionLearner:
         self._consumer.seek(self.tp, self.position)
         for model_id in self.context.controls.models():
             await self.apply_control(model_id)
-        log.info("partition opened", partition=self._name, offset=self.position)
+        log.info("partition opened", partition=self.name, offset=self.position)
 
     async def close(self) -> None:
         """Releases the partition; the next owner learns again from what is unpublished."""
@@ -133,8 +133,8 @@ class PartitionLearner:
             await stop(producer)
 
     def owns(self, model_id: str) -> bool:
-        """Whether this model's experiences belong to this partition."""
-        return bool(owner_partition(model_id, self._partitions) == self.tp.partition)
+        """Whether this model's experiences belong to this partition; False until it is open."""
+        return self._partitions > 0 and owner_partition(model_id, self._partitions) == self.tp.partition
 
     # --- learning -------------------------------------------------------------------------------------------
 
@@ -222,7 +222,7 @@ class PartitionLearner:
         if record.offset < self._highest_position:
             return  # read again; its dead letter was sent the first time
         self.context.metrics.refused.labels("experience").inc()
-        log.warning("experience refused", partition=self._name, offset=record.offset, reason=reason)
+        log.warning("experience refused", partition=self.name, offset=record.offset, reason=reason)
         letter = dead_letter(record, reason).model_copy(update={"worker": "trainer"})
         self._letters.append((record.key, letter))
 

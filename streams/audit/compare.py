@@ -119,7 +119,7 @@ class _Comparison:
             counts["open"] += 1
             return
         counts["experiences"] += 1
-        counts["amended"] += len(experience.reply_ids) > 1
+        counts["amended"] += max(0, len(experience.reply_ids) - 1)
         counts["expired"] += not experience.reply_ids
         allowed = {a.reply.id for a in self.allowed[it.key]}
         for reply_id in allowed.intersection(experience.reply_ids):

@@ -20,7 +20,7 @@ COUNTS = {
     "excess": "replies above the maximum of an interaction",
     "moved": "replies first published with another interaction",
     "experiences": "interactions with an experience",
-    "amended": "of these: with more than one reply",
+    "amended": "replies after the first of their interaction",
     "expired": "of these: without a reply",
     "misfits": "interactions that do not fit their model: dead letters, and not in replay",
     "open": "interactions whose window is open",

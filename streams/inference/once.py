@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from prometheus_client import Counter
 from pydantic import BaseModel
 
 from streams.inference.api import ConflictError
@@ -22,6 +23,11 @@ BYTES_REMEMBERED = 24_000_000
 """Maximum size of the entries, for interactions and for replies each; about 1 KB per entry."""
 OWN_BYTES = 1_000
 """Size of an entry without its answer and its event."""
+
+
+ACKNOWLEDGED = Counter(
+    "cortex_acknowledged_total", "Events that Kafka has acknowledged, each counted once", ["topic"]
+)
 
 
 @dataclass(slots=True)
@@ -120,6 +126,7 @@ class IdempotentPublisher(Generic[R]):
         if entry.made is None:  # a concurrent request was first
             return
         entry.made = entry.delivery = None
+        ACKNOWLEDGED.labels(record.topic.rpartition(".")[2]).inc()
         entry.answer = record.response.model_dump_json().encode()
         self._count(id_, entry, len(entry.answer))
 

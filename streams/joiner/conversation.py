@@ -156,11 +156,13 @@ class Conversation:
 
     # -- changes -------------------------------------------------------------------------------------------
 
-    def add_interaction(self, new: TrackedInteraction) -> tuple[int, TrackedInteraction | None]:
+    def add_interaction(
+        self, new: TrackedInteraction
+    ) -> tuple[list[ReceivedReply], TrackedInteraction | None]:
         """Adds an interaction and assigns its replies to it.
 
         Returns:
-            How many of the replies were waiting, and the interaction from which the others moved, if any.
+            Those of the replies that were waiting, and the interaction from which the others moved, if any.
         """
         # A reply without an interaction id belongs to the latest interaction before it: replies can move only
         # from the one directly before the new one.
@@ -181,7 +183,7 @@ class Conversation:
             self._assign(before, [reply for reply in earlier if reply not in moved])
         if waited or moved:
             self._assign(new, waited + moved)
-        return len(waited), before if moved else None
+        return waited, before if moved else None
 
     def add_reply(self, reply: ReceivedReply) -> None:
         """Adds a reply: assigns it to its interaction, or keeps it waiting."""

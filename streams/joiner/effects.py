@@ -171,7 +171,7 @@ class Engine:
                 late.setdefault(reply.interaction_id or "", []).append(reply)
                 if not joined.is_published(conversation_id):
                     unpublished.add(reply.interaction_id or "")
-        joined.counts["orphans"] += len(late.pop("", ()))
+        joined.counts["orphaned"] += len(late.pop("", ()))
         while late:
             late = await self._amend(late, unpublished, joined.counts)
 
@@ -284,12 +284,15 @@ class Engine:
             The replies whose experience another worker changed meanwhile: to be retried.
         """
         amended: dict[str, Experience] = {}
+        unanswered: set[str] = set()
         found = await self._replay.find([(None, interaction_id) for interaction_id in late])
         for (interaction_id, replies), entry in zip(late.items(), found, strict=True):
             stored = _stored(entry)
             if entry is None or stored is None:
-                counts["orphans"] += len(replies)
+                counts["orphaned"] += len(replies)
                 continue
+            if not stored.readings:
+                unanswered.add(interaction_id)
             value, version = self.rules.amended(stored, replies), max(entry.version + 1, _now_ms())
             if value is None:  # amended before, possibly without being published
                 value, version = entry.value, entry.version
@@ -301,8 +304,12 @@ class Engine:
         conflicts: dict[str, list[ReceivedReply]] = {}
         for interaction_id, experience in amended.items():
             if experience in accepted:
-                is_new = experience.write.version != experience.write.replaces
-                counts["late" if is_new else "duplicates"] += len(late[interaction_id])
+                n = len(late[interaction_id])
+                if experience.write.version == experience.write.replaces:
+                    counts["repeated"] += n
+                else:
+                    first = interaction_id in unanswered
+                    counts.update({"late": n, "joined": n, "amended": n - first})
             else:
                 conflicts[interaction_id] = late[interaction_id]
         return conflicts

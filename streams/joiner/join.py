@@ -69,7 +69,8 @@ class Changes:
     orphans: list[ReceivedReply] = field(default_factory=list)
     """Replies that waited for a window and whose interaction is not in the state; replay may have it."""
     counts: Counter[str] = field(default_factory=Counter)
-    """interactions, replies, duplicates, joined, amended, late, moved, waiting, excess, no_reply"""
+    """interactions, replies, repeated, joined, amended, late, moved, waited, excess, expired: as in
+    `streams.joiner.metrics.OUTCOME_NAMES`"""
 
 
 class Join:
@@ -98,16 +99,20 @@ class Join:
         """Adds an interaction; assigns its replies: waiting ones, and those of the interaction before it."""
         changes.counts["interactions"] += 1
         if event.id in conversation.interactions:
-            changes.counts["duplicates"] += 1
+            changes.counts["repeated"] += 1
             return
         until = max(event.at, arrived) + self.window_s
         new = TrackedInteraction(event.id, event.at, event.occurred_at, event.model_id, until, event.body)
         waited, moved_from = conversation.add_interaction(new)
+        replies = conversation.replies_of(new)
         if moved_from is not None:
-            changes.counts["moved"] += 1
+            changes.counts["moved"] += len(replies) - len(waited)
             conversation.set_pending(moved_from)
-        if conversation.replies_of(new):
-            changes.counts["joined"] += waited
+        if replies:
+            changes.counts["joined"] += len(waited)
+            changes.counts["late"] += sum(reply.at > new.at + self.window_s for reply in waited)
+            # All but the first of a new experience. Those that moved were counted where they were before.
+            changes.counts["amended"] += len(waited) - (len(replies) == len(waited))
             conversation.set_pending(new)
         excess = len(conversation.interactions) - self.max_kept
         if excess > 0:
@@ -121,7 +126,7 @@ class Join:
         """Adds a reply: completes or amends its interaction's experience, or keeps the reply waiting."""
         changes.counts["replies"] += 1
         if reply.id in conversation.replies:
-            changes.counts["duplicates"] += 1
+            changes.counts["repeated"] += 1
             return
         target = conversation.target(reply)
         # The latest replies are kept, so that which ones does not depend on their order of arrival.
@@ -133,7 +138,7 @@ class Join:
             conversation.remove_assigned(target, kept[0])
         conversation.add_reply(replace(reply, until=max(reply.at, arrived) + self.window_s))
         if target is None:
-            changes.counts["waiting"] += 1
+            changes.counts["waited"] += 1
             waiting = conversation.waiting()
             for earliest in waiting[: max(0, len(waiting) - self.max_kept)]:
                 self._orphan(conversation, earliest, changes)
@@ -162,7 +167,7 @@ class Join:
 
     def _close(self, conversation: Conversation, interaction: TrackedInteraction, changes: Changes) -> None:
         if not conversation.replies_of(interaction):
-            changes.counts["no_reply"] += 1
+            changes.counts["expired"] += 1
             changes.closed.append(interaction)
         conversation.close(interaction)
 

@@ -7,13 +7,25 @@ from collections.abc import Mapping
 from prometheus_client import Counter, Gauge, Histogram
 
 EVENTS = Counter("cortex_joiner_events_total", "Events read", ["kind"])
-OUTCOMES = Counter(
-    "cortex_joiner_outcomes_total",
-    "Events by outcome: joined, amended, duplicates, late, too_late (replay had evicted the interaction), "
-    "waiting, orphans (the interaction never arrived), moved (to the interaction they belong to), excess, "
-    "no_reply, conflicts, experiences, timer_failures",
-    ["outcome"],
-)
+OUTCOME_NAMES = {
+    "repeated": "events that were processed before, also those read again after a crash or a rebalance",
+    "joined": "replies added to an experience",
+    "amended": "of these: those to an interaction that had a reply already",
+    "late": "of these: those that occurred or arrived after their interaction's window",
+    "waited": "replies that arrived before their interaction",
+    "orphaned": "replies whose interaction did not arrive in time",
+    "moved": "replies assigned to another interaction, because their own arrived after them",
+    "excess": "replies above the maximum of an interaction",
+    "expired": "interactions whose window closed without a reply",
+    "too_late": "amendments of experiences that replay had evicted",
+    "experiences": "records sent to the experiences topic",
+    "conflicts": "conversations that another joiner had changed: joined again",
+    "timer_failures": "conversations that could not be closed: tried again later",
+}
+"""Outcome → description. Those that an audit counts too have the name it gives them (docs/operations.md)."""
+OUTCOMES = Counter("cortex_joiner_outcomes_total", "Events by outcome", ["outcome"])
+for _name in OUTCOME_NAMES:
+    OUTCOMES.labels(_name)  # so that what has not happened is 0 and not absent
 DEAD_LETTERS = Counter("cortex_joiner_dead_letters_total", "Records that could not be joined", ["topic"])
 RETRIES = Counter(
     "cortex_joiner_retries_total", "Attempts that failed because Kafka or Redis was unavailable"

@@ -24,6 +24,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import prometheus_client
 import structlog
 from aiokafka import TopicPartition
 
@@ -54,6 +55,19 @@ class _UnrelatedError(WeightsError):
     """A version that is far from the newest one and has an unknown parent."""
 
     reason = "unrelated"
+
+
+FORKS = prometheus_client.Counter(
+    "cortex_weights_forks",
+    "Versions that do not follow the newest one of their model, as an audit counts",
+)
+
+
+def _is_fork(manifest: WeightsManifest, newest: WeightsManifest) -> bool:
+    """Whether a version does not follow its model's newest one, or has consumed less; as an audit judges."""
+    back = any(offset < newest.consumed.get(name, 0) for name, offset in manifest.consumed.items())
+    parent = -1 if manifest.parent is None else manifest.parent
+    return manifest.version <= newest.version or parent < newest.version or back
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +196,9 @@ class WeightsFollower(StateFollower):
     async def _accept(self, record: Any, snapshot: WeightsSnapshot, slot: int, first_offset: int) -> None:
         manifest, model_id = snapshot.manifest, snapshot.manifest.model_id
         kept, newest = self._kept.get(model_id, []), self.newest(model_id)
+        if newest is not None and _is_fork(manifest, newest):
+            FORKS.inc()
+            log.warning("fork", model_id=model_id, version=manifest.version, newest=newest.version)
         if newest is not None and abs(manifest.version - newest.version) > self._ring:
             self._expect_successor(manifest, newest)
             kept = []  # so many versions were missed that all kept ones have been overwritten

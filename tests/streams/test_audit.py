@@ -89,6 +89,19 @@ def test_a_clean_report_counts_everything() -> None:
     assert report.models == {"default": {"entries": 3}}
 
 
+def test_the_joiner_counts_what_the_audit_counts() -> None:
+    watched = Watched().see(
+        reply("early", "i1", at_s=20, text="ok"), *talk(), *talk()[:3], reply("never", "i9")
+    )
+    watched.see(interaction("silent", at_s=200), *(reply(f"more{n}", "i2", at_s=140 + n) for n in range(3)))
+    watched.see(reply("its own comes late", at_s=1_000, text="ok"), interaction("late", at_s=900))
+    watched.see(reply("after the window", "late", at_s=901 + WINDOW))
+    counts, counted = audit(watched.collect()).counts, watched.world.totals.counts
+    names = ["repeated", "joined", "amended", "late", "orphaned", "moved", "expired"]
+    assert {name: counted[name] for name in names} == {name: counts[name] for name in names}
+    assert min(counts[name] for name in names) >= 1
+
+
 def test_events_in_progress_are_pending_and_not_errors() -> None:
     watched = Watched().see(*talk(), interaction("later", at_s=1000), reply("waits", "i9", at_s=1000))
     report = audit(watched.collect(after_s=0))

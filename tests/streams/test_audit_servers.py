@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import httpx
 import pytest
 import redis
 from aiokafka import AIOKafkaProducer
+from prometheus_client.parser import text_string_to_metric_families
 
 from streams.events import ExperienceEvent, parse, utc_now
 from streams.kafka.topics import Topics
 from streams.replay_store import ReplayKeys
 from streams.settings import Settings
-from streams.testing import interaction, reply, send, spawn_worker, wait_for
+from streams.testing import WorkerProcess, interaction, reply, send, spawn_worker, wait_for
 from streams.weights.records import publish
 from tests.streams.experiences import send_raw
 from tests.streams.joined import conversation
@@ -147,3 +149,61 @@ def test_the_report_is_clean_until_outputs_are_changed(settings: Settings, clien
     assert findings(settings) == {("wrong", "silent")}
     asyncio.run(publish_versions(settings, 2))
     assert ("fork", "version 2") in findings(settings)
+
+
+def counters(worker: WorkerProcess) -> dict[str, float]:
+    """The sums of a worker's counters, by name and outcome."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(worker.get("/metrics").text):
+        for sample in family.samples:
+            if sample.name.endswith("_created"):
+                continue
+            name = sample.labels.get("outcome") or sample.name
+            found[name] = found.get(name, 0.0) + sample.value
+    return found
+
+
+def test_the_workers_counters_agree_with_the_audit(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORTEX_JOIN_WINDOW_S", "5")
+    settings = settings.model_copy(update={"join_window_s": 5.0})
+    kinds = ("joiner", "trainer", "inference")
+    joiner, trainer, inference = [spawn_worker(kind, settings).wait_ready() for kind in kinds]
+
+    def post(path: str, **body: Any) -> None:
+        url, fields = inference.url + path, {"conversation_id": "c"} | body
+        httpx.post(url, json=fields, timeout=30).raise_for_status()
+
+    def joined(number: int) -> None:
+        wait_for(lambda: counters(joiner)["joined"] == number, f"{number} joined replies", every_s=0.1)
+
+    for name in ("a", "b", "silent"):
+        post("/v1/decide", message="How?", interaction_id=name)
+    post("/v1/replies", text="Thanks!", interaction_id="a", reply_id="1")
+    post("/v1/replies", text="No, that is wrong.", interaction_id="a", reply_id="2")
+    post("/v1/replies", text="Perfect!", reply_id="moves", conversation_id="d")
+    post("/v1/replies", text="Nobody asked.", interaction_id="never")
+    joined(2)
+    now = utc_now()
+    # What is sent by others: an interaction that is later than its reply, and the same event twice.
+    others = [interaction("d1", "d", occurred_at=now - timedelta(seconds=9))] * 2
+    asyncio.run(send(settings, others))
+    joined(3)
+    asyncio.run(send(settings, [interaction("d2", "d", occurred_at=now - timedelta(seconds=8))]))
+    wait_for(lambda: counters(joiner)["moved"] == 1, "the move", every_s=0.1)
+
+    def settled() -> bool:
+        counts = report(settings)["counts"]
+        return not any(counts[name] for name in ("uncommitted", "open", "waiting"))
+
+    wait_for(settled, "the windows to close", every_s=0.5)
+    audited = report(settings)
+    assert audited["clean"], audited
+    counts, counted = audited["counts"], counters(joiner)
+    names = ["joined", "amended", "repeated", "moved", "orphaned", "expired", "late"]
+    assert {name: counted[name] for name in names} == {name: counts[name] for name in names}
+    assert counted["moved"] == counted["orphaned"] == counted["repeated"] == 1
+    assert counters(inference)["cortex_acknowledged_total"] == counts["acknowledged"] - 2
+    assert counters(trainer)["cortex_trainer_versions_total"] == counts["versions"] > 0
+    assert counters(inference)["cortex_weights_forks_total"] == counts["forks"] == 0

@@ -84,7 +84,7 @@ class World:
             amended = kept and self.join.amended(kept, [late])
             if amended and late.interaction_id:
                 self._write(late.interaction_id, amended)
-            changes.counts["orphans"] += not kept
+            changes.counts["orphaned"] += not kept
         self.totals.counts.update(changes.counts)
         return self
 
@@ -126,7 +126,7 @@ def test_a_reply_completes_its_interaction_immediately() -> None:
 
 def test_a_reply_may_arrive_before_its_interaction() -> None:
     world = World().see(reply("r1", "i1", at_s=5)).see(reply("r2", at_s=6))
-    assert (world.count("waiting"), world.count("joined"), world.replay) == (2, 0, {})
+    assert (world.count("waited"), world.count("joined"), world.replay) == (2, 0, {})
     world.see(interaction("i1"))
     assert world.experience("i1").reply_ids == ["r1", "r2"]
     assert world.count("joined") == 2
@@ -243,7 +243,7 @@ def test_an_interaction_without_a_reply_closes_after_the_window() -> None:
     assert (got.revision, got.outcome, got.reward, got.reward_confidence) == (0, "no_reply", 0.0, 0.0)
     assert world.conversation.due(WINDOW) is None
     world.timer(2 * WINDOW)
-    assert len(world.published) == world.count("no_reply") == 1
+    assert len(world.published) == world.count("expired") == 1
 
 
 def test_a_clock_that_jumps_back_changes_nothing() -> None:
@@ -262,7 +262,7 @@ def test_the_same_event_twice_changes_nothing_and_is_counted() -> None:
     for event in events:
         world.see(event)
     assert (world.replay, stored(world.conversation)) == before
-    assert world.count("duplicates") == 3
+    assert world.count("repeated") == 3
     assert len(world.published) == 2
 
 
@@ -283,7 +283,7 @@ def test_a_reply_after_the_state_expired_amends_replay_exactly_once() -> None:
         world.see(reply("r2", "i1", at_s=much_later, **THUMBS_DOWN)).timer(much_later + WINDOW)
         got = world.experience("i1")
         assert (got.revision, got.reward, got.reply_ids) == (2, -1.0, ["r1", "r2"])
-    assert world.count("orphans") == 0
+    assert world.count("orphaned") == 0
 
 
 def test_a_late_reply_to_an_evicted_interaction_changes_nothing() -> None:
@@ -295,8 +295,8 @@ def test_a_late_reply_to_an_evicted_interaction_changes_nothing() -> None:
 
 def test_a_reply_whose_interaction_never_arrives_is_an_orphan_after_the_window() -> None:
     world = World().see(reply("r1", "never", at_s=0)).see(reply("r2", at_s=0))
-    assert world.timer(WINDOW - 1).count("orphans") == 0
-    assert world.timer(WINDOW).count("orphans") == 2
+    assert world.timer(WINDOW - 1).count("orphaned") == 0
+    assert world.timer(WINDOW).count("orphaned") == 2
     assert world.conversation == Conversation()
 
 
@@ -322,7 +322,7 @@ def test_state_is_bounded() -> None:
     assert list(world.conversation.interactions) == [f"i{i}" for i in range(15, 20)]
     assert len(world.conversation.replies) == 10
     assert len(world.replay) == 20
-    assert world.count("orphans") == 15
+    assert world.count("orphaned") == 15
     for i in range(20):
         world.see(reply(f"x{i}", "i19", at_s=40))
     assert world.experience("i19").revision == 5

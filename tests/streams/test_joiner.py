@@ -86,7 +86,7 @@ async def test_events_become_experiences(
     assert Counter(letter.topic for letter in letters) == {topics.replies: 2, topics.interactions: 2}
     assert {letter.raw_at_source for letter in letters if "7500000 bytes" in letter.reason} == {True}
     assert any("schema_version 99" in letter.reason for letter in letters)
-    assert counted("outcomes_total", outcome="duplicates") == 1
+    assert counted("outcomes_total", outcome="repeated") == 1
     assert counted("outcomes_total", outcome="amended") == 1
     assert counted("dead_letters_total") == 4
     assert counted("events_total", kind="interactions") == 3
@@ -101,7 +101,7 @@ async def test_an_interaction_without_a_reply_becomes_no_reply_and_a_late_reply_
         await send(settings, [interaction("i1", occurred_at=now), lost])
         await async_wait_for(lambda: replay(settings, client), "the window to close")
         assert [(e.revision, e.outcome) for e in replay(settings, client).values()] == [(0, "no_reply")]
-        await async_wait_for(lambda: counted("outcomes_total", outcome="orphans") == 1, "the orphan")
+        await async_wait_for(lambda: counted("outcomes_total", outcome="orphaned") == 1, "the orphan")
         await send(settings, [reply("late", "i1", occurred_at=utc_now() + timedelta(seconds=1))])
         await async_wait_for(lambda: replay(settings, client)["i1"].revision == 1, "the late amendment")
         await async_wait_for(lambda: counted("outcomes_total", outcome="late") == 1, "the count")

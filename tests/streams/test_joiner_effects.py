@@ -210,8 +210,8 @@ async def test_the_next_worker_writes_due_times_that_a_crashed_one_did_not(
     await Bench(client, prefix).see(interaction("i1"))
     await client.delete(f"{prefix}:join-due:{{0}}")  # as if the worker had crashed before writing it
     successor = Bench(client, prefix)
-    assert (await successor.see(interaction("i1")))["duplicates"] == 1
-    assert (await successor.engine.timer(0, START + 2 * WINDOW))["no_reply"] == 1
+    assert (await successor.see(interaction("i1")))["repeated"] == 1
+    assert (await successor.engine.timer(0, START + 2 * WINDOW))["expired"] == 1
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -309,7 +309,7 @@ async def test_late_replies_reach_replay_in_one_batch_and_in_two(
     after = LATE_S + 3 * WINDOW
     await fresh.see(*(reply(f"late{n}", "i1", at_s=after + n) for n in range(3)))
     counts = await fresh.engine.timer(0, START + after + 2 * WINDOW)
-    assert (counts["late"], counts["orphans"]) == (3, 0)
+    assert (counts["late"], counts["orphaned"]) == (3, 0)
     got = parse(ExperienceEvent, (await fresh.replay())["i1"])
     assert (got.revision, got.reply_ids) == (4, ["r1", "late0", "late1", "late2"])
     assert [e.to_bytes() for e in fresh.published] == [got.to_bytes()]
@@ -320,7 +320,7 @@ async def test_the_timer_closes_any_number_of_conversations(client: redis.asynci
     await bench.see(*(interaction(f"i{n}", f"c{n}", at_s=n / 100) for n in range(1200)))
     assert sum((await bench.engine.timer(0, START + WINDOW - 1)).values()) == 0
     counts = await bench.engine.timer(0, START + 2 * WINDOW)
-    assert counts["no_reply"] == 1200
+    assert counts["expired"] == 1200
     store_ids = await client.zrange(ReplayKeys(prefix, "default").order, 0, -1)
     assert len(store_ids) == 1000, "the capacity"
     assert len(bench.published) == 1200
@@ -336,7 +336,7 @@ async def test_a_conversation_that_cannot_be_closed_holds_up_no_other(
     engine = Bench(client, prefix).engine
     for failures, closed in ((1, 4), (0, 0)):
         counts = await engine.timer(0, START + 2 * WINDOW)
-        assert (counts["timer_failures"], counts["no_reply"]) == (failures, closed)
+        assert (counts["timer_failures"], counts["expired"]) == (failures, closed)
     assert (await engine.timer(0, START + 2 * WINDOW + POSTPONE_S))["timer_failures"] == 1
 
 

@@ -68,7 +68,7 @@ async def live(settings: Settings, events: list[Event]) -> None:
 
     async def idle() -> bool:
         lags = [await lag(settings, settings.joiner_group, t) for t in (topics.interactions, topics.replies)]
-        return lags == [0, 0] and 'outcome="no_reply"' in joiner.get("/metrics").text
+        return lags == [0, 0] and 'outcome="expired"} 0.0' not in joiner.get("/metrics").text
 
     await async_wait_for(idle, "the joiner", every_s=0.1)
     with redis.Redis.from_url(settings.redis_address) as client:

@@ -360,6 +360,13 @@ class ControlEvent(Event):
     reason: Annotated[str, Field(max_length=2_000)] = ""
 
 
+class ForgetEvent(Event):
+    """An operator's request to forget a conversation: all its events up to `occurred_at`."""
+
+    conversation: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """SHA-256 of the conversation's id: this record outlives the conversation."""
+
+
 class DeadLetter(Event):
     """A record that a worker could not process, with its bytes."""
 

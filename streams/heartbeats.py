@@ -66,6 +66,8 @@ class Activity(Struct, frozen=True, omit_defaults=True):
     models: dict[str, ModelState] = {}
     """At most `MODELS_REPORTED` of its models."""
     models_total: int = 0
+    control_position: int = 0
+    """Of a joiner: it honours all records of the control topic before this offset."""
 
 
 class Heartbeat(Struct, frozen=True):

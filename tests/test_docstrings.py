@@ -106,6 +106,7 @@ NOT_RUN = {
     "cortex_core.memory_bank.MemoryBank.decay",  # a formula
     "cortex_core.recency.RecencySampler",  # a formula
     "streams.audit 2",  # its modules
+    "streams.forgotten",  # keys and values of a topic
     "streams.heartbeats",  # keys of Redis
     "streams.joiner.effects",  # the order of effects
     "streams.joiner.offsets.StoredOffsets",  # keys of Redis
@@ -212,6 +213,7 @@ ON_SERVERS: dict[str, Callable[[Settings], dict[str, Any]]] = {
         "request": DecideRequest.model_validate(body()),
         "reply": ReplyRequest(conversation_id="c-1", text="Thanks, that worked!"),
     },
+    "streams.joiner.forget": lambda _: {},
     "streams.joiner.rebuild": lambda _: {},
     "streams.kafka.clients": lambda settings: {
         "kafka_client_options": kafka_client_options,

@@ -41,6 +41,7 @@ def audit(evidence: Evidence, since: float = 0.0) -> Report:
     report.counts.update(
         refused=evidence.refused,
         uncommitted=evidence.uncommitted,
+        forgotten=evidence.forgotten,
         republished=sum(p.records - 1 for p in evidence.published.values()),
     )
     return report

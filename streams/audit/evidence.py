@@ -177,6 +177,8 @@ class Evidence:
     """Number of records of both topics with a dead letter."""
     unreadable: list[str] = field(default_factory=list)
     """Invalid records that the joiners have committed without a dead letter."""
+    forgotten: int = 0
+    """Number of records of both topics that belong to forgotten conversations: left out."""
     uncommitted: int = 0
     """Number of records of both topics that the joiners have not committed."""
 

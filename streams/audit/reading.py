@@ -19,6 +19,7 @@ from cortex_core.weights import WeightsManifest
 from streams.audit.evidence import Evidence, Experience, Interaction, Key, Published, Reply, Version
 from streams.connections import async_redis_client, kafka_client_options
 from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, ReplyEvent, parse, version_of
+from streams.forgotten import Forgotten, read_forgotten
 from streams.kafka.clients import started
 from streams.kafka.groups import committed_offsets
 from streams.kafka.reader import reading, records_to_end
@@ -55,6 +56,7 @@ async def collect(settings: Settings) -> Evidence:
     )
     # Inputs are read last, so that they include the events of all outputs.
     committed = await _committed(settings)
+    forgotten = await read_forgotten(settings)
     letters: set[Position] = set()
     async for record in _records(settings, topics.dead_letters):
         try:
@@ -68,7 +70,7 @@ async def collect(settings: Settings) -> Evidence:
     async with async_redis_client(settings) as client:
         await _replay(settings, client, evidence, fits)
     async for record in _records(settings, topics.experiences):
-        _published(record, letters, evidence, fits)
+        _published(record, letters, evidence, fits, forgotten=forgotten)
     async for record in _records(settings, topics.weights):
         if version := _version(record):
             evidence.versions.append(version)
@@ -80,7 +82,8 @@ async def collect(settings: Settings) -> Evidence:
             if tp in truncated:
                 evidence.retained_since = max(evidence.retained_since, record.timestamp / 1000)
                 truncated.remove(tp)
-            _event(record, record.offset < committed.get(tp, 0), letters, evidence, topics)
+            is_committed = record.offset < committed.get(tp, 0)
+            _event(record, is_committed, letters, evidence, topics=topics, forgotten=forgotten)
         if truncated:  # partitions whose records have all been deleted
             evidence.retained_since = evidence.started
     return evidence
@@ -104,7 +107,15 @@ async def _records(settings: Settings, topic: str) -> AsyncIterator[Any]:
             yield record
 
 
-def _event(record: Any, committed: bool, letters: set[Position], evidence: Evidence, topics: Topics) -> None:
+def _event(
+    record: Any,
+    committed: bool,
+    letters: set[Position],
+    evidence: Evidence,
+    *,
+    topics: Topics,
+    forgotten: Forgotten,
+) -> None:
     evidence.uncommitted += not committed
     position = (record.topic, record.partition, record.offset)
     if position in letters:
@@ -112,14 +123,21 @@ def _event(record: Any, committed: bool, letters: set[Position], evidence: Evide
         return
     arrived = record.timestamp / 1000
     try:
-        if record.topic == topics.replies:
-            evidence.replies.append(Reply.of(parse(ReplyEvent, record.value), arrived, committed))
-        else:
-            event = parse(InteractionEvent, record.value)
-            evidence.interactions.append(Interaction.of(event, arrived, committed))
+        event = (
+            parse(ReplyEvent, record.value)
+            if record.topic == topics.replies
+            else parse(InteractionEvent, record.value)
+        )
     except InputError:
         if committed:
             evidence.unreadable.append(f"{record.topic}-{record.partition} @{record.offset}")
+        return
+    if forgotten.has(event.conversation_id, event.occurred_at.timestamp(), arrived):
+        evidence.forgotten += 1
+    elif isinstance(event, ReplyEvent):
+        evidence.replies.append(Reply.of(event, arrived, committed))
+    else:
+        evidence.interactions.append(Interaction.of(event, arrived, committed))
 
 
 def _keys(letter: DeadLetter) -> set[Key]:
@@ -132,7 +150,12 @@ def _keys(letter: DeadLetter) -> set[Key]:
 
 
 def _published(
-    record: Any, letters: set[Position], evidence: Evidence, fits: Mapping[str, Requirements]
+    record: Any,
+    letters: set[Position],
+    evidence: Evidence,
+    fits: Mapping[str, Requirements],
+    *,
+    forgotten: Forgotten,
 ) -> None:
     position = (record.topic, record.partition, record.offset)
     try:
@@ -141,6 +164,8 @@ def _published(
     except InputError:
         if position not in letters:
             evidence.inconsistent.append(f"{record.topic}-{record.partition} @{record.offset}")
+        return
+    if forgotten.has(event.interaction.conversation_id, experience.at, record.timestamp / 1000):
         return
     if experience.model_id in fits:
         try:

@@ -25,6 +25,7 @@ COUNTS = {
     "misfits": "interactions that do not fit their model: dead letters, and not in replay",
     "open": "interactions whose window is open",
     "republished": "records of the experiences topic that repeat or amend another one",
+    "forgotten": "events of forgotten conversations: not checked",
     "beyond": "interactions not checked: before --from, or before the retained events",
     "reused": "interactions not checked: several conversations have the same id",
     "versions": "versions on the weights topic",

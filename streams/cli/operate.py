@@ -118,6 +118,45 @@ def moment(text: str) -> datetime:
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
+@app.command()
+def forget(
+    conversation: Annotated[
+        str, typer.Option("--conversation", metavar="ID", help="Id of the conversation to erase.")
+    ],
+    kafka: Kafka = None,
+    redis: Redis = None,
+    data: Data = None,
+    topic_prefix: Prefix = None,
+) -> None:
+    """Erase a conversation from replay and the joiners' state, for ever; say where Kafka still has it.
+
+    The exit code is 1 if a joiner has not confirmed in time: then repeat the command.
+    """
+    settings = load(kafka=kafka, redis=redis, data=data, topic_prefix=topic_prefix).resolved()
+    from streams.joiner.forget import forget as erase
+
+    done = run(erase(settings, conversation), settings)
+    entries = ", ".join(f"{n} of {model_id}" for model_id, n in done.entries.items()) or "none"
+    typer.echo(
+        f"erased from Redis: replay entries: {entries}; joiner state: {'yes' if done.had_state else 'none'}"
+    )
+    typer.echo(
+        f"events before {done.until.isoformat(timespec='seconds')} are not joined again, also by a rebuild"
+    )
+    typer.echo("Kafka cannot delete single records. What it still has of the conversation goes:")
+    for topic, at in done.kept.items():
+        typer.echo(
+            f"  {topic}: " + (f"by retention, from {at.date()} on" if at else "never: it has no retention")
+        )
+    typer.echo("What models have learned from it stays in their weights.")
+    for name in done.unconfirmed:
+        typer.echo(
+            f"{name} has not confirmed: it may write the conversation again; repeat this command", err=True
+        )
+    if done.unconfirmed:
+        raise typer.Exit(1)
+
+
 @letters_app.command("list")
 def letters_list(
     limit: Annotated[int, typer.Option("--lines", "-n", min=1, help="Number of the newest ones.")] = 20,

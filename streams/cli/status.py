@@ -23,15 +23,13 @@ from streams.joiner.states import RedisStates
 from streams.kafka.clients import started
 from streams.kafka.groups import committed_offsets
 from streams.kafka.reader import reading
-from streams.kafka.topics import Topics
+from streams.kafka.topics import MAX_PARTITIONS, Topics
 from streams.ports import WORKER_PORTS
 from streams.replay_store import RedisReplayBuffer, model_ids
 from streams.settings import Settings
 from streams.trail import Trail
 
 TIMEOUT_S = 5.0
-MAX_PARTITIONS = 1_024
-"""Partitions of a topic that are looked up in Redis, so that it need not be asked how many Kafka has."""
 FIRST_DUE = 20
 """Conversations of each partition in which the oldest waiting interaction is searched."""
 

@@ -27,13 +27,14 @@ from cortex_core.strategy_registry import StrategyRegistry
 from streams.connections import async_redis_client, retry
 from streams.events import DeadLetter, version_header
 from streams.failures import is_transient
+from streams.forgotten import ForgottenFollower
 from streams.heartbeats import Activity
 from streams.joiner.batch import Batch
 from streams.joiner.consumer import BatchConsumer, BatchTransport, JoinedTopic, NoTables
 from streams.joiner.effects import Engine, Experience
 from streams.joiner.metrics import DEAD_LETTERS, count
 from streams.joiner.offsets import StoredOffsets
-from streams.joiner.records import extract_feedback, make_join, read
+from streams.joiner.records import drop_forgotten, extract_feedback, make_join, read
 from streams.joiner.states import RedisStates
 from streams.kafka.publisher import Message, Publisher
 from streams.kafka.topics import Topics
@@ -66,13 +67,14 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
         async for batch in batches:
             async for attempt in batch.attempts():
                 async with attempt as part:
-                    received = read(
+                    read_ = read(
                         part.readable,
                         topics,
                         part.refuse,
                         store_text=join.store_text,
                         is_published=part.batch.is_published,
                     )
+                    received = drop_forgotten(read_, app.follower.forgotten)
                     tasks = extract_feedback(received, join, part.refuse)
                     while tasks:
                         joined = await engine.join(tasks)
@@ -83,12 +85,14 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
                         await engine.publish(joined)
                     await app.publish_dead_letters(part.dead_letters)
                     await part.commit()
+                    count({"forgotten": len(read_) - len(received)})
 
     @app.timer(interval=0.5)  # type: ignore[untyped-decorator]  # faust publishes no types
     async def close_unanswered_interactions() -> None:
         for partition, now in app.batches.event_time.items():
             try:
-                count(await engine.timer(partition, now))
+                async with app.timer_lock:
+                    count(await engine.timer(partition, now))
             except WritesLost as error:
                 app.batches.rewind(error)
                 return
@@ -144,6 +148,8 @@ class JoinerApp(faust.App):
         self.worker = worker or Worker("joiner", settings)
         self.publisher = Publisher(settings, self._on_publisher)
         self.redis = async_redis_client(settings)
+        self.follower = ForgottenFollower(settings, self._on_forget)
+        self.timer_lock = asyncio.Lock()
         self.join = make_join(settings)
         prefix, trail = settings.topic_prefix, Trail(self.redis, settings.topic_prefix)
         self.states = RedisStates(self.redis, prefix, settings.join_window_s, trail)
@@ -154,7 +160,9 @@ class JoinerApp(faust.App):
             strategies=StrategyRegistry.from_set(settings.strategies).ids,
             trail=trail,
         )
-        self.engine = Engine(self.join, self.states, self.replay, self._publish_experiences)
+        self.engine = Engine(
+            self.join, self.states, self.replay, self._publish_experiences, self.follower.forgotten
+        )
         offsets = StoredOffsets(self.redis, prefix, trail)
         self.transport = BatchTransport(self, settings, self.worker, offsets, self.clear_caches)
 
@@ -193,6 +201,7 @@ class JoinerApp(faust.App):
         await self.add_async_context(self.worker.serving())
         self.async_exit_stack.push_async_callback(self.redis.aclose)
         self.async_exit_stack.push_async_callback(self.publisher.stop, timeout_s=1.0)
+        self.async_exit_stack.push_async_callback(self.follower.stop)
         await super().on_start()
         try:
             await self.wait(self._connect())
@@ -206,12 +215,27 @@ class JoinerApp(faust.App):
         await retry(self.redis.ping, self.cortex_settings, self.worker.not_ready)
         self.worker.ready("redis")
         await self.publisher.start()
+        # Before the first event, so that no forgotten conversation is joined.
+        self.worker.not_ready("kafka", "reading the forgotten conversations")
+        await self.follower.start()
+        await self.follower.until_caught_up()
         self.worker.activity = self._activity
         self.worker.not_ready("kafka", "joining the group")
 
     def _activity(self) -> Activity:
         owned = self.batches.assignment() if self.batches.is_reading else ()
-        return Activity(sorted(f"{tp.topic}-{tp.partition}" for tp in owned))
+        partitions = sorted(f"{tp.topic}-{tp.partition}" for tp in owned)
+        return Activity(partitions, control_position=self.follower.position)
+
+    async def _on_forget(self) -> None:
+        """Returns when no batch and no timer is in progress that began before the record was read.
+
+        Those that begin later leave out what is forgotten; then `streams.joiner.forget` erases the rest.
+        """
+        if self.follower.caught_up.is_set():
+            await self.batches.idle()
+            async with self.timer_lock:
+                pass
 
     def _on_publisher(self, reason: str | None) -> None:
         if reason is not None:

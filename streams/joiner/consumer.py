@@ -167,6 +167,10 @@ class BatchConsumer(driver.Consumer):
             self._limit.reschedule(self.loop.time() + allowed)
         await self._idle.wait()
 
+    async def idle(self) -> None:
+        """Waits until no attempt at a batch is in progress."""
+        await self._idle.wait()
+
     # -- rebalances ----------------------------------------------------------------------------------------
 
     def stop_flow(self) -> None:

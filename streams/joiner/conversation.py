@@ -231,6 +231,21 @@ class Conversation:
         self.size -= 200
         self.changed.add(INTERACTION + interaction.id)
 
+    def forget(self, until: float) -> None:
+        """Removes all interactions and replies up to this time, Unix seconds, also those that are pending."""
+        for interaction in self.in_order():
+            for reply in self.replies_of(interaction):
+                if reply.at <= until:
+                    self.remove_assigned(interaction, reply)
+            if interaction.at <= until:
+                if interaction.body is not None:
+                    self.close(interaction)
+                self.pending.pop(interaction.id, None)
+                self.remove_interaction(interaction)
+        for reply in self.waiting():
+            if reply.at <= until:
+                self.remove_waiting(reply)
+
     def _assign(self, interaction: TrackedInteraction, replies: list[ReceivedReply]) -> None:
         if replies:
             self._assigned[interaction.id] = tuple(sorted(replies, key=lambda r: r.order))

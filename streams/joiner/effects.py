@@ -30,6 +30,7 @@ import structlog
 
 from cortex_core.errors import InputError
 from streams.failures import is_systemic
+from streams.forgotten import Forgotten
 from streams.joiner.conversation import Conversation, ReceivedReply, TrackedInteraction
 from streams.joiner.decode import StoredExperience, decode_experience, moment
 from streams.joiner.join import Changes, Join
@@ -103,9 +104,19 @@ class Engine:
     """
 
     def __init__(
-        self, join: Join, states: States, replay: ReplayWriter, publish: Publish | None = None
+        self,
+        join: Join,
+        states: States,
+        replay: ReplayWriter,
+        publish: Publish | None = None,
+        forgotten: Forgotten | None = None,
     ) -> None:
+        """
+        Args:
+            forgotten: what a state has of these conversations is removed, whenever it is loaded.
+        """
         self.rules = join
+        self._forgotten = forgotten or Forgotten()
         self.states = states
         self._replay = replay
         self._publish = publish
@@ -136,6 +147,8 @@ class Engine:
         for conversation_id, its_tasks in by_conversation.items():
             before = stored[conversation_id]
             after, changes = before.conversation.copy(), Changes()
+            if (until := self._forgotten.until(conversation_id)) is not None:
+                after.forget(until)
             for task in its_tasks:
                 task.step(after, changes)
             joined.changes[conversation_id] = changes

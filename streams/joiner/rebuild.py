@@ -6,7 +6,8 @@ Reads without a consumer group and commits nothing. Readers see the old buffer u
 it. Live joiners' writes are not lost: during a rebuild every write records its id in a set, and the swap
 copies those entries to the new buffer. A model without events in the topics keeps its buffer.
 
-It does not touch the joiners' state: they restore what Redis has lost of it (`streams.joiner.offsets`).
+Leaves out the events of forgotten conversations. It does not touch the joiners' state: they restore what
+Redis has lost of it (`streams.joiner.offsets`).
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from redis.exceptions import LockError
 from cortex_core.errors import InputError, UnavailableError
 from cortex_core.strategy_registry import StrategyRegistry
 from streams.connections import async_redis_client, redis_client
+from streams.forgotten import Forgotten, read_forgotten
 from streams.joiner.decode import Interaction, Reply
 from streams.joiner.effects import Engine, Task
-from streams.joiner.records import EventTime, extract_feedback, make_join, read
+from streams.joiner.records import EventTime, drop_forgotten, extract_feedback, make_join, read
 from streams.joiner.states import MemoryStates
 from streams.kafka.reader import STALL_S, Watchdog, reading
 from streams.kafka.topics import Topics, create_topics
@@ -183,7 +185,8 @@ async def rebuild(
     await create_topics(settings)
     client, aio = redis_client(settings), async_redis_client(settings)
     try:
-        async with _locked(settings, aio) as extend_lock:
+        async with locked(settings, aio) as extend_lock:
+            forgotten = await read_forgotten(settings)
             existing = model_ids(client, settings.topic_prefix)
             requested = [model_id] if model_id else existing
             _discard(settings, client)
@@ -194,7 +197,13 @@ async def rebuild(
                 join = make_join(settings, extractor)
                 engine = Engine(join, MemoryStates(), writer)
                 await _replay(
-                    settings, engine, since=since, report=report, progress=progress, extend_lock=extend_lock
+                    settings,
+                    engine,
+                    since=since,
+                    forgotten=forgotten,
+                    report=report,
+                    progress=progress,
+                    extend_lock=extend_lock,
                 )
                 report.unfit = writer.unfit
                 if model_id and model_id not in {*writer.models, *existing}:
@@ -219,8 +228,8 @@ async def rebuild(
 
 
 @contextlib.asynccontextmanager
-async def _locked(settings: Settings, client: redis.asyncio.Redis) -> AsyncIterator[Callable[[], Any]]:
-    """Locks out other rebuilds; yields a function that extends the lock by `LOCK_S`."""
+async def locked(settings: Settings, client: redis.asyncio.Redis) -> AsyncIterator[Callable[[], Any]]:
+    """Locks out rebuilds; yields a function that extends the lock by `LOCK_S`."""
     lock = client.lock(f"{settings.topic_prefix}:rebuilding", timeout=LOCK_S, blocking=False)
     if not await lock.acquire():
         raise UnavailableError(
@@ -263,6 +272,7 @@ async def _replay(
     engine: Engine,
     *,
     since: datetime | None,
+    forgotten: Forgotten,
     report: RebuildReport,
     progress: Progress | None,
     extend_lock: Callable[[], Any],
@@ -301,7 +311,7 @@ async def _replay(
                         event_time.advance(tp, record.timestamp)
                         batch.append(record)
                 position[tp] = max(position[tp], await consumer.position(tp))
-            await engine.apply(_tasks(engine, topics, batch, since, report))
+            await engine.apply(_tasks(engine, topics, batch, since=since, forgotten=forgotten, report=report))
             for partition in {tp.partition for tp in partitions}:
                 moment = event_time.of(partition, lambda tp: (position[tp] >= ends[tp], now))
                 await engine.timer(partition, moment)
@@ -317,7 +327,13 @@ def _remaining(position: dict[TopicPartition, int], ends: dict[TopicPartition, i
 
 
 def _tasks(
-    engine: Engine, topics: Topics, records: list[Any], since: datetime | None, report: RebuildReport
+    engine: Engine,
+    topics: Topics,
+    records: list[Any],
+    *,
+    since: datetime | None,
+    forgotten: Forgotten,
+    report: RebuildReport,
 ) -> list[Task]:
     def refuse(record: Any, reason: str) -> None:
         # The joiner published its dead letter, with the same reason.
@@ -326,7 +342,7 @@ def _tasks(
 
     received = [
         it
-        for it in read(records, topics, refuse, store_text=engine.rules.store_text)
+        for it in drop_forgotten(read(records, topics, refuse, store_text=engine.rules.store_text), forgotten)
         if since is None or isinstance(it.event, Reply) or it.event.at >= since.timestamp()
     ]
     tasks = extract_feedback(received, engine.rules, refuse)

@@ -11,6 +11,7 @@ from aiokafka import TopicPartition
 
 from cortex_core.errors import InputError
 from cortex_core.feedback_collector import DEFAULT_EXTRACTOR, FeedbackCollector
+from streams.forgotten import Forgotten
 from streams.joiner.conversation import Conversation, ReceivedReply
 from streams.joiner.decode import Interaction, Reply, decode_interaction, decode_reply
 from streams.joiner.effects import Step, Task
@@ -67,6 +68,17 @@ def read(
         except InputError as error:
             refuse(record, str(error))
     return received
+
+
+def drop_forgotten(received: Sequence[Received], forgotten: Forgotten) -> list[Received]:
+    """The events without those of forgotten conversations."""
+    kept = []
+    for it in received:
+        event = it.event
+        occurred = event.at if isinstance(event, Interaction) else event.occurred_at.timestamp()
+        if not forgotten.has(event.conversation_id, occurred, it.record.timestamp / 1000):
+            kept.append(it)
+    return kept
 
 
 def extract_feedback(received: Sequence[Received], join: Join, refuse: Refuse) -> list[Task]:

@@ -6,13 +6,14 @@
 | replies | conversation_id | ReplyEvent | 30 days |
 | experiences | model_id | ExperienceEvent | 90 days |
 | weights | model_id + part | manifest, chunks | compacted |
-| control | model_id + subject | ControlEvent | compacted |
+| control | model_id or digest of a conversation_id, and subject | ControlEvent, ForgetEvent | compacted |
 | dead-letters | as received | DeadLetter | 30 days |
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
@@ -27,6 +28,9 @@ from streams.settings import Settings
 DAY_MS = 86_400_000
 MAX_RECORD_BYTES = 8_000_000
 """An interaction with a thousand logged memories; weights chunks stay at 900 KB."""
+
+MAX_PARTITIONS = 1_024
+"""Partitions that are looked up in Redis where Kafka is not asked how many there are."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,7 @@ async def describe_topics(settings: Settings) -> list[dict[str, object]]:
                 rows.append({"topic": spec.name, "exists": False, "partitions": 0, "differs": {}})
                 continue
             partitions = len((await admin.describe_topics([spec.name]))[0]["partitions"])
-            [answer] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, spec.name)])
-            actual = {entry[0]: entry[1] for entry in answer.resources[0][4]}
+            actual = await _config(admin, spec.name)
             differs = {
                 key: {"is": actual.get(key), "wanted": value}
                 for key, value in spec.config.items()
@@ -165,3 +168,19 @@ async def describe_topics(settings: Settings) -> list[dict[str, object]]:
             }
             rows.append({"topic": spec.name, "exists": True, "partitions": partitions, "differs": differs})
         return rows
+
+
+async def retention(settings: Settings) -> dict[str, timedelta | None]:
+    """How long the broker keeps the records of each topic that is not compacted; None: for ever."""
+    kept: dict[str, timedelta | None] = {}
+    async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
+        for spec in Topics.of(settings).specs():
+            if "retention.ms" in spec.config:
+                ms = int((await _config(admin, spec.name))["retention.ms"])
+                kept[spec.name] = timedelta(milliseconds=ms) if 0 <= ms < 36_500 * DAY_MS else None
+    return kept
+
+
+async def _config(admin: AIOKafkaAdminClient, topic: str) -> dict[str, str]:
+    [answer] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
+    return {entry[0]: entry[1] for entry in answer.resources[0][4]}

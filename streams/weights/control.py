@@ -25,6 +25,7 @@ from aiokafka import AIOKafkaProducer
 from cortex_core.errors import InputError, WeightsError
 from streams.connections import kafka_client_options
 from streams.events import ControlAction, ControlEvent, new_id, parse, utc_now
+from streams.forgotten import is_forget
 from streams.kafka.clients import started
 from streams.kafka.follower import StateFollower
 from streams.kafka.topics import Topics, create_topics
@@ -121,7 +122,7 @@ class ControlFollower(StateFollower):
         return sorted(self._of)
 
     async def _add(self, record: Any) -> None:
-        if record.value is None:
+        if record.value is None or is_forget(record.key):
             return
         event = parse(ControlEvent, record.value)
         state = self.of(event.model_id).after(event, record.offset)

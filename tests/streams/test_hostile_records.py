@@ -32,6 +32,7 @@ from streams.weights.records import (
     encode_key,
 )
 from tests.streams.experiences import experience, publish_experiences
+from tests.streams.hostile_records import VALUES, survive
 from tests.streams.test_weights_follower import Swaps, producing, put, send_raw
 from tests.streams.trainers import for_trainers, running, watching
 from tests.streams.weights_records import CONFIG, Record, records_of, snapshot
@@ -104,6 +105,11 @@ async def test_an_invalid_control_record_affects_no_other(settings: Settings) ->
         assert follower.of("m").paused
         assert follower.refused == {"damaged": len(bad)}
         assert follower._topic.restarts == 0
+
+
+@pytest.mark.integration
+async def test_hostile_records_on_every_topic_stop_nothing(settings: Settings) -> None:
+    await survive(settings, 10 * len(VALUES))
 
 
 def test_any_bytes_of_a_resume_header_are_read_or_refused() -> None:

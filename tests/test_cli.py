@@ -99,6 +99,7 @@ def test_a_broker_that_does_not_answer_is_exit_code_1_and_named() -> None:
 def test_a_password_is_never_shown(tmp_path: Path) -> None:
     url = "redis://user:hidden-secret@127.0.0.1:1/0"
     done = cortex("status", "--kafka", "127.0.0.1:1", "--redis", url, "--data", str(tmp_path))
+    assert done.returncode == 1
     assert "127.0.0.1:1/0" in done.stdout
     assert "hidden-secret" not in done.stdout + done.stderr
 

@@ -9,6 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from streams.audit.report import COUNTS
+from streams.joiner.metrics import OUTCOME_NAMES
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("", "docs/**/", "benchmarks/", ".github/**/")
 DOCUMENTS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}*.md"))
@@ -27,6 +30,12 @@ def test_every_test_that_a_document_names_exists(document: str, least: int) -> N
 def test_links_between_documents_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(((?!http)[^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_every_counter_of_an_audit_and_of_the_joiner_is_explained() -> None:
+    operations = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    for name in [*COUNTS, *OUTCOME_NAMES]:
+        assert re.search(rf"[`\"]{name}[`\"]", operations), name
 
 
 def test_every_decision_is_listed() -> None:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from cortex_core.errors import ConfigError
 from streams.ports import WORKER_PORTS
@@ -30,6 +36,22 @@ def default_data_dir() -> Path:
 def default_cache_dir() -> Path:
     """Default folder for the jars of the embedded Kafka, shared by all data folders."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cortex"
+
+
+SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://\S+:\d+")
+"""The value that Kubernetes gives NAME_PORT in each pod beside a Service of this name: CORTEX_PORT beside
+`cortex`."""
+
+
+class _Environment(EnvSettingsSource):
+    """Environment variables without Kubernetes' service links, the values of which are no setting's."""
+
+    def __call__(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in super().__call__().items()
+            if not (isinstance(value, str) and SERVICE_LINK.fullmatch(value))
+        }
 
 
 class Settings(BaseSettings):
@@ -129,6 +151,17 @@ class Settings(BaseSettings):
     broker (`group.min.session.timeout.ms`) is 6 s by default."""
     torch_threads: Count = 1
     """Threads of torch and of BLAS per worker process."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _Environment(settings_cls), dotenv_settings, file_secret_settings
 
     @field_validator("redis_url")
     @classmethod

@@ -144,8 +144,11 @@ class Settings(BaseSettings):
     # Running
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    drain_s: Annotated[float, Field(ge=0)] = 0.0
+    """Time after SIGTERM in which an inference worker still serves while `/readyz` answers 503, so that load
+    balancers stop sending requests before connections are refused."""
     shutdown_timeout_s: Positive = 8.0
-    """Time after SIGTERM at which a worker that still runs ends itself with exit code 1."""
+    """Time after SIGTERM, plus `drain_s`, at which a worker that still runs ends itself with exit code 1."""
     session_timeout_s: Annotated[float, Field(ge=1)] = 6.0
     """Consumer session timeout, after which the partitions of a dead worker are reassigned. The minimum of a
     broker (`group.min.session.timeout.ms`) is 6 s by default."""

@@ -265,17 +265,27 @@ class Worker:
 
         return beating(self.settings, name, current)
 
+    async def drain(self) -> None:
+        """Waits for `drain_s`, unless an error caused the shutdown; requests are still served meanwhile."""
+        if self.failed is None and self.refused is None:
+            await asyncio.sleep(self.settings.drain_s)
+
     def stop(self) -> None:
-        """Requests shutdown; ends the process with code 1 if it still runs after `shutdown_timeout_s`."""
+        """Requests shutdown, at which `/readyz` answers 503.
+
+        Ends the process with code 1 if it still runs after `drain_s` and `shutdown_timeout_s`.
+        """
         if self.stopping.is_set():
             return
         self.stopping.set()
 
+        allowed_s = self.settings.drain_s + self.settings.shutdown_timeout_s
+
         def end() -> None:
-            log.error("did not stop in time", worker=self.name, seconds=self.settings.shutdown_timeout_s)
+            log.error("did not stop in time", worker=self.name, seconds=allowed_s)
             os._exit(1)
 
-        timer = threading.Timer(self.settings.shutdown_timeout_s, end)
+        timer = threading.Timer(allowed_s, end)
         timer.daemon = True
         timer.start()
 

@@ -275,6 +275,8 @@ async def _serve(worker: Worker) -> None:
             await asyncio.wait({stopping, refused}, return_when=asyncio.FIRST_COMPLETED)
             if refused.done():
                 refused.result()
+            if not worker.missing:  # a worker that was not ready gets no requests
+                await worker.drain()
             refused.cancel()
             starting.cancel()
         # All requests have been answered, and no new ones are accepted.

@@ -114,6 +114,31 @@ async def test_swaps_and_sigterm_under_load(settings: Settings) -> None:
 
 
 @pytest.mark.integration
+async def test_it_is_unready_for_a_while_before_it_refuses_connections(settings: Settings) -> None:
+    worker = spawn_worker("inference", settings, drain_s=10, shutdown_timeout_s=30).wait_ready()
+    url = worker.url
+    async with Load(url, agents=4) as load, httpx.AsyncClient(timeout=DEFAULT_TIMEOUT_S) as http:
+
+        async def unready() -> bool:
+            # On a new connection, as a load balancer asks.
+            return (await http.get(f"{url}/readyz", headers={"connection": "close"})).status_code == 503
+
+        await async_wait_for(lambda: len(load.acknowledged) > 10, "decisions")
+        worker.signal(signal.SIGTERM)
+        await async_wait_for(unready, "the worker to say so")
+        before = len(load.acknowledged)
+        await async_wait_for(lambda: len(load.acknowledged) > before + 10, "decisions while it is unready")
+        await load.finish()  # as the load balancer has seen that the worker is unready
+        assert await unready()
+        assert worker.alive
+    assert load.broken == []
+    assert set(load.statuses) == {200, 202}
+    await async_wait_for(lambda: not worker.alive, "the worker to end")
+    assert worker.returncode == 0, worker.log_text()
+    assert load.acknowledged.keys() <= {e.interaction_id for e in await interactions(settings)}
+
+
+@pytest.mark.integration
 async def test_alone_against_nothing_it_says_which_address(settings: Settings) -> None:
     address = f"127.0.0.1:{free_port()}"
     worker = spawn_worker("inference", settings, kafka=address, shutdown_timeout_s=30)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -84,6 +84,12 @@ class Settings(BaseSettings):
     partitions: Count = 8
     """Partitions of each of the topics interactions, replies and experiences."""
     replication_factor: Count = 1
+    """Copies of each topic that is created, on as many brokers."""
+    min_insync_replicas: Count = Field(
+        default_factory=lambda known: 2 if known["replication_factor"] >= 3 else 1
+    )
+    """Copies that have an event before it is acknowledged. Default: 2 with three copies or more, so that one
+    broker may fail; else 1."""
 
     # HTTP
     host: str = "127.0.0.1"
@@ -190,6 +196,14 @@ class Settings(BaseSettings):
             host, _, port = address.strip().rpartition(":")
             if not host or not port.isdigit():
                 raise ValueError(f"expected host:port[,host:port…], got {address!r}")
+        return value
+
+    @field_validator("min_insync_replicas")
+    @classmethod
+    def _writable(cls, value: int, info: ValidationInfo) -> int:
+        copies = info.data.get("replication_factor", value)
+        if value > copies:
+            raise ValueError(f"expected at most CORTEX_REPLICATION_FACTOR, which is {copies}")
         return value
 
     @classmethod

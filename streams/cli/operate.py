@@ -35,7 +35,7 @@ def topics_create(kafka: Kafka = None, data: Data = None, topic_prefix: Prefix =
 def topics_show(
     kafka: Kafka = None, data: Data = None, topic_prefix: Prefix = None, as_json: AsJson = False
 ) -> None:
-    """Show the partitions of each topic, and settings that differ from the expected ones."""
+    """Show the partitions and replicas of each topic, and settings that differ from the expected ones."""
     settings = load(kafka=kafka, data=data, topic_prefix=topic_prefix, redis=UNUSED).resolved()
     from streams.kafka.topics import describe_topics
 
@@ -47,11 +47,12 @@ def topics_show(
 
     table(
         "Topics",
-        ["topic", "partitions", "settings"],
+        ["topic", "partitions", "replicas", "settings"],
         [
             [
                 str(row["topic"]),
                 str(row["partitions"]) if row["exists"] else "-",
+                str(row["replicas"]) if row["exists"] else "-",
                 ("as expected" if not row["differs"] else f"differ: {row['differs']}")
                 if row["exists"]
                 else "does not exist: `cortex topics create`",

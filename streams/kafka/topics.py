@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import structlog
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import TopicAlreadyExistsError, for_code
@@ -24,6 +25,8 @@ from streams.connections import kafka_client_options
 from streams.failures import configuration_error, is_transient
 from streams.kafka.clients import started
 from streams.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 DAY_MS = 86_400_000
 MAX_RECORD_BYTES = 8_000_000
@@ -48,10 +51,11 @@ class Topics:
 
     prefix: str
     partitions: int
+    min_insync_replicas: int = 1
 
     @classmethod
     def of(cls, settings: Settings) -> Topics:
-        return cls(settings.topic_prefix, settings.partitions)
+        return cls(settings.topic_prefix, settings.partitions, settings.min_insync_replicas)
 
     @property
     def interactions(self) -> str:
@@ -79,12 +83,15 @@ class Topics:
 
     def specs(self) -> list[TopicSpec]:
         """The required configuration of every topic."""
-        size = {"max.message.bytes": str(MAX_RECORD_BYTES)}
+        common = {
+            "max.message.bytes": str(MAX_RECORD_BYTES),
+            "min.insync.replicas": str(self.min_insync_replicas),
+        }
 
         def kept(days: int) -> dict[str, str]:
-            return size | {"cleanup.policy": "delete", "retention.ms": str(days * DAY_MS)}
+            return common | {"cleanup.policy": "delete", "retention.ms": str(days * DAY_MS)}
 
-        compacted = size | {
+        compacted = common | {
             "cleanup.policy": "compact",
             # A follower reads this topic from its beginning: small segments let the cleaner keep it short.
             "segment.bytes": "33554432",
@@ -146,7 +153,77 @@ async def create_topics(settings: Settings) -> list[str]:
                 f"{counts} must have the same number of partitions: one joiner owns partition i of both. "
                 "Add partitions to the smaller topic"
             )
+        there = [s.name for s in topics.specs() if s.name in existing]
+        _check_durability(await _described(admin, there), settings)
         return created
+
+
+@dataclass(frozen=True)
+class _Described:
+    """An existing topic: the fewest replicas of its partitions, and its configuration."""
+
+    name: str
+    partitions: int
+    replicas: int
+    config: dict[str, str | None]
+
+
+async def _described(admin: AIOKafkaAdminClient, names: list[str]) -> list[_Described]:
+    """Describes topics.
+
+    Raises:
+        KafkaError: this user may not describe one, or it was deleted.
+    """
+    if not names:
+        return []
+    configs: dict[str, dict[str, str | None]] = {}
+    for answer in await admin.describe_configs(
+        [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
+    ):
+        for code, _, _, name, entries in answer.resources:
+            if code:
+                raise for_code(code)(f"topic {name} cannot be described: permit DescribeConfigs")
+            configs[name] = {key: value for key, value, *_ in entries}
+    described = []
+    for topic in await admin.describe_topics(names):
+        if topic["error_code"]:
+            raise for_code(topic["error_code"])(f"topic {topic['topic']} cannot be described")
+        name, partitions = topic["topic"], topic["partitions"]
+        replicas = min(len(partition["replicas"]) for partition in partitions)
+        described.append(_Described(name, len(partitions), replicas, configs[name]))
+    return described
+
+
+def _check_durability(described: list[_Described], settings: Settings) -> None:
+    """Logs which topics promise less than the settings do.
+
+    Raises:
+        ConfigError: a topic demands more replicas than it has, so that nothing can be written to it.
+    """
+    for topic in described:
+        insync = int(topic.config["min.insync.replicas"] or 1)
+        if insync > topic.replicas:
+            raise ConfigError(
+                f"topic {topic.name} has {topic.replicas} replicas and min.insync.replicas={insync}, so that "
+                "nothing can be written: lower the one with kafka-configs, or add replicas with "
+                "kafka-reassign-partitions"
+            )
+        if insync < settings.min_insync_replicas:
+            log.warning(
+                "topic acknowledges events with fewer copies than CORTEX_MIN_INSYNC_REPLICAS: change "
+                "min.insync.replicas with kafka-configs",
+                topic=topic.name,
+                actual=insync,
+                wanted=settings.min_insync_replicas,
+            )
+        if topic.replicas < settings.replication_factor:
+            log.warning(
+                "topic has fewer replicas than CORTEX_REPLICATION_FACTOR: add some with "
+                "kafka-reassign-partitions",
+                topic=topic.name,
+                actual=topic.replicas,
+                wanted=settings.replication_factor,
+            )
 
 
 async def describe_topics(settings: Settings) -> list[dict[str, object]]:
@@ -154,33 +231,32 @@ async def describe_topics(settings: Settings) -> list[dict[str, object]]:
     topics = Topics.of(settings)
     async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
         existing = set(await admin.list_topics())
-        rows: list[dict[str, object]] = []
-        for spec in topics.specs():
-            if spec.name not in existing:
-                rows.append({"topic": spec.name, "exists": False, "partitions": 0, "differs": {}})
-                continue
-            partitions = len((await admin.describe_topics([spec.name]))[0]["partitions"])
-            actual = await _config(admin, spec.name)
-            differs = {
-                key: {"is": actual.get(key), "wanted": value}
-                for key, value in spec.config.items()
-                if actual.get(key) != value
-            }
-            rows.append({"topic": spec.name, "exists": True, "partitions": partitions, "differs": differs})
-        return rows
+        described = await _described(admin, [s.name for s in topics.specs() if s.name in existing])
+    found = {topic.name: topic for topic in described}
+    rows: list[dict[str, object]] = []
+    for spec in topics.specs():
+        topic = found.get(spec.name)
+        if topic is None:
+            rows.append({"topic": spec.name, "exists": False, "partitions": 0, "replicas": 0, "differs": {}})
+            continue
+        wanted = spec.config | {"replicas": settings.replication_factor}
+        actual = topic.config | {"replicas": topic.replicas}
+        differs = {
+            key: {"is": actual.get(key), "wanted": value}
+            for key, value in wanted.items()
+            if actual.get(key) != value
+        }
+        row = {"topic": spec.name, "exists": True, "partitions": topic.partitions, "replicas": topic.replicas}
+        rows.append(row | {"differs": differs})
+    return rows
 
 
 async def retention(settings: Settings) -> dict[str, timedelta | None]:
     """How long the broker keeps the records of each topic that is not compacted; None: for ever."""
     kept: dict[str, timedelta | None] = {}
     async with started(AIOKafkaAdminClient(**kafka_client_options(settings))) as admin:
-        for spec in Topics.of(settings).specs():
-            if "retention.ms" in spec.config:
-                ms = int((await _config(admin, spec.name))["retention.ms"])
-                kept[spec.name] = timedelta(milliseconds=ms) if 0 <= ms < 36_500 * DAY_MS else None
+        names = [spec.name for spec in Topics.of(settings).specs() if "retention.ms" in spec.config]
+        for topic in await _described(admin, names):
+            ms = int(topic.config["retention.ms"] or -1)
+            kept[topic.name] = timedelta(milliseconds=ms) if 0 <= ms < 36_500 * DAY_MS else None
     return kept
-
-
-async def _config(admin: AIOKafkaAdminClient, topic: str) -> dict[str, str]:
-    [answer] = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
-    return {entry[0]: entry[1] for entry in answer.resources[0][4]}

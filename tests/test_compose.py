@@ -1,11 +1,10 @@
-"""Compose file, image and Kubernetes manifests: valid by their specification, naming only what exists."""
+"""Compose file and image: valid by their specification, naming only what exists."""
 
 from __future__ import annotations
 
 import json
 import re
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from compose_spec import PyCompose
 from typer.main import get_group
 
 from streams.cli.app import app
+from streams.local.embedded import free_port
 from streams.local.kafka_jars import VERSION, kafka_jars
 from streams.settings import Settings, default_cache_dir
 from streams.worker import Worker
@@ -131,40 +131,36 @@ def test_redis_options_are_those_of_the_embedded_one(compose: dict[str, Any]) ->
     command = compose["services"]["redis"]["command"]
     given = {name.removeprefix("--"): value for name, value in zip(command[1::2], command[2::2], strict=True)}
     embedded = {k: v.strip('"') for k, v in (line.split(" ", 1) for line in REDIS_CONF.splitlines())}
+    memory = given.pop("maxmemory")  # so that it refuses writes, which workers retry, before it is killed
     assert given == {name: embedded[name] for name in given}
     assert given["appendonly"] == "yes"
+    assert 2 * gigabytes(memory) <= gigabytes(compose["services"]["redis"]["mem_limit"])
 
 
-@pytest.fixture(scope="module")
-def manifests() -> dict[tuple[str, str], dict[str, Any]]:
-    """By kind and name."""
-    documents = yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "cortex.yaml").read_text())
-    return {(d["kind"], d["metadata"]["name"]): d for d in documents}
+def gigabytes(size: str) -> float:
+    return float(size.lower().removesuffix("b").removesuffix("g"))
 
 
-@pytest.mark.parametrize("name", WORKERS)
-def test_the_manifest_runs_the_image_as_it_is(
-    manifests: dict[tuple[str, str], dict[str, Any]], name: str
-) -> None:
-    deployment = manifests["Deployment", f"cortex-{name}"]["spec"]
-    pod = deployment["template"]["spec"]
-    [container] = pod["containers"]
-    assert deployment["selector"]["matchLabels"] == deployment["template"]["metadata"]["labels"]
-    assert container["args"] == [name]
-    assert container["image"] == f"cortex-streams:{version('cortex-streams')}"
-    assert container["ports"] == [
-        {"name": "http", "containerPort": int(dockerfile_variables()["CORTEX_PORT"])}
-    ]
-    served = [route.path for route in Worker("x", Settings.load()).routes()]
-    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        assert container[probe]["httpGet"]["path"] in served
-    assert pod["securityContext"]["runAsUser"] == 10001
-    assert pod["terminationGracePeriodSeconds"] > Settings.load().shutdown_timeout_s
+def test_every_service_is_restarted_and_has_limited_memory(compose: dict[str, Any]) -> None:
+    for service in compose["services"].values():
+        assert service["restart"] == "unless-stopped"
+        assert gigabytes(service["mem_limit"]) >= 1
 
 
-def test_the_manifests_settings_are_valid(manifests: dict[tuple[str, str], dict[str, Any]]) -> None:
-    settings = Settings.load(**settings_fields(manifests["ConfigMap", "cortex"]["data"]))
-    assert settings.kafka
-    service = manifests["Service", "cortex"]["spec"]
-    inference = manifests["Deployment", "cortex-inference"]["spec"]["template"]["metadata"]["labels"]
-    assert service["selector"] == inference
+@pytest.mark.integration
+def test_the_health_check_of_kafka_tells_whether_it_listens(compose: dict[str, Any], kafka: str) -> None:
+    service = compose["services"]["kafka"]
+    [start, *command] = service["healthcheck"]["test"]
+    assert start == "CMD"
+    assert command[0] == "bash"
+    host, _, port = kafka.rpartition(":")
+    advertised = service["environment"]["KAFKA_ADVERTISED_LISTENERS"]
+    own = re.findall(r"HOST://127.0.0.1:(\d+)", advertised)[0]
+
+    def healthy(port: str) -> bool:
+        asked = [word.replace(f"127.0.0.1/{own}", f"{host}/{port}") for word in command]
+        assert asked != command
+        return subprocess.run(asked, capture_output=True, check=False, timeout=10).returncode == 0
+
+    assert healthy(port)
+    assert not healthy(str(free_port()))

@@ -17,6 +17,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.cluster import ClusterMetadata
+from aiokafka.conn import AIOKafkaConnection
 from aiokafka.errors import KafkaError
 
 from streams.kafka import clients
@@ -241,3 +242,25 @@ async def test_a_stop_while_the_broker_is_silent_leaks_nothing(
             await client.send(topics.replies, b"never sent", partition=0)
         await clients.stop(client)
         del client
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("_stops_soon")
+@every_client
+async def test_a_stop_while_connections_do_not_close_is_no_cancellation(
+    settings: Settings, topics: Topics, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over TLS, where closing waits for the other side."""
+    client = await clients.start(make(settings.kafka_address, topics))
+    if isinstance(client, AIOKafkaAdminClient):
+        await client.list_topics()  # else it has no connection
+    close = AIOKafkaConnection.close
+    never: dict[AIOKafkaConnection, asyncio.Future[None]] = {}
+
+    def closes(connection: AIOKafkaConnection, *args: Any, **options: Any) -> asyncio.Future[None]:
+        close(connection, *args, **options)
+        return never.setdefault(connection, asyncio.get_running_loop().create_future())
+
+    monkeypatch.setattr(AIOKafkaConnection, "close", closes)
+    await clients.stop(client)
+    assert never

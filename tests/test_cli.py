@@ -98,9 +98,17 @@ def test_a_broker_that_does_not_answer_is_exit_code_1_and_named() -> None:
 
 def test_a_password_is_never_shown(tmp_path: Path) -> None:
     url = "redis://user:hidden-secret@127.0.0.1:1/0"
-    done = cortex("status", "--kafka", "127.0.0.1:1", "--redis", url, "--data", str(tmp_path))
+    done = cortex("status", "--kafka", "127.0.0.1:1", "--data", str(tmp_path), CORTEX_REDIS_URL=url)
     assert done.returncode == 1
     assert "127.0.0.1:1/0" in done.stdout
+    assert "hidden-secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("url", ["redis://:hidden-secret@h/0", "redis://h/0?password=hidden-secret"])
+def test_a_password_among_the_arguments_is_refused(url: str) -> None:
+    done = here("status", "--kafka", "127.0.0.1:1", "--redis", url)
+    assert done.returncode == 2
+    assert "set CORTEX_REDIS_URL" in done.stderr
     assert "hidden-secret" not in done.stdout + done.stderr
 
 

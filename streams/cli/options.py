@@ -79,7 +79,22 @@ def load(**flags: Any) -> Settings:
 
     if "redis" in flags:
         flags["redis_url"] = flags.pop("redis")
+        if has_password(flags["redis_url"] or ""):
+            raise ConfigError(
+                "--redis has a password, which every user of this machine can read: set CORTEX_REDIS_URL"
+            )
     return Settings.load(**flags)
+
+
+def has_password(url: str) -> bool:
+    """Whether a Redis URL has a password; False for an invalid URL, which `Settings` refuses."""
+    from urllib.parse import parse_qs, urlsplit
+
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return bool(parts.password or "password" in parse_qs(parts.query))
 
 
 UNUSED = "redis://127.0.0.1/0"

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import random
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import redis
@@ -15,15 +15,12 @@ import redis.asyncio
 import redis.asyncio.retry
 import redis.retry
 import structlog
-from aiokafka.conn import AIOKafkaConnection, collect_hosts, create_conn
-from aiokafka.errors import IllegalSaslStateError, KafkaError
-from aiokafka.protocol.admin import SaslHandShakeRequest
-from aiokafka.protocol.metadata import MetadataRequest
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from cortex_core.errors import ConfigError, CortexError, UnavailableError
 from streams.failures import configuration_error, is_redis, is_transient, unavailable_error
+from streams.probe import kafka_refusal
 
 if TYPE_CHECKING:
     from streams.settings import Settings
@@ -44,7 +41,7 @@ def kafka_client_options(settings: Settings) -> dict[str, Any]:
     """Keyword arguments for any aiokafka client: admin, producer or consumer.
 
     Raises:
-        ConfigError: a certificate or key file cannot be read.
+        ConfigError: a certificate or key file cannot be read, or SASL has no user or no password.
     """
     options: dict[str, Any] = {
         "bootstrap_servers": settings.kafka_address,
@@ -53,24 +50,42 @@ def kafka_client_options(settings: Settings) -> dict[str, Any]:
         "metadata_max_age_ms": METADATA_AGE_MS,
     }
     if settings.kafka_security_protocol.endswith("SSL"):
-        try:
-            context = ssl.create_default_context(
-                cafile=str(settings.kafka_ssl_cafile) if settings.kafka_ssl_cafile else None
-            )
-            if settings.kafka_ssl_certfile:
-                context.load_cert_chain(str(settings.kafka_ssl_certfile), settings.kafka_ssl_keyfile)
-        except OSError as error:  # ssl.SSLError is one
-            raise ConfigError(
-                "CORTEX_KAFKA_SSL_CAFILE, CORTEX_KAFKA_SSL_CERTFILE or CORTEX_KAFKA_SSL_KEYFILE cannot be "
-                f"read ({type(error).__name__}: {error}): expected PEM files"
-            ) from error
-        options["ssl_context"] = context
+        files = (settings.kafka_ssl_cafile, settings.kafka_ssl_certfile, settings.kafka_ssl_keyfile)
+        names = "CORTEX_KAFKA_SSL_CAFILE, CORTEX_KAFKA_SSL_CERTFILE or CORTEX_KAFKA_SSL_KEYFILE"
+        options["ssl_context"] = _tls_context(names, *files)
     if settings.kafka_security_protocol.startswith("SASL"):
+        user, password = settings.kafka_sasl_username, settings.kafka_sasl_password
+        if not user or password is None:
+            raise ConfigError(
+                "CORTEX_KAFKA_SASL_USERNAME and CORTEX_KAFKA_SASL_PASSWORD: expected both with "
+                f"CORTEX_KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol}"
+            )
         options["sasl_mechanism"] = settings.kafka_sasl_mechanism
-        options["sasl_plain_username"] = settings.kafka_sasl_username
-        password = settings.kafka_sasl_password
-        options["sasl_plain_password"] = password.get_secret_value() if password else None
+        options["sasl_plain_username"] = user
+        options["sasl_plain_password"] = password.get_secret_value()
     return options
+
+
+def _tls_context(
+    names: str, ca: Path | str | None, certificate: Path | str | None, key: Path | str | None
+) -> ssl.SSLContext:
+    """What verifies a server, and shows it a certificate.
+
+    Args:
+        names: of the settings of the three files, for a message.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    try:
+        context = ssl.create_default_context(cafile=ca)
+        if certificate:
+            context.load_cert_chain(certificate, key)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(
+            f"{names} cannot be read ({type(error).__name__}: {error}): expected PEM files"
+        ) from error
+    return context
 
 
 class _RetryOnce(redis.retry.Retry):
@@ -118,13 +133,51 @@ _REDIS_OPTIONS: dict[str, Any] = {
 
 
 def redis_client(settings: Settings) -> redis.Redis:
-    """A synchronous client, for threads; its replies are bytes."""
-    return redis.Redis.from_url(settings.redis_address, retry=_RetryOnce(), **_REDIS_OPTIONS)
+    """A synchronous client, for threads; its replies are bytes.
+
+    Raises:
+        ConfigError: the URL has an invalid option, or names a file that cannot be read.
+    """
+    with _checking_url(settings):
+        client = redis.Redis.from_url(settings.redis_address, retry=_RetryOnce(), **_REDIS_OPTIONS)
+        _check_options(client.connection_pool)
+    return client
 
 
 def async_redis_client(settings: Settings) -> redis.asyncio.Redis:
-    """An asyncio client, for event loops; its replies are bytes."""
-    return redis.asyncio.Redis.from_url(settings.redis_address, retry=_AsyncRetryOnce(), **_REDIS_OPTIONS)
+    """An asyncio client, for event loops; its replies are bytes.
+
+    Raises:
+        ConfigError: as `redis_client`.
+    """
+    with _checking_url(settings):
+        client = redis.asyncio.Redis.from_url(
+            settings.redis_address, retry=_AsyncRetryOnce(), **_REDIS_OPTIONS
+        )
+        _check_options(client.connection_pool)
+    return client
+
+
+@contextlib.contextmanager
+def _checking_url(settings: Settings) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, RedisError) as error:
+        raise ConfigError(
+            f"CORTEX_REDIS_URL {settings.redis_shown}: an option is unknown or invalid ({error}); options of "
+            "TLS need rediss://"
+        ) from None
+
+
+def _check_options(pool: redis.ConnectionPool | redis.asyncio.ConnectionPool) -> None:
+    """Checks the options of the URL, which redis-py does at the first connection, as one unreachable."""
+    pool.connection_class(**pool.connection_kwargs)
+    names = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+    files = [pool.connection_kwargs.get(name) for name in names]
+    if any(files):
+        _tls_context(f"CORTEX_REDIS_URL: {', '.join(names)}", *files)
 
 
 # --- retrying -----------------------------------------------------------------------------------------------
@@ -144,49 +197,11 @@ async def explain(error: BaseException, settings: Settings) -> CortexError | Non
         return refused
     if not is_transient(error):
         return None
-    if not is_redis(error) and (refused := await _kafka_refusal(settings)):
+    if not is_redis(error) and (
+        refused := await kafka_refusal(kafka_client_options(settings), settings, PROBE_TIMEOUT_S)
+    ):
         return refused
     return unavailable_error(error, settings)
-
-
-async def _kafka_refusal(settings: Settings) -> ConfigError | None:
-    """The reason why a broker refuses connections, if it is the configuration; else None."""
-    options = kafka_client_options(settings)
-    del options["metadata_max_age_ms"]  # of a client, not of a connection
-    for host, port, _ in collect_hosts(options.pop("bootstrap_servers")):
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await _connect_once(partial(create_conn, host, port, **options))
-        except (KafkaError, OSError) as error:
-            if refused := configuration_error(error, settings):
-                return refused
-    return None
-
-
-async def _connect_once(connect: Callable[[], Awaitable[AIOKafkaConnection]]) -> None:
-    """Opens a connection, sends a request, and closes it.
-
-    Raises:
-        IllegalSaslStateError: the listener requires SASL, and these options do not use it.
-        KafkaError, OSError: the broker does not answer or refuses the connection.
-    """
-    connection = await connect()
-    try:
-        await connection.send(MetadataRequest([]))
-        return
-    except KafkaError as error:
-        # Without a message, a listener with SASL closes connections that send anything but a handshake.
-        closed = error
-    finally:
-        await connection.close()
-    connection = await connect()
-    try:
-        answer = await connection.send(SaslHandShakeRequest("PLAIN"))
-    finally:
-        await connection.close()
-    if answer.error_code == IllegalSaslStateError.errno:  # the listener does not use SASL, or is past it
-        raise closed
-    raise IllegalSaslStateError(f"the listener requires SASL: {', '.join(answer.enabled_mechanisms)}")
 
 
 async def why_unavailable(error: Exception, settings: Settings) -> UnavailableError:

@@ -63,6 +63,11 @@ CONFIGURATION_REDIS: tuple[tuple[ErrorTypes, str, str], ...] = (
 )
 """(error classes, a pattern that an error reply's text matches, the message: what is wrong and what to do)"""
 
+REFUSED_CERTIFICATE = re.compile(
+    r"ALERT_(BAD_CERTIFICATE|CERTIFICATE_\w+|UNKNOWN_CA|UNSUPPORTED_CERTIFICATE)"
+)
+"""The alerts with which a server refuses a client's certificate, or its absence."""
+
 TRANSIENT_KAFKA: ErrorTypes = (
     kafka.BrokerNotAvailableError,
     kafka.ConcurrentTransactions,
@@ -198,16 +203,31 @@ def error_text(error: BaseException) -> str:
 
 
 def _configuration_problem(error: BaseException) -> str | None:
-    # redis-py raises its own ConnectionError while it handles the error of ssl.
-    chain = (error, error.__cause__, error.__context__)
-    bad_certificate = any(isinstance(each, ssl.SSLCertVerificationError) for each in chain)
+    if certificate := _certificate_problem(error):
+        return certificate
     if isinstance(error, RedisError):
-        if bad_certificate:
-            return "the server's certificate is not trusted; append ?ssl_ca_certs=FILE with its CA"
         for types, pattern, problem in CONFIGURATION_REDIS:
             if isinstance(error, types) or (pattern and re.search(pattern, str(error))):
                 return problem
         return None
-    if bad_certificate:
-        return "CORTEX_KAFKA_SSL_CAFILE: the broker's certificate is not trusted"
     return next((problem for types, problem in CONFIGURATION_KAFKA if isinstance(error, types)), None)
+
+
+def _certificate_problem(error: BaseException) -> str | None:
+    # redis-py raises its own ConnectionError while it handles the error of ssl.
+    chain = (error, error.__cause__, error.__context__)
+    if any(isinstance(each, ssl.SSLCertVerificationError) for each in chain):
+        return (
+            "the server's certificate is not trusted; append ?ssl_ca_certs=FILE with its CA"
+            if is_redis(error)
+            else "CORTEX_KAFKA_SSL_CAFILE: the broker's certificate is not trusted"
+        )
+    if any(
+        isinstance(each, ssl.SSLError) and REFUSED_CERTIFICATE.search(each.reason or "") for each in chain
+    ):
+        return (
+            "the server refused the certificate, or its absence; append ?ssl_certfile=FILE&ssl_keyfile=FILE"
+            if is_redis(error)
+            else "CORTEX_KAFKA_SSL_CERTFILE: the broker refused this certificate, or its absence"
+        )
+    return None

@@ -244,6 +244,8 @@ class BatchThread(driver.AIOKafkaConsumerThread):
             assigned = list(self._consumer.assignment())
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
+                    if not assigned:  # Kafka may refuse this process the group
+                        await self._consumer.committed(TopicPartition(self._topics.interactions, 0))
                     begins = await self._consumer.beginning_offsets(assigned) if assigned else {}
                     ends = await self._consumer.end_offsets(assigned) if assigned else {}
                     done = {tp: await self._consumer.committed(tp) or 0 for tp in assigned}

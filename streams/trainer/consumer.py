@@ -247,8 +247,9 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
 
     async def _close_all(self) -> None:
         for tp, partition in list(self._owned.items()):
-            with contextlib.suppress(ConfigError):  # the loop raises it too
-                await self._guarded(tp, PartitionLearner.publish)
+            if partition.is_open:
+                with contextlib.suppress(ConfigError):  # the loop raises it too
+                    await self._guarded(tp, PartitionLearner.publish)
             await partition.close()
         self._owned.clear()
         self.metrics.lag.clear()

@@ -249,6 +249,11 @@ class PartitionLearner:
         return self.last_publish + self.settings.publish_interval_s - time.monotonic()
 
     @property
+    def is_open(self) -> bool:
+        """Whether `open` has started its producer."""
+        return self._producer is not None
+
+    @property
     def unpublished(self) -> bool:
         """Whether there is something to publish."""
         changes = self.models.unpublished() or self.models.misfits() or self._letters or self._misplaced

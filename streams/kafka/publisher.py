@@ -33,8 +33,9 @@ from prometheus_client import Counter, Histogram
 
 from cortex_core.errors import ConfigError, InputError, UnavailableError
 from streams.connections import PROBE_TIMEOUT_S, kafka_client_options, retry
-from streams.failures import configuration_error, error_text
+from streams.failures import configuration_error, error_text, unavailable_error
 from streams.kafka.clients import start, stop
+from streams.kafka.reader import PROBE_S
 from streams.kafka.refusal import Refusal
 from streams.kafka.topics import MAX_RECORD_BYTES, create_topics
 from streams.settings import Settings
@@ -240,9 +241,11 @@ class Publisher:
         self._on_state(why)
 
     async def _recover(self) -> None:
-        """After each failure, waits until Kafka answers, and replaces the producer if it is broken."""
+        """After each failure and every `PROBE_S`, waits until Kafka answers; replaces a broken producer."""
         while self._refusal.error is None:
-            await self._failed.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_S):
+                    await self._failed.wait()
             self._failed.clear()
             try:
                 await retry(self._probe, self.settings, lambda _, why: self._set_unavailable(why))
@@ -253,14 +256,22 @@ class Publisher:
             except ConfigError as error:
                 self._refuse(error)
             else:
-                self._set_unavailable(None)
+                if self.unavailable is not None:
+                    self._set_unavailable(None)
 
     async def _probe(self) -> None:
         """Returns if the brokers answer, or if the producer is replaced anyway."""
-        if not self._broken:
-            assert self._producer is not None
+        if self._broken:
+            return
+        assert self._producer is not None
+        try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await self._producer.client.fetch_all_metadata()
+                if not await self._producer.client.force_metadata_update():
+                    raise KafkaError("no broker answers")
+        except (KafkaError, OSError) as error:
+            # At once: it may take seconds to find out why.
+            self._set_unavailable(str(unavailable_error(error, self.settings)))
+            raise
 
     async def _connect(self) -> AIOKafkaProducer:
         async def attempt() -> AIOKafkaProducer:

@@ -187,6 +187,12 @@ async def test_kafka_that_dies_and_comes_back(settings: Settings) -> None:
             logged = Counter(e.interaction_id for e in await interactions(own))
             assert logged == dict.fromkeys(("before", "meanwhile", "refused", "after"), 1)
 
+            # Nobody asks for anything, and yet it notices.
+            broker.child.kill()
+            await async_wait_for(lambda: _missing(http, broker.address), "the worker to notice")
+            await broker.start()
+            await async_wait_for(lambda: _ready(http), "the worker to be ready again")
+
             # With an event that nobody will acknowledge any more, SIGTERM ends it in time all the same.
             broker.child.kill()
             assert (await http.post("/v1/decide", json=body(interaction_id="lost"))).status_code == 503
@@ -202,7 +208,7 @@ async def _ready(http: httpx.AsyncClient) -> bool:
 @pytest.mark.integration
 async def test_a_body_too_large_is_refused_before_it_is_read(settings: Settings) -> None:
     head = (
-        "POST /v1/decide HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        "POST /v1/decide HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {10**9}\r\n\r\n"
     )
     async with listening(settings) as url:

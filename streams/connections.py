@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from cortex_core.errors import ConfigError, CortexError, UnavailableError
+from streams.backoff import delays
 from streams.failures import configuration_error, is_redis, is_transient, unavailable_error
 from streams.probe import kafka_refusal
 
@@ -226,13 +226,13 @@ async def backoff(stop: asyncio.Event | None = None, *, most_s: float = 5.0) -> 
         stop: ends the iteration, also during a sleep.
         most_s: the longest sleep.
     """
-    attempt, delay = 1, 0.2
-    while not (stop and stop.is_set()):
+    for attempt, delay_s in enumerate(delays(most_s), 1):
+        if stop and stop.is_set():
+            return
         yield attempt
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(random.uniform(0.0, delay)):
+            async with asyncio.timeout(delay_s):
                 await (stop or asyncio.Event()).wait()
-        attempt, delay = attempt + 1, min(most_s, 2 * delay)
 
 
 async def retry(

@@ -1,4 +1,4 @@
-"""Settings of all workers: `CORTEX_*` environment variables, a `.env` file, or command line flags.
+"""Settings of all workers: `CORTEX_*` environment variables, a `.env` file, files of secrets, or flags.
 
 Validated at start, then immutable; secrets are masked in `repr`. Only tests and the embedded
 servers read other variables.
@@ -22,6 +22,7 @@ from pydantic_settings import (
 )
 
 from cortex_core.errors import ConfigError
+from streams.api_keys import ApiKey, parse_keys
 from streams.ports import WORKER_PORTS
 
 Positive = Annotated[float, Field(gt=0)]
@@ -102,6 +103,28 @@ class Settings(BaseSettings):
     """Maximum number of memories, and of earlier messages, in a request."""
     publish_timeout_s: Positive = 5.0
     """Time that a request waits for Kafka's acknowledgement before it is answered with 503."""
+    max_requests: Count = 256
+    """Maximum number of requests in work per inference worker; others are answered with 503 and Retry-After.
+    The bodies in work have at most 16 * max_body_bytes."""
+    rate_limit: Positive | None = None
+    """Requests per second of one API key, or of one client address without keys, per inference worker; others
+    are answered with 429 and Retry-After. None: no limit."""
+    max_connections: Count = 500
+    """Maximum number of open connections per worker; beyond, the one that is idle the longest is closed."""
+    request_timeout_s: Positive = 30.0
+    """Time in which a request must arrive completely, head and body."""
+
+    # Access to the inference service; see SECURITY.md
+    api_keys: SecretStr | None = None
+    """Keys that the service accepts, as hashes: NAME:SCOPES[@MODELS]:SHA256[,…] (streams/api_keys.py).
+    Required unless `host` is a loopback address."""
+    api_key: SecretStr | None = None
+    """Key that CortexClient, `cortex status` and `cortex demo` send."""
+    insecure: bool = False
+    """Whether the service may listen on any address without keys."""
+    allowed_hosts: str = ""
+    """Host names by which clients reach a worker, with commas, `*.example.com` for all below. Always allowed:
+    IP addresses, localhost, and `host`."""
 
     # The model
     encoder: str = "minilm"
@@ -189,6 +212,26 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("api_keys", "api_key", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        # As in an `.env` or a manifest that leaves it open.
+        return value if not isinstance(value, str) or value.strip() else None
+
+    @field_validator("api_keys")
+    @classmethod
+    def _api_keys(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            parse_keys(value.get_secret_value())
+        return value
+
+    @field_validator("api_key")
+    @classmethod
+    def _api_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+            raise ValueError("expected a key as `cortex keys create` makes it, without spaces")
+        return value
+
     @field_validator("kafka")
     @classmethod
     def _kafka_host_port(cls, value: str | None) -> str | None:
@@ -210,11 +253,17 @@ class Settings(BaseSettings):
     def load(cls, **flags: Any) -> Settings:
         """Settings from flags that are not None, the environment, `.env` and defaults, in that order.
 
+        `CORTEX_SECRETS_DIR` names a folder with further variables as files, as Kubernetes and Docker mount
+        secrets: the file CORTEX_API_KEYS has the value of that variable.
+
         Raises:
             ConfigError: an invalid value; the message names the variable, the value and what was expected.
         """
+        secrets = os.environ.get("CORTEX_SECRETS_DIR") or None
+        if secrets and not Path(secrets).is_dir():
+            raise ConfigError(f"CORTEX_SECRETS_DIR is {secrets!r}, expected a folder")
         try:
-            return cls(**{k: v for k, v in flags.items() if v is not None})
+            return cls(_secrets_dir=secrets, **{k: v for k, v in flags.items() if v is not None})
         except ValidationError as error:
             lines = [
                 f"CORTEX_{'_'.join(str(x) for x in e['loc']).upper()}: {e['msg']} (got {_got(e)})"
@@ -293,6 +342,16 @@ class Settings(BaseSettings):
         if self.redis_url is None:
             raise ConfigError("CORTEX_REDIS_URL is not set")
         return self.redis_url.get_secret_value()
+
+    @property
+    def access_keys(self) -> tuple[ApiKey, ...]:
+        """The keys that the inference service accepts; empty: it asks for none."""
+        return parse_keys(self.api_keys.get_secret_value()) if self.api_keys else ()
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        """The header that carries `api_key`, for requests to the inference service. Do not log it."""
+        return {"Authorization": f"Bearer {self.api_key.get_secret_value()}"} if self.api_key else {}
 
     @property
     def redis_shown(self) -> str:

@@ -21,21 +21,22 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
 import structlog
-import uvicorn
 from prometheus_client import make_asgi_app
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from cortex_core.errors import ConfigError
 from streams.failures import error_text
 from streams.heartbeats import Activity, Heartbeat, beating
+from streams.http_server import serving
 from streams.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -129,14 +130,6 @@ def configure_logs(settings: Settings) -> None:
     root.setLevel(max(level, logging.WARNING))
 
 
-class _Server(uvicorn.Server):
-    """Leaves the signals to the worker."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class Worker:
     """Health, readiness and shutdown of a worker process."""
 
@@ -199,46 +192,17 @@ class Worker:
         ]
 
     @contextlib.asynccontextmanager
-    async def serving(self, app: Any = None) -> AsyncIterator[int]:
+    async def serving(self, app: ASGIApp | None = None) -> AsyncIterator[int]:
         """Serves `app`, by default health and metrics only, while the body runs; yields the port.
 
         Writes heartbeats meanwhile, unless the worker has no Redis.
 
         Raises:
-            OSError: the port is in use; nothing was started.
+            ConfigError: the port is in use; nothing was started.
         """
-        sock = socket.socket(socket.AF_INET6 if ":" in self.settings.host else socket.AF_INET)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind((self.settings.host, self.settings.port))
-        except OSError as error:
-            sock.close()
-            raise OSError(
-                f"{self.name} cannot listen on {self.settings.host}:{self.settings.port}: {error.strerror}. "
-                "Set CORTEX_PORT to a free port, or to 0 for any free port"
-            ) from error
-        port = int(sock.getsockname()[1])
-        config = uvicorn.Config(
-            app or Starlette(routes=self.routes()),
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            timeout_graceful_shutdown=3,
-        )
-        server = _Server(config)
-        task = asyncio.create_task(server.serve([sock]))
-        try:
-            while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it
-                await asyncio.sleep(0.005)
-            if task.done():
-                task.result()
-            log.info("listening", worker=self.name, address=f"http://{self.settings.host}:{port}")
-            async with self._beating(port):
-                yield port
-        finally:
-            server.should_exit = True
-            await asyncio.gather(task, return_exceptions=True)
-            sock.close()
+        serves = serving(app or Starlette(routes=self.routes()), self.name, self.settings)
+        async with serves as port, self._beating(port):
+            yield port
 
     def _beating(self, port: int) -> contextlib.AbstractAsyncContextManager[None]:
         if self.settings.redis_url is None:

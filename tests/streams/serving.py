@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
 from collections.abc import AsyncIterator
@@ -104,7 +106,8 @@ async def served(settings: Settings) -> AsyncIterator[tuple[Service, httpx.Async
 @asynccontextmanager
 async def listening(settings: Settings) -> AsyncIterator[str]:
     """The url of a service that is ready, on a real socket of this process."""
-    service, worker = Service(settings), Worker("inference", settings, DEPENDENCIES)
+    worker = Worker("inference", settings, DEPENDENCIES)
+    service = Service(settings, worker.report)
     try:
         async with worker.serving(create_app(service, worker)) as port:
             await service.start()
@@ -130,3 +133,77 @@ def raw(**fields: Any) -> bytes:
 
 
 JSON = {"Content-Type": "application/json"}
+
+
+async def exchange(url: str, *parts: bytes) -> bytes:
+    """What the server at this url sends, until it closes the connection, after these bytes."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+ANSWER = {
+    "interaction_id": "i",
+    "conversation_id": "c",
+    "model_id": "default",
+    "weights_version": 3,
+    "strategy": {
+        "id": "quick_answer",
+        "name": "Quick",
+        "description": "",
+        "prompt_framing": "",
+        "reasoning_style": "direct",
+        "response_format": "prose",
+        "tool_permissions": ["read"],
+    },
+    "probabilities": {"quick_answer": 1.0},
+    "memories": [],
+    "confidence": 0.9,
+    "action": "proceed",
+}
+
+
+@asynccontextmanager
+async def scripted(
+    *statuses: int, retry_after: str | None = None
+) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
+    """A server that gives these statuses in turn, the last one for ever; 0 cuts the connection.
+
+    It keeps the bodies that it was sent. Errors have this header Retry-After.
+    """
+    bodies: list[dict[str, Any]] = []
+    ended: list[asyncio.Event] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ended.append(end := asyncio.Event())
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                lines = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
+                bodies.append(json.loads(await reader.readexactly(int(lines[b"content-length"]))))
+                status = statuses[min(len(bodies), len(statuses)) - 1]
+                if not status:
+                    break
+                error = {"error": {"type": "x", "message": f"said {status}"}}
+                content = json.dumps(ANSWER if status == 200 else error).encode()
+                pause = f"Retry-After: {retry_after}\r\n" if retry_after and status >= 400 else ""
+                answer_head = f"HTTP/1.1 {status} x\r\n{pause}Content-Length: {len(content)}\r\n\r\n"
+                writer.write(answer_head.encode() + content)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+            end.set()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", bodies
+        await asyncio.gather(*(end.wait() for end in ended))

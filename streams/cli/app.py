@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from streams.cli import operate
+from streams.cli import keys, operate
 from streams.cli.options import (
     Data,
     Host,
@@ -101,6 +101,8 @@ def demo(
     settings = load(kafka=kafka, redis=redis, data=data, topic_prefix=topic_prefix, log_level=log_level)
     from streams.demo.run import run_demo
 
+    # Only the demo itself uses its stack: no key, whatever scopes one of the environment has.
+    settings = settings.model_copy(update={"host": "127.0.0.1", "api_keys": None, "api_key": None})
     run_demo(settings, seconds=seconds, rate=rate, seed=seed, json_path=json_file, plot_path=plot_file)
 
 
@@ -159,4 +161,5 @@ def version() -> None:
     typer.echo(f"cortex-streams {version_of('cortex-streams')}")
 
 
+app.add_typer(keys.app)
 app.add_typer(operate.app)

@@ -75,6 +75,7 @@ class CortexClient:
         start_timeout_s: float = 60.0,
         agent_id: str = "agent",
         model_id: str = "default",
+        api_key: str | None = None,
     ) -> None:
         """
         Args:
@@ -86,9 +87,10 @@ class CortexClient:
             timeout_s: seconds until a call that is retried raises `UnavailableError`.
             start_timeout_s: seconds that an in-process client waits for Kafka when it starts.
             agent_id, model_id: defaults for calls.
+            api_key: key for the services; None: that of the settings (`CORTEX_API_KEY`), if there is one.
 
         Raises:
-            ConfigError: invalid urls, or no service found.
+            ConfigError: invalid urls or settings, or no service found.
         """
         if urls is not None and kafka is not None:
             raise ConfigError(
@@ -103,7 +105,9 @@ class CortexClient:
             )
             self._transport = InProcess(settings, timeout_s, start_timeout_s)
         else:
-            self._transport = Http(_checked_urls(urls, settings), timeout_s)
+            settings = settings or Settings.load()
+            authorization = (Settings.load(api_key=api_key) if api_key else settings).authorization
+            self._transport = Http(_checked_urls(urls, settings), timeout_s, authorization)
 
     @classmethod
     def local(cls, settings: Settings | None = None, **options: Any) -> CortexClient:
@@ -154,6 +158,7 @@ class CortexClient:
 
         Raises:
             InputError: an invalid argument; `fields` gives the reasons.
+            ConfigError: the service refused the API key, or what it asks for.
             UnavailableError: not acknowledged in time; retry with the same interaction_id.
         """
         candidates = _memories(memories)
@@ -210,6 +215,7 @@ class CortexClient:
 
         Raises:
             InputError: neither text nor rating, or no conversation.
+            ConfigError: the service refused the API key, or what it asks for.
             UnavailableError: not acknowledged in time; retry with the same reply_id.
         """
         request = _valid(
@@ -250,9 +256,8 @@ def _memories(memories: Mapping[str, str] | Iterable[Memory | Mapping[str, Any]]
     return [m if isinstance(m, Memory) else _valid(Memory, m) for m in given]
 
 
-def _checked_urls(urls: str | Iterable[str] | None, settings: Settings | None) -> list[str]:
+def _checked_urls(urls: str | Iterable[str] | None, settings: Settings) -> list[str]:
     if urls is None:
-        settings = settings or Settings.load()
         urls = settings.running_stack().get("inference", [])
         if not urls:
             raise ConfigError(

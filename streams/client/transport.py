@@ -6,17 +6,19 @@ Both retry until the call is acknowledged. Retries are idempotent, because they 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-import itertools
-import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import httpx
 from pydantic import ValidationError
 
 from cortex_core.errors import ConfigError, CortexError, UnavailableError
+from streams.backoff import delays
 from streams.inference.api import (
     ConflictError,
     DecideRequest,
@@ -47,32 +49,45 @@ class Transport(Protocol):
     async def close(self) -> None: ...
 
 
+class Busy(UnavailableError):
+    """A service asked for a pause (Retry-After)."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 async def _retried(timeout_s: float, attempt: Callable[[float], Awaitable[T]]) -> T:
-    """Calls `attempt(remaining seconds)` until it succeeds, with exponential backoff and jitter.
+    """Calls `attempt(remaining seconds)` until it succeeds, with backoff and the pauses that are asked for.
 
     Raises:
-        UnavailableError: the last error, after `timeout_s`.
+        UnavailableError: the last error, once no further attempt can begin within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
-    for n in itertools.count():
+    for delay_s in delays(most_s=2.0):
         try:
             return await attempt(max(0.1, deadline - time.monotonic()))
         except UnavailableError as error:
-            delay = random.uniform(0.5, 1.0) * min(2.0, 0.1 * 2**n)
-            if time.monotonic() + delay > deadline:
-                raise UnavailableError(f"{error} (given up after {timeout_s:g} s)") from error
-            await asyncio.sleep(delay)
-    raise AssertionError("count never ends")
+            pause_s = max(delay_s, error.retry_after_s if isinstance(error, Busy) else 0.0)
+            if time.monotonic() + pause_s > deadline:
+                raise UnavailableError(f"{error} (given up: the timeout is {timeout_s:g} s)") from error
+            await asyncio.sleep(pause_s)
+    raise AssertionError("delays never end")
 
 
 class Http:
     """Sends requests to inference services, with failover within a call."""
 
-    def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
+    def __init__(
+        self, urls: Sequence[str], timeout_s: float, headers: Mapping[str, str] | None = None
+    ) -> None:
         self._urls = list(urls)
         self._timeout_s = timeout_s
         self._down: dict[str, float] = {}
-        self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None, keepalive_expiry=30.0))
+        self._busy: dict[str, float] = {}
+        """url → time until which the service asked to be left alone"""
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=30.0)
+        self._http = httpx.AsyncClient(headers=headers, limits=limits)
 
     async def start(self) -> None:
         """Does nothing: connections are opened on demand."""
@@ -98,10 +113,15 @@ class Http:
 
     async def _post(self, path: str, body: str, conversation_id: str) -> bytes:
         async def try_all(remaining_s: float) -> bytes:
-            failures = []
+            failures, pauses_s = [], []
             # With several services, one that hangs may not use all of the time.
             share_s = remaining_s if len(self._urls) == 1 else remaining_s / 2
             for url in self._in_order(conversation_id):
+                pause_s = self._busy.get(url, 0.0) - time.monotonic()
+                if pause_s > 0:
+                    failures.append(f"{url} asked for a pause")
+                    pauses_s.append(pause_s)
+                    continue
                 try:
                     answer = await self._http.post(
                         url + path,
@@ -111,6 +131,7 @@ class Http:
                     )
                 except httpx.TransportError as error:
                     failures.append(f"{url} does not answer ({type(error).__name__}: {error})")
+                    pauses_s.append(0.0)
                 else:
                     if answer.status_code < 400:
                         self._down.pop(url, None)
@@ -119,8 +140,11 @@ class Http:
                     if answer.status_code not in RETRYABLE:
                         raise why
                     failures.append(f"{url}: {why}")
-                self._down[url] = time.monotonic() + DOWN_S
-            raise UnavailableError("; ".join(failures))
+                    pauses_s.append(_retry_after_s(answer))
+                now = time.monotonic()
+                self._down[url] = now + DOWN_S
+                self._busy[url] = now + pauses_s[-1]
+            raise Busy("; ".join(failures), min(pauses_s))
 
         return await _retried(self._timeout_s, try_all)
 
@@ -135,6 +159,17 @@ class Http:
         return sorted(self._urls, key=rank)
 
 
+def _retry_after_s(answer: httpx.Response) -> float:
+    """Seconds of the header Retry-After, which may be a date (RFC 9110, 10.2.3); 0 without a usable one."""
+    value = answer.headers.get("retry-after", "")
+    if value.isdecimal():
+        return float(value)
+    with contextlib.suppress(ValueError):
+        until = parsedate_to_datetime(value)
+        return max(0.0, (until - datetime.now(until.tzinfo)).total_seconds())
+    return 0.0
+
+
 def _reason(answer: httpx.Response) -> Exception:
     try:
         detail = ErrorResponse.model_validate_json(answer.content).error
@@ -143,6 +178,8 @@ def _reason(answer: httpx.Response) -> Exception:
         message, fields = f"HTTP {answer.status_code} {answer.text[:200]}", {}
     if answer.status_code == ConflictError.status:
         return ConflictError(message, fields)
+    if answer.status_code in (401, 403):
+        return ConfigError(f"{answer.url} refused the call: {message}")
     if answer.status_code in RETRYABLE:
         return UnavailableError(message)
     if answer.status_code >= 500:

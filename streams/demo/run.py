@@ -147,9 +147,9 @@ class _Run:
         model_id = f"demo-{new_id()}"
         before = await end_offsets(self.settings, topics.interactions, topics.replies, topics.dead_letters)
         async with contextlib.AsyncExitStack() as exits:
-            client = await exits.enter_async_context(CortexClient(self.urls))
+            client = await exits.enter_async_context(CortexClient(self.urls, settings=self.settings))
             reader = await exits.enter_async_context(ExperienceReader(self.settings, model_id))
-            watch = await exits.enter_async_context(WorkerWatch(self.urls, model_id))
+            watch = await exits.enter_async_context(WorkerWatch(self.settings, self.urls, model_id))
             traffic = Traffic(Users(self.seed), client, model_id)
             exits.enter_context(self.view.showing())
             live = _Live(self, traffic, reader, watch)

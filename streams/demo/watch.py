@@ -126,10 +126,10 @@ class WorkerState:
 class WorkerWatch:
     """Polls every inference worker for the weights version that it serves."""
 
-    def __init__(self, urls: Iterable[str], model_id: str) -> None:
+    def __init__(self, settings: Settings, urls: Iterable[str], model_id: str) -> None:
         self.model_id = model_id
         self.workers = [WorkerState(f"inference-{n}", url) for n, url in enumerate(urls, 1)]
-        self._http = httpx.AsyncClient(timeout=5.0)
+        self._http = httpx.AsyncClient(timeout=5.0, headers=settings.authorization)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> WorkerWatch:

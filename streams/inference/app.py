@@ -14,20 +14,26 @@ from typing import Annotated, Any
 
 import structlog
 import torch
-from fastapi import FastAPI, Path, Request
+from fastapi import Depends, FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute, APIRouter
+from fastapi.security import HTTPBearer
 from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+from starlette.types import Scope as AsgiScope
 
 from cortex_core.errors import ConfigError, InputError, UnavailableError
+from streams.api_keys import Scope, require_keys
 from streams.events import new_id
+from streams.http_server import error_body
+from streams.inference.admission import Admission, Caller, HttpError
 from streams.inference.api import (
     DecideRequest,
     DecideResponse,
@@ -59,17 +65,6 @@ _parser = ThreadPoolExecutor(1, thread_name_prefix="parse")
 """A single thread, because a parsed body takes up to forty times the memory of its bytes."""
 
 
-class HttpError(HTTPException):
-    """An error response of the HTTP layer."""
-
-    def __init__(
-        self, status: int, type_: str, message: str, fields: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(status, message)
-        self.type = type_
-        self.fields = dict(fields or {})
-
-
 def error_response(error: Exception, request: Request) -> Response:
     """The response for an error; an unexpected error gives a 500 with the id of its log entry."""
     headers: dict[str, str] = {}
@@ -86,35 +81,42 @@ def error_response(error: Exception, request: Request) -> Response:
             headers["Retry-After"] = RETRY_AFTER_S
         case HttpError():
             status, type_, message, fields = error.status_code, error.type, str(error.detail), error.fields
+            headers |= error.headers or {}
         case HTTPException():  # unknown paths and methods
             status, type_, message, fields = error.status_code, "http", str(error.detail), {}
             headers |= error.headers or {}
+        case ClientDisconnect():  # while it sent the body; nobody reads this
+            status, type_, message, fields = 400, "disconnected", "the client closed the connection", {}
         case _:
             error_id = new_id()
             log.error("unexpected error", error_id=error_id, path=request.url.path, exc_info=error)
             status, type_, fields = 500, "internal", {}
             message = f"internal error; see log entry {error_id}"
-    if status == 413:
-        headers["Connection"] = "close"  # the rest of the body is not read
-    body = {"error": {"type": type_, "message": message, "fields": fields}}
-    return JSONResponse(body, status, headers)
+    return JSONResponse(error_body(type_, message, fields), status, headers)
 
 
 def _joined(fields: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {what}" for name, what in fields.items())
 
 
+SCOPES: dict[str, Scope] = {"/v1/decide": "decide", "/v1/replies": "reply"}
+"""Path → scope that a key needs; others need `operate`."""
+
+
 class _Route(APIRoute):
-    """Counts and times requests, limits the size of bodies, and converts errors into responses."""
+    """Admits, counts and times requests, limits the size of bodies, and converts errors into responses."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
         body_type = self.body_field.field_info.annotation if self.body_field else None
+        scope = SCOPES.get(self.path_format, "operate")
 
         async def handle(request: Request) -> Response:
             started = time.perf_counter()
+            admission: Admission = request.app.state.admission
             try:
-                response = await handler(_JsonRequest(request.scope, request.receive, body_type))
+                with admission.admit(request, scope) as request.state.caller:
+                    response = await handler(_JsonRequest(request.scope, request.receive, body_type))
             except Exception as error:
                 response = error_response(error, request)
             REQUESTS.labels(self.path_format, response.status_code).inc()
@@ -126,7 +128,7 @@ class _Route(APIRoute):
 
 
 class _JsonRequest(Request):
-    def __init__(self, scope: Scope, receive: Receive, body_type: Any) -> None:
+    def __init__(self, scope: AsgiScope, receive: Receive, body_type: Any) -> None:
         super().__init__(scope, receive)
         self._body_type = body_type
 
@@ -188,13 +190,22 @@ def _parsed(body: bytes, body_type: type[BaseModel]) -> BaseModel:
 router = APIRouter(
     prefix="/v1",
     route_class=_Route,
-    responses={code: {"model": ErrorResponse} for code in (400, 409, 413, 415, 422, 500, 503)},
+    # Only describes the key in /docs: it is checked before the body is read, which dependencies are not.
+    dependencies=[Depends(HTTPBearer(auto_error=False, description="Required if CORTEX_API_KEYS is set."))],
+    responses={
+        code: {"model": ErrorResponse} for code in (400, 401, 403, 408, 409, 413, 415, 422, 429, 500, 503)
+    },
 )
 
 
 def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
 
 
 def _answer(body: BaseModel, status: int = 200) -> Response:
@@ -205,6 +216,7 @@ def _answer(body: BaseModel, status: int = 200) -> Response:
 @router.post("/decide", response_model=DecideResponse)
 async def decide(body: DecideRequest, request: Request) -> Response:
     """Selects memories and a strategy, predicts the confidence; answers once the interaction is in Kafka."""
+    _caller(request).check_model(body.model_id)
     return _answer(await _service(request).decide(body))
 
 
@@ -217,12 +229,15 @@ async def replies(body: ReplyRequest, request: Request) -> Response:
 @router.get("/models", response_model=ModelList)
 async def models(request: Request) -> Response:
     """All models that have weights or are in memory, and the encoder required for embeddings."""
-    return _answer(_service(request).models())
+    found, caller = _service(request).models(), _caller(request)
+    found.models = [model for model in found.models if caller.may_use(model.model_id)]
+    return _answer(found)
 
 
 @router.get("/models/{model_id}", response_model=ModelDetail)
 async def model(model_id: Annotated[ModelId, Path()], request: Request) -> Response:
     """One model and the versions applied by this worker; version 0 for untrained weights."""
+    _caller(request).check_model(model_id)
     return _answer(_service(request).model(model_id))
 
 
@@ -234,6 +249,7 @@ def create_app(service: Service, worker: Worker) -> FastAPI:
         description="Selects memories and a strategy, and predicts confidence; trained on users' replies.",
     )
     app.state.service = service
+    app.state.admission = Admission(service.settings)
     app.include_router(router)
     worker.notes["refused_models"] = service.refused_models
     worker.notes["strategies_changed"] = service.strategies_changed
@@ -285,7 +301,12 @@ async def _serve(worker: Worker) -> None:
 
 
 def main(settings: Settings) -> None:
-    """Runs an inference worker until SIGTERM; never returns."""
+    """Runs an inference worker until SIGTERM; never returns.
+
+    Raises:
+        ConfigError: it would be open to a network.
+    """
+    require_keys(settings)
     run_worker(
         "inference", settings if settings.kafka else settings.resolved(), _serve, dependencies=DEPENDENCIES
     )

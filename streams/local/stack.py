@@ -27,6 +27,7 @@ import httpx
 from pydantic import SecretStr
 
 from cortex_core.errors import ConfigError, UnavailableError
+from streams.api_keys import require_keys
 from streams.connections import backoff
 from streams.kafka.topics import create_topics
 from streams.local.embedded import (
@@ -178,6 +179,8 @@ class Stack:
     # --- starting -------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        if self._counts["inference"]:
+            require_keys(self.settings)
         self._take_lock()
         try:
             await self._start_servers()

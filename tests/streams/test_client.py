@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import SecretStr
 
 from cortex_core.errors import ConfigError, CortexError, InputError, UnavailableError
 from cortex_core.text_encoder import HashingEncoder
@@ -24,7 +25,7 @@ from streams.inference.api import ConflictError, RequestError
 from streams.local.embedded import free_port
 from streams.settings import Settings
 from streams.testing import async_wait_for, spawn_worker
-from tests.streams.serving import interactions, listening, publish_versions, replies, version
+from tests.streams.serving import interactions, listening, publish_versions, replies, scripted, version
 
 ROOT = Path(__file__).parents[2]
 MEMORIES = {"deploy": "deploy billing with the green pipeline", "lunch": "the canteen closes at two"}
@@ -139,64 +140,6 @@ async def test_nobody_listens() -> None:
 
 # --- repetition and fail-over -------------------------------------------------------------------------------
 
-ANSWER = {
-    "interaction_id": "i",
-    "conversation_id": "c",
-    "model_id": "default",
-    "weights_version": 3,
-    "strategy": {
-        "id": "quick_answer",
-        "name": "Quick",
-        "description": "",
-        "prompt_framing": "",
-        "reasoning_style": "direct",
-        "response_format": "prose",
-        "tool_permissions": ["read"],
-    },
-    "probabilities": {"quick_answer": 1.0},
-    "memories": [],
-    "confidence": 0.9,
-    "action": "proceed",
-}
-
-
-@asynccontextmanager
-async def scripted(*statuses: int) -> AsyncIterator[tuple[str, list[dict[str, Any]]]]:
-    """A server that gives these statuses in turn, the last one for ever; 0 cuts the connection.
-
-    It keeps the bodies that it was sent.
-    """
-    bodies: list[dict[str, Any]] = []
-    ended: list[asyncio.Event] = []
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        ended.append(end := asyncio.Event())
-        try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                lines = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:-2])
-                bodies.append(json.loads(await reader.readexactly(int(lines[b"content-length"]))))
-                status = statuses[min(len(bodies), len(statuses)) - 1]
-                if not status:
-                    break
-                error = {"error": {"type": "x", "message": f"said {status}"}}
-                content = json.dumps(ANSWER if status == 200 else error).encode()
-                writer.write(
-                    f"HTTP/1.1 {status} x\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
-                )
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-            with contextlib.suppress(ConnectionError):
-                await writer.wait_closed()
-            end.set()
-
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", bodies
-        await asyncio.gather(*(end.wait() for end in ended))
-
 
 @pytest.mark.parametrize("failures", [(503, 503), (0, 0), (502, 0, 504)])
 async def test_a_call_is_repeated_with_the_same_ids(failures: Sequence[int]) -> None:
@@ -217,6 +160,46 @@ async def test_what_cannot_succeed_is_not_repeated() -> None:
         with pytest.raises(CortexError, match="said 500"):
             await cortex.reply(None, "hello", conversation_id="c")
         assert len(bodies) == 1
+
+
+@pytest.mark.integration
+async def test_a_too_large_request_is_refused_with_the_limit_and_not_repeated(settings: Settings) -> None:
+    """The client sends all of it before it reads: the service must not close while it does."""
+    memories = [{"id": f"m{n}", "text": "x" * 5_000} for n in range(900)]  # 4.5 MB
+    async with listening(settings) as url, CortexClient(url) as cortex:
+        sent: list[str] = []
+        post = cortex._transport._http.post  # type: ignore[attr-defined]  # of the transport over HTTP
+
+        async def counted(url: str, **options: Any) -> Any:
+            sent.append(url)
+            return await post(url, **options)
+
+        cortex._transport._http.post = counted  # type: ignore[attr-defined]  # as above
+        with pytest.raises(RequestError, match="expected at most 4000000"):
+            await cortex.decide("hello", conversation_id="c", memories=memories)
+        assert len(sent) == 1
+        assert (await cortex.decide("hello", conversation_id="c")).weights_version == 0
+
+
+@pytest.mark.integration
+async def test_a_client_that_closes_after_its_request_reads_the_refusal_too(settings: Settings) -> None:
+    """urllib sends Connection: close, and reads the answer only when it has sent everything."""
+
+    def post(url: str, size: int) -> tuple[int, str]:
+        request = urllib.request.Request(
+            f"{url}/v1/decide", b" " * size, {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request)
+        with caught.value as answer:
+            return answer.code, json.loads(answer.read())["error"]["type"]
+
+    async with listening(settings) as url:
+        for size in (4_000_001, 20_000_000):
+            assert await asyncio.to_thread(post, url, size) == (413, "too_large")
+    secured = settings.model_copy(update={"api_keys": SecretStr(f"a:decide:{'0' * 64}")})
+    async with listening(secured) as url:
+        assert await asyncio.to_thread(post, url, 3_000_000) == (401, "unauthorized")
 
 
 async def test_conversations_stay_with_one_service_and_spread_over_all() -> None:

@@ -17,7 +17,7 @@ from streams.local.embedded import free_port
 from streams.settings import Settings
 from streams.testing import async_wait_for, spawn_worker, wait_for
 from streams.worker import Worker
-from tests.streams.serving import exchange, listening, raw
+from tests.streams.serving import body, exchange, listening, raw
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
 POST = b"POST /v1/decide HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -64,6 +64,30 @@ async def test_a_request_that_comes_byte_by_byte_is_cut_off(tmp_path: Path) -> N
             with contextlib.suppress(ConnectionError):
                 assert (await reading).startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 200 "))
             writer.transport.abort()
+
+
+@pytest.mark.integration
+async def test_a_body_that_does_not_come_is_cut_off_and_is_no_error_of_the_service(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = raw()
+    head = POST + f"Content-Length: {len(content)}\r\n\r\n".encode()
+    async with (
+        listening(settings.model_copy(update={"request_timeout_s": 0.3})) as url,
+        httpx.AsyncClient(base_url=url) as http,
+    ):
+        cut = await exchange(url, head + content[:10])
+        assert cut.startswith(b"HTTP/1.1 408 ")
+        whole = await exchange(url, head, content[:10], content[10:])  # then nothing: an idle connection
+        assert whole.startswith(b"HTTP/1.1 200 ")
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(head + content[:10])
+        await writer.drain()
+        writer.transport.abort()
+        assert (await http.post("/v1/decide", json=body())).status_code == 200
+        counted = (await http.get("/metrics")).text
+    assert 'status="500"' not in counted
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
 
 # --- many ---------------------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ async def test_bad_requests_are_refused_with_what_was_wrong(settings: Settings) 
             assert answer.status_code == 422
             assert said in answer.json()["error"]["message"]
         large = await http.post("/v1/decide", content=b" " * 200_001, headers=JSON)
-        assert (large.status_code, large.headers["connection"]) == (413, "close")
+        assert (large.status_code, large.headers.get("connection")) == (413, None)
 
         async def in_parts() -> AsyncIterator[bytes]:
             for _ in range(100):

@@ -14,6 +14,8 @@ import yaml
 from compose_spec import PyCompose
 from typer.main import get_group
 
+from cortex_core.errors import ConfigError
+from streams.api_keys import create_key, require_keys
 from streams.cli.app import app
 from streams.local.embedded import free_port
 from streams.local.kafka_jars import VERSION, kafka_jars
@@ -23,13 +25,17 @@ from streams.worker import Worker
 ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
+MANIFESTS = ROOT / "deploy" / "kubernetes" / "cortex.yaml"
 WORKERS = ("joiner", "trainer", "inference")
+ENV = {"CORTEX_API_KEYS": create_key("agent", ["decide", "reply"])[1].entry}
+"""What the user sets: Compose does not start without it."""
 
 
 @pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
-    """The file as Compose sees it: anchors and merge keys resolved, `${NAME:-default}` as the default."""
+    """The file as Compose sees it: anchors and merge keys resolved, variables as in `ENV` or by default."""
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", COMPOSE.read_text())
+    text = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda variable: ENV[variable[1]], text)
     loaded: dict[str, Any] = yaml.safe_load(text)
     return loaded
 
@@ -74,6 +80,15 @@ def test_its_variables_are_settings_and_valid(compose: dict[str, Any], name: str
     assert f"PLAINTEXT://:{kafka_port}" in compose["services"][kafka_host]["environment"]["KAFKA_LISTENERS"]
     assert settings.redis_shown == "redis://redis:6379/0"
     assert "redis" in compose["services"]
+
+
+def test_inference_has_the_keys_that_it_requires_and_the_others_do_not(compose: dict[str, Any]) -> None:
+    variables = dockerfile_variables() | compose["services"]["inference"]["environment"]
+    require_keys(Settings.load(**settings_fields(variables)))
+    with pytest.raises(ConfigError, match="CORTEX_API_KEYS"):
+        require_keys(Settings.load(**settings_fields(variables | {"CORTEX_API_KEYS": ""})))
+    assert [n for n in WORKERS if "CORTEX_API_KEYS" in compose["services"][n]["environment"]] == ["inference"]
+    assert "${CORTEX_API_KEYS:?" in COMPOSE.read_text()
 
 
 def test_ports_meet(compose: dict[str, Any]) -> None:

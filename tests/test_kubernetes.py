@@ -11,6 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from streams.api_keys import create_key
 from streams.settings import Settings
 from streams.worker import Worker
 from tests.service_links import service_links
@@ -29,9 +30,11 @@ def manifests() -> Manifests:
 
 
 def documented_secret() -> dict[str, str]:
-    """The variables that the file's comment puts into the Secret, with a password."""
+    """The variables that the file's comment puts into the Secret, with a password and the hash of a key."""
     comment = FILE.read_text().partition("apiVersion")[0]
-    return {k: v.replace("…", "p%2Fw") for k, v in re.findall(r"^#   (CORTEX_\w+)=(\S+)$", comment, re.M)}
+    secret = {k: v.replace("…", "p%2Fw") for k, v in re.findall(r"^#   (CORTEX_\w+)=(\S+)$", comment, re.M)}
+    assert secret["CORTEX_API_KEYS"].startswith("agent:decide+reply:")
+    return secret | {"CORTEX_API_KEYS": create_key("agent", ["decide", "reply"])[1].entry}
 
 
 def pod_of(manifests: Manifests, name: str) -> dict[str, Any]:

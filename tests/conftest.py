@@ -23,6 +23,7 @@ from pydantic import SecretStr
 from streams import testing
 from streams.settings import Settings
 from streams.testing import servers
+from tests.guaranteed import DOCUMENTS, GuaranteedTests, named_tests
 
 SERVERS = pytest.StashKey[Path]()
 """The folder of this process's Redis; Kafka's, which all processes of a run share, is its parent."""
@@ -34,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="cortex-test-", ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
         config.stash[SERVERS] = Path(folder.name) / "gw0"
+        config.pluginmanager.register(GuaranteedTests(set().union(*map(named_tests, DOCUMENTS))))
     else:
         config.stash[SERVERS] = Path(worker["servers"]) / worker["workerid"]
 

@@ -141,6 +141,8 @@ class BatchConsumer(driver.Consumer):
         self._idle.set()
         if error is None:
             self.worker.ready("redis")
+            if self.is_reading and cast(Any, self.app).publisher.unavailable is None:
+                self.worker.ready("kafka")
         elif isinstance(error, REVOKED):
             self._refused_revocations = batch.generation[0]
         elif isinstance(error, WritesLost) and self.owns(batch):

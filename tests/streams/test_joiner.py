@@ -4,11 +4,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import redis
 from prometheus_client import REGISTRY
 
+from cortex_core.errors import UnavailableError
 from streams.events import DeadLetter, parse, utc_now
 from streams.kafka.topics import Topics
 from streams.settings import Settings
@@ -134,3 +136,23 @@ async def test_it_waits_for_redis_reports_it_and_skips_no_event(
         assert not joiner.worker.missing
         assert joiner.consumer_generation_id == generation, "it stayed in the group"
         assert summary(replay(settings, client)) == wanted
+
+
+async def test_it_is_ready_again_after_a_batch_that_kafka_refused_once(
+    settings: Settings, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the producer was available again before the batch reported that it was not."""
+    async with joining(settings) as joiner:
+        publish, refusals = joiner.engine.publish, ["the last request to a broker that died"]
+
+        async def refused_once(joined: Any) -> None:
+            if refusals:
+                raise UnavailableError(refusals.pop())
+            await publish(joined)
+
+        monkeypatch.setattr(joiner.engine, "publish", refused_once)
+        await send(settings, conversation(1))
+        await async_wait_for(lambda: not refusals, "the refusal")
+        await async_wait_for(lambda: all_committed(settings), "the events")
+        await async_wait_for(lambda: not joiner.worker.missing, "the joiner to be ready")
+    assert summary(replay(settings, client)) == expected(conversation(1))

@@ -24,7 +24,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -176,7 +176,7 @@ class Engine:
                     it, (), it.body or b"", version, Replaces.NOTHING, is_published=is_published
                 )
                 unanswered.append(closed)
-        await self._send(await self._write(unanswered))
+        await self._send(await self._insert(unanswered))
         late: dict[str, list[ReceivedReply]] = {}
         unpublished: set[str] = set()
         for conversation_id, changes in joined.changes.items():
@@ -331,6 +331,23 @@ class Engine:
         """Writes to replay; returns the experiences that it accepted, now or in an earlier attempt."""
         results = await self._replay.write([(e.model_id, e.write) for e in experiences])
         return [e for e, it in zip(experiences, results, strict=True) if it is not WriteResult.STALE]
+
+    async def _insert(self, experiences: Sequence[Experience]) -> list[Experience]:
+        """Writes to replay what it does not have; returns the experiences that it has now.
+
+        An earlier attempt may have written one without publishing it. That one has the version of its time,
+        which is lower if the conversation has been saved since.
+        """
+        inserted = await self._write(experiences)
+        if len(inserted) == len(experiences):
+            return inserted
+        others = [e for e in experiences if e not in inserted]
+        found = await self._replay.find([(e.model_id, e.write.id) for e in others])
+        return inserted + [
+            replace(e, write=replace(e.write, version=stored.version))
+            for e, stored in zip(others, found, strict=True)
+            if stored is not None and stored.value == e.value
+        ]
 
     async def _send(self, experiences: Sequence[Experience]) -> None:
         new = [experience for experience in experiences if not experience.is_published]

@@ -204,6 +204,23 @@ async def test_what_an_event_writes_does_not_grow_with_its_conversation(
     assert late < 1.25 * early  # beyond the limit, the earliest are deleted by name
 
 
+async def test_what_was_closed_but_not_published_is_published_also_after_another_event(
+    client: redis.asyncio.Redis, prefix: str
+) -> None:
+    bench = Bench(client, prefix)
+    await bench.see(interaction("i0"))
+    bench.fail_publishing = 1
+    with pytest.raises(ConnectionError):
+        await bench.close()
+    assert "i0" in await bench.replay()
+    assert not bench.published
+    await bench.see(interaction("i1", at_s=1.0))  # the state gets another version
+    await bench.close()
+    published = {id_: value for (id_, _), value in bench.contents.items()}
+    assert published == await bench.replay()
+    assert len(published) == 2
+
+
 async def test_the_next_worker_writes_due_times_that_a_crashed_one_did_not(
     client: redis.asyncio.Redis, prefix: str
 ) -> None:

@@ -6,9 +6,11 @@ import random
 from collections.abc import Iterator
 
 FIRST_S = 0.2
+MOST_S = 2.0
+"""The longest pause by default: a worker notices so much later, at most, that a server answers again."""
 
 
-def delays(most_s: float = 5.0) -> Iterator[float]:
+def delays(most_s: float = MOST_S) -> Iterator[float]:
     """Seconds to sleep before the second attempt, the third, and so on, without end.
 
     Each is uniform between 0 and a bound that doubles from 0.2 s up to `most_s`: "full jitter" (Brooker 2015,

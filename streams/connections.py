@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from cortex_core.errors import ConfigError, CortexError, UnavailableError
-from streams.backoff import delays
+from streams.backoff import MOST_S, delays
 from streams.failures import configuration_error, is_redis, is_transient, unavailable_error
 from streams.probe import kafka_refusal
 
@@ -219,7 +219,7 @@ async def why_unavailable(error: Exception, settings: Settings) -> UnavailableEr
     raise meaning from error
 
 
-async def backoff(stop: asyncio.Event | None = None, *, most_s: float = 5.0) -> AsyncIterator[int]:
+async def backoff(stop: asyncio.Event | None = None, *, most_s: float = MOST_S) -> AsyncIterator[int]:
     """Yields 1, 2, 3 …; before each but the first, sleeps with exponential backoff and full jitter.
 
     Args:

@@ -64,7 +64,7 @@ async def _retried(timeout_s: float, attempt: Callable[[float], Awaitable[T]]) -
         UnavailableError: the last error, once no further attempt can begin within `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
-    for delay_s in delays(most_s=2.0):
+    for delay_s in delays():
         try:
             return await attempt(max(0.1, deadline - time.monotonic()))
         except UnavailableError as error:

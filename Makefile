@@ -2,7 +2,7 @@
 # Later runs need no network.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo test check format bench constraints clean
+.PHONY: help setup up demo test chaos check format bench constraints clean
 
 # The first of these that is Python 3.11 or newer; override with `make PYTHON=/path/to/python …`.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; do \
@@ -10,6 +10,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14; 
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+ROUNDS ?= 20
+SEED ?= 0
+REPORT ?=
 # Without cached bytecode every process compiles torch at its start (8 CPU seconds). Empty: not set.
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -33,6 +36,9 @@ demo: $(SETUP)  ## Start everything with simulated users and show how it learns 
 
 test: $(SETUP)  ## Run all tests in two processes, on a real Kafka and a real Redis (ARGS='tests/streams -k joiner')
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+
+chaos: $(SETUP)  ## Kill, stop and restart processes under load, and check what is stored (ROUNDS=100 SEED=0)
+	@$(BIN)/python -m tests.chaos --rounds $(ROUNDS) --seed $(SEED) $(if $(REPORT),--report $(REPORT)) $(ARGS)
 
 check: $(SETUP)  ## Check lint, formatting, types and import rules
 	$(BIN)/ruff check .

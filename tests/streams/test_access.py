@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
 import sys
@@ -19,7 +17,6 @@ from typer.testing import CliRunner
 
 from cortex_core.errors import ConfigError
 from streams.api_keys import ApiKey, create_key, find_key, is_loopback, parse_keys, require_keys
-from streams.cli import status
 from streams.cli.app import app
 from streams.client.client import CortexClient
 from streams.demo.watch import WorkerWatch
@@ -115,10 +112,6 @@ async def test_the_client_and_the_commands_send_the_key(
             assert watch.newest.url == url
             answer = await watch._http.get(f"{url}/v1/models")
             assert answer.status_code == 200
-        stack = {"pid": os.getpid(), "inference": [url]}
-        (settings.data / "stack.json").write_text(json.dumps(stack))
-        [served] = await status._weights(Settings.load(data=settings.data))
-        assert (served["worker"], served["model_id"]) == (url, "shop.v1")
 
 
 @pytest.mark.integration

@@ -107,6 +107,8 @@ class Join:
         replies = conversation.replies_of(new)
         if moved_from is not None:
             changes.counts["moved"] += len(replies) - len(waited)
+            # Closed with the reply, it was not counted then.
+            changes.counts["expired"] += moved_from.body is None and not conversation.replies_of(moved_from)
             conversation.set_pending(moved_from)
         if replies:
             changes.counts["joined"] += len(waited)

@@ -200,10 +200,15 @@ def test_the_workers_counters_agree_with_the_audit(
     wait_for(settled, "the windows to close", every_s=0.5)
     audited = report(settings)
     assert audited["clean"], audited
-    counts, counted = audited["counts"], counters(joiner)
+    counts = audited["counts"]
     names = ["joined", "amended", "repeated", "moved", "orphaned", "expired", "late"]
-    assert {name: counted[name] for name in names} == {name: counts[name] for name in names}
-    assert counted["moved"] == counted["orphaned"] == counted["repeated"] == 1
+
+    def agree() -> bool:  # a joiner counts after it has published
+        counted = counters(joiner)
+        return {name: counted[name] for name in names} == {name: counts[name] for name in names}
+
+    wait_for(agree, f"the counters to agree with {counts}", every_s=0.1)
+    assert counts["moved"] == counts["orphaned"] == counts["repeated"] == 1
     assert counters(inference)["cortex_acknowledged_total"] == counts["acknowledged"] - 2
     assert counters(trainer)["cortex_trainer_versions_total"] == counts["versions"] > 0
     assert counters(inference)["cortex_weights_forks_total"] == counts["forks"] == 0

@@ -235,6 +235,13 @@ def test_a_reply_moves_when_its_own_interaction_arrives_late() -> None:
     assert world.experience("i1").outcome == "no_reply"
 
 
+def test_an_interaction_whose_reply_moves_after_its_window_has_expired() -> None:
+    world = World().see(interaction("i1", at_s=0)).see(reply("r", at_s=30)).timer(WINDOW)
+    assert world.count("expired") == 0
+    world.see(interaction("i2", at_s=10))
+    assert (world.count("expired"), world.experience("i1").outcome) == (1, "no_reply")
+
+
 def test_an_interaction_without_a_reply_closes_after_the_window() -> None:
     world = World().see(interaction("i1"))
     assert world.timer(WINDOW - 0.001).replay == {}

@@ -92,7 +92,8 @@ class HeadChecks:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         allowed = settings.allowed_hosts.lower().replace(",", " ").split()
-        self._names = names = {settings.host.lower(), "localhost", *allowed}
+        own = (settings.host.lower(), socket.gethostname().lower(), "localhost")
+        self._names = names = {*own, *allowed}
         self._suffixes = (".localhost", *(name[1:] for name in names if name.startswith("*.")))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -333,6 +333,6 @@ def test_a_port_that_is_taken_ends_a_worker_and_is_said(name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = cortex(name, "--kafka", "127.0.0.1:1", "--redis", "redis://127.0.0.1:1", "--port", port)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
     assert "CORTEX_PORT" in done.stderr

@@ -148,6 +148,8 @@ async def test_keys_are_in_no_error_log_or_repr(
         f"{agent.entry},{agent.entry}",
         f"{agent.entry},{AGENT}",
     ],
+    # Keys are random, and the processes of a test run must agree on the names of tests.
+    ids=["a key", "only a key", "short", "no scope", "empty scope", "empty model", "twice", "a key behind"],
 )
 def test_an_unusable_entry_is_an_error_that_does_not_repeat_it(
     text: str, monkeypatch: pytest.MonkeyPatch

@@ -32,14 +32,14 @@ import numpy.typing as npt
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from cortex_core.metadata import METADATA_KEYS
-from cortex_core.model import CortexModel
 from cortex_core.strategy_registry import StrategyRegistry
-from cortex_core.weights import WeightsSnapshot
+from cortex_core.weights import WeightsManifest, WeightsSnapshot
 from streams.connections import kafka_client_options
 from streams.events import ExperienceEvent, InteractionEvent, ReplyEvent, new_id, parse, utc_now
 from streams.kafka.topics import MAX_RECORD_BYTES, Topics
 from streams.local.stack import Stack
 from streams.settings import Settings
+from streams.weights.architecture import build_model
 from streams.weights.follower import WeightsFollower
 
 STAGES = ("experience", "learned", "serving")
@@ -76,7 +76,8 @@ class Agent:
             auto_offset_reset="earliest",
             max_partition_fetch_bytes=MAX_RECORD_BYTES,
         )
-        self._follower = WeightsFollower(settings, self._swap)
+        self._follower = WeightsFollower(settings, self._changed)
+        self._swapping = set[asyncio.Task[None]]()
 
     async def __aenter__(self) -> Agent:
         await self._producer.start()
@@ -154,8 +155,18 @@ class Agent:
                 reply.after["experience"] = time.time() - reply.sent
                 self._settle()
 
-    async def _swap(self, snapshot: WeightsSnapshot, _model: CortexModel) -> None:
-        now, manifest = time.time(), snapshot.manifest
+    def _changed(self, model_id: str) -> None:
+        task = asyncio.create_task(self._swap(model_id))
+        self._swapping.add(task)
+        task.add_done_callback(self._swapping.discard)
+
+    async def _swap(self, model_id: str) -> None:
+        async def build(snapshot: WeightsSnapshot, _resume: bytes) -> WeightsManifest:
+            await asyncio.to_thread(build_model, snapshot)
+            return snapshot.manifest
+
+        manifest, now = await self._follower.use(model_id, build), time.time()
+        assert manifest is not None
         self._versions.setdefault(manifest.model_id, []).append(
             (manifest.consumed, manifest.created_at.timestamp(), now)
         )

@@ -83,7 +83,8 @@ class Settings(BaseSettings):
     topic_prefix: str = "cortex"
     """Topics are named <prefix>.interactions and so on."""
     partitions: Count = 8
-    """Partitions of each of the topics interactions, replies and experiences."""
+    """Partitions of each of the topics interactions, replies, experiences, weights and payloads. The workers
+    use the number that an existing topic has."""
     replication_factor: Count = 1
     """Copies of each topic that is created, on as many brokers."""
     min_insync_replicas: Count = Field(

@@ -24,7 +24,7 @@ from aiokafka.errors import KafkaError
 from cortex_core.errors import UnavailableError, WeightsError
 from cortex_core.model import CortexModel
 from cortex_core.text_encoder import load_encoder
-from cortex_core.weights import WeightsSnapshot
+from cortex_core.weights import WeightsManifest, WeightsSnapshot
 from streams.events import ReplyEvent, new_id, utc_now
 from streams.failures import error_text
 from streams.heartbeats import MODELS_REPORTED, Activity, ModelState
@@ -44,7 +44,7 @@ from streams.inference.once import IdempotentPublisher, Record
 from streams.kafka.publisher import Publisher
 from streams.kafka.topics import Topics
 from streams.settings import Settings
-from streams.weights.architecture import model_config, strategies_changed
+from streams.weights.architecture import build_model, model_config, strategies_changed
 from streams.weights.control import Control, ControlFollower
 from streams.weights.follower import WeightsFollower
 
@@ -69,9 +69,10 @@ class Service:
         self._on_state = on_state or (lambda _dependency, _reason: None)
         self._topics = Topics.of(settings)
         self._publisher = Publisher(settings, lambda why: self._state("kafka", why))
-        self._follower = WeightsFollower(settings, self._swap, on_state=self._follower_state)
+        self._models = Models(model_config(settings), settings.models_in_memory, self._load, self._pinned)
+        self._updating: asyncio.Task[NoReturn] | None = None
+        self._follower = WeightsFollower(settings, self._models.changed, on_state=self._follower_state)
         self._controls = ControlFollower(settings, self._control, on_state=self._follower_state)
-        self._models = Models(model_config(settings), settings.models_in_memory, self._fetch, self._pinned)
         self._decider: Decider | None = None
         self._interactions = IdempotentPublisher(DecideResponse, "interaction_id", self._publisher)
         self._replies = IdempotentPublisher(ReplyResponse, "reply_id", self._publisher)
@@ -96,6 +97,9 @@ class Service:
     async def stop(self) -> None:
         """Waits briefly for events in flight, then closes everything; can be called repeatedly."""
         await self._publisher.stop()
+        if self._updating is not None:
+            self._updating.cancel()
+            await asyncio.gather(self._updating, return_exceptions=True)
         await self._controls.stop()
         await self._follower.stop()
         if self._decider is not None:
@@ -267,38 +271,42 @@ class Service:
     async def _connect(self) -> None:
         await self._publisher.start()
         self._state("weights", "loading")
+        self._updating = asyncio.create_task(self._models.update())
         # Pins first, so that no version but the pinned one is ever served.
         for follower in (self._controls, self._follower):
             await follower.start()
             await follower.until_caught_up()
         self._state("weights", None)
 
-    async def _swap(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
-        self._models.put(snapshot, await self._complete(model))
-        log.debug("weights swapped", model_id=snapshot.manifest.model_id, version=snapshot.manifest.version)
-
-    async def _control(self, model_id: str, control: Control) -> None:
-        """Serves the version that was pinned, or the newest again."""
-        if self._follower.caught_up.is_set():
-            await self._models.reload(model_id)
-            log.info("pin applied", model_id=model_id, pinned=control.pinned)
+    async def _control(self, model_id: str, _control: Control) -> None:
+        self._models.changed(model_id)
 
     def _pinned(self, model_id: str) -> int | None:
         return self._controls.of(model_id).pinned
 
-    async def _fetch(self, model_id: str) -> tuple[WeightsSnapshot, CortexModel] | None:
-        """Loads the version to serve: the pinned one, else the newest."""
-        manifest, pinned = self._follower.newest(model_id), self._pinned(model_id)
-        if manifest is None:
-            return None
-        snapshot = await self._follower.fetch(model_id, pinned or manifest.version)
-        return snapshot, await self._complete(await asyncio.to_thread(snapshot.to_model))
+    async def _load(self, model_id: str) -> tuple[WeightsManifest, CortexModel] | None:
+        """Loads the version to serve: the pinned one, else the newest that can be used."""
 
-    async def _complete(self, model: CortexModel) -> CortexModel:
+        async def build(snapshot: WeightsSnapshot, _resume: bytes) -> tuple[WeightsManifest, CortexModel]:
+            model = await asyncio.to_thread(self._build, snapshot)
+            log.debug("weights loaded", model_id=model_id, version=snapshot.manifest.version)
+            return snapshot.manifest, model
+
+        loaded = await self._follower.use(model_id, build, self._pinned(model_id))
+        if (
+            loaded is None
+            and self._follower.versions.has_records(model_id)
+            and model_id in self._models.ids()
+        ):
+            raise WeightsError(f"no version of {model_id} can be used")
+        return loaded
+
+    def _build(self, snapshot: WeightsSnapshot) -> CortexModel:
         """The model with all configured strategies; a new one if it has not learned with them yet."""
-        if set(self._models.config.strategies) <= set(model.config.strategies):
-            return model
-        return await asyncio.to_thread(lambda: model.with_strategies(self._models.config.strategies).freeze())
+        model, strategies = build_model(snapshot), self._models.config.strategies
+        if not set(strategies) <= set(model.config.strategies):
+            model = model.with_strategies(strategies)
+        return model.freeze()
 
 
 def _fingerprint(request: DecideRequest) -> bytes:

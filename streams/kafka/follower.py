@@ -1,4 +1,4 @@
-"""Follows a one-partition topic from its beginning, as workers follow weights and control.
+"""Follows all partitions of a topic from their beginning, as workers follow weights and control.
 
     follower = TopicFollower(settings, topic, handle)
     await follower.start()              # returns at once; a task reads from now on
@@ -6,8 +6,9 @@
     ...
     await follower.stop()
 
-It survives unavailable brokers, and a client that stops reading without an error: a watchdog compares the
-position with the end of the topic and opens a new client. It does not interpret the records.
+It survives unavailable brokers, added partitions, and a client that stops reading without an error: a
+watchdog compares the positions with the ends of the partitions and opens a new client. It does not interpret
+the records.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from streams.settings import Settings
 log = structlog.get_logger(__name__)
 
 Handle = Callable[[list[Any]], Awaitable[None]]
-"""Called with the records of one fetch, in order; called with them again if it raises."""
+"""Called with the records of one fetch of a partition, in order; called with them again if it raises."""
 
 REFUSED = prometheus_client.Counter(
     "cortex_records_refused", "Records of the followed topics that were refused", ["topic", "reason"]
@@ -39,7 +40,7 @@ REFUSED = prometheus_client.Counter(
 
 
 class TopicFollower:
-    """Calls `handle` with every record of partition 0, in order, from the first one on."""
+    """Calls `handle` with every record, in order within each partition, from the first one on."""
 
     def __init__(
         self,
@@ -57,9 +58,9 @@ class TopicFollower:
             stall_s: seconds without progress after which a new client is opened.
         """
         self.settings = settings
-        self.partition = TopicPartition(topic, 0)
-        self.position = 0
-        """Offset of the next record to handle."""
+        self.topic = topic
+        self.positions: dict[TopicPartition, int] = {}
+        """Offset of the next record to handle, by partition."""
         self.restarts = 0
         """Number of new clients, after an error or by the watchdog."""
         self._handle = handle
@@ -68,7 +69,7 @@ class TopicFollower:
         self._moved = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._probe = EndProbe(settings)
-        self._stalled = False
+        self._reopen = False
         self._unavailable = False
         self._busy = False
         self._refusal = Refusal()
@@ -92,13 +93,13 @@ class TopicFollower:
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
-    async def end(self) -> int:
-        """Offset after the topic's last record, committed or not.
+    async def ends(self) -> dict[TopicPartition, int]:
+        """Offset after each partition's last record, committed or not.
 
         Raises:
             KafkaError, OSError, TimeoutError: the broker does not answer.
         """
-        return (await self._probe.ends([self.partition]))[self.partition]
+        return await self._probe.topic_ends(self.topic)
 
     async def catch_up(self) -> None:
         """Returns when all records in the topic at the time of the call have been handled.
@@ -108,9 +109,11 @@ class TopicFollower:
         Raises:
             ConfigError: the broker refuses the configuration of this process.
         """
-        target = await retry(self.end, self.settings, lambda _, why: self._on_state(why))
+        target = await retry(self.ends, self.settings, lambda _, why: self._on_state(why))
         async with self._moved:
-            await self._moved.wait_for(lambda: self.position >= target)
+            await self._moved.wait_for(
+                lambda: all(self.positions.get(tp, 0) >= end for tp, end in target.items())
+            )
 
     async def until_refused(self) -> NoReturn:
         """Waits until Kafka refuses the configuration of this process, if that ever happens.
@@ -129,60 +132,63 @@ class TopicFollower:
             self.restarts += 1
 
     async def _read(self) -> None:
-        async with reading(self.settings, start={self.partition: self.position}) as consumer:
-            self._stalled = False
-            while not self._stalled:
-                batches = await consumer.getmany(self.partition, timeout_ms=100)
-                records = batches.get(self.partition, [])
-                if records:
+        start = {tp: self.positions.get(tp, 0) for tp in await self.ends()}
+        async with reading(self.settings, start=start) as consumer:
+            self.positions = start
+            self._reopen = False
+            while not self._reopen:
+                for records in (await consumer.getmany(timeout_ms=100)).values():
                     self._busy = True
                     try:
                         await self._handle(records)
                     finally:
                         self._busy = False
-                # The client's own position: transaction markers advance it too, and are not returned.
-                position = await consumer.position(self.partition)
-                if position != self.position:
+                # The client's own positions: transaction markers advance them too, and are not returned.
+                positions = {tp: await consumer.position(tp) for tp in start}
+                if positions != self.positions:
                     async with self._moved:
-                        self.position = position
+                        self.positions = positions
                         self._moved.notify_all()
 
     async def _watch(self) -> None:
         watchdog: Watchdog[TopicPartition] = Watchdog(self._stall_s)
         while True:
-            end = 0  # unknown, so that the watchdog does not report a stall
+            ends: dict[TopicPartition, int] = {}  # unknown, so that the watchdog does not report a stall
             try:
-                end = await self.end()
+                ends = await self.ends()
                 if self._unavailable:
-                    log.warning("available again", topic=self.partition.topic)
+                    log.warning("available again", topic=self.topic)
                 self._unavailable = False
                 self._on_state(None)
             except Exception as error:
                 await self._report_unavailable(error)
             if self._busy:
                 watchdog.reset()
-            elif watchdog.stalled({self.partition: self.position}, {self.partition: end}):
-                log.warning("consumer stalled", topic=self.partition.topic, offset=self.position, end=end)
-                self._stalled = True
+            elif stalled := watchdog.stalled({tp: self.positions.get(tp, 0) for tp in ends}, ends):
+                log.warning("consumer stalled", topic=self.topic, partition=stalled[0].partition)
+                self._reopen = True
                 watchdog.reset()
+            if self.positions and ends.keys() - self.positions.keys():
+                log.info("partitions added", topic=self.topic, partitions=len(ends))
+                self._reopen = True
             await asyncio.sleep(PROBE_S)
 
     async def _report_unavailable(self, error: Exception) -> None:
         """Logs and reports why reading failed. Reading continues: the state read so far remains useful."""
         meaning = await explain(error, self.settings)
         if meaning is None:
-            log.exception("reading failed", topic=self.partition.topic, error=str(error))
+            log.exception("reading failed", topic=self.topic, error=str(error))
             return
         if isinstance(meaning, ConfigError):
             self._refusal.set(meaning)
         write = log.debug if self._unavailable else log.warning
-        write("unavailable", topic=self.partition.topic, why=str(meaning))
+        write("unavailable", topic=self.topic, why=str(meaning))
         self._unavailable = True
         self._on_state(str(meaning))
 
 
 class StateFollower(abc.ABC):
-    """Base class: state that is built from a one-partition topic and kept up to date.
+    """Base class: state that is built from a topic and kept up to date.
 
     A record that raises any error is refused: logged, and counted in `refused` and in `/metrics`. It does not
     affect other records.
@@ -249,15 +255,19 @@ class StateFollower(abc.ABC):
                 self._refuse(getattr(error, "reason", "damaged"), record, error)
 
     def _refuse(self, reason: str, record: Any, error: Exception) -> None:
-        self.refused[reason] += 1
-        topic = self._topic.partition.topic
-        REFUSED.labels(topic.rpartition(".")[2], reason).inc()
-        write = log.debug if self._is_expected(reason) else log.warning
-        write("record refused", topic=topic, offset=record.offset, reason=reason, error=str(error)[:2_000])
+        self._count_refused(reason)
+        log.warning(
+            "record refused",
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+            reason=reason,
+            error=str(error)[:2_000],
+        )
 
-    def _is_expected(self, _reason: str) -> bool:
-        """Whether a refusal for this reason is normal now, and so not logged as a warning."""
-        return False
+    def _count_refused(self, reason: str) -> None:
+        self.refused[reason] += 1
+        REFUSED.labels(self._topic.topic.rpartition(".")[2], reason).inc()
 
     @abc.abstractmethod
     async def _add(self, record: Any) -> None:

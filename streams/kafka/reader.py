@@ -38,6 +38,7 @@ async def reading(
     start: Mapping[TopicPartition, int] | None = None,
     *,
     committed_only: bool = True,
+    fetch_bytes: int = MAX_RECORD_BYTES,
 ) -> AsyncIterator[AIOKafkaConsumer]:
     """A consumer without a group.
 
@@ -45,6 +46,7 @@ async def reading(
         topics: topics to read with all their partitions, from the beginning unless the caller seeks.
         start: instead of topics, the partitions to read with the first offset of each.
         committed_only: whether to omit records of open and aborted transactions.
+        fetch_bytes: of each partition, at most, in one fetch; a larger record comes alone.
 
     Raises:
         KafkaError, OSError: the broker does not answer, or has no such topic.
@@ -55,7 +57,7 @@ async def reading(
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         isolation_level="read_committed" if committed_only else "read_uncommitted",
-        max_partition_fetch_bytes=MAX_RECORD_BYTES,
+        max_partition_fetch_bytes=fetch_bytes,
     )
     async with started(consumer):
         # aiokafka 0.14: `stop` raises CancelledError if a task that `start` created has not run yet.
@@ -127,6 +129,7 @@ class EndProbe:
         self._settings = settings
         self._open = contextlib.AsyncExitStack()
         self._consumer: Any = None
+        self._topics: set[str] = set()
         self._lock = asyncio.Lock()
 
     async def ends(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
@@ -146,7 +149,20 @@ class EndProbe:
                 await self.close()
                 raise
 
+    async def topic_ends(self, topic: str) -> dict[TopicPartition, int]:
+        """Offset after the last record of each of the topic's partitions; added ones appear in some minutes.
+
+        Raises:
+            KafkaError, OSError (TimeoutError too): the broker does not answer in time.
+        """
+        if topic not in self._topics:  # asked for one partition, the client learns of all
+            await self.ends([TopicPartition(topic, 0)])
+            self._topics.add(topic)
+        partitions = self._consumer.partitions_for_topic(topic) if self._consumer else {0}
+        return await self.ends([TopicPartition(topic, p) for p in sorted(partitions)])
+
     async def close(self) -> None:
         """Closes the connection; the next query opens another."""
         self._consumer = None
+        self._topics.clear()
         await self._open.aclose()

@@ -5,7 +5,8 @@
 | interactions | conversation_id | InteractionEvent | 30 days |
 | replies | conversation_id | ReplyEvent | 30 days |
 | experiences | model_id | ExperienceEvent | 90 days |
-| weights | model_id + part | manifest, chunks | compacted |
+| weights | model_id + slot | manifest of a version | compacted |
+| payloads | model_id + slot + part | chunks of a version | compacted |
 | control | model_id or digest of a conversation_id, and subject | ControlEvent, ForgetEvent | compacted |
 | dead-letters | as received | DeadLetter | 30 days |
 """
@@ -19,6 +20,7 @@ import structlog
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import TopicAlreadyExistsError, for_code
+from aiokafka.partitioner import murmur2
 
 from cortex_core.errors import ConfigError
 from streams.connections import kafka_client_options
@@ -74,6 +76,10 @@ class Topics:
         return f"{self.prefix}.weights"
 
     @property
+    def payloads(self) -> str:
+        return f"{self.prefix}.payloads"
+
+    @property
     def control(self) -> str:
         return f"{self.prefix}.control"
 
@@ -91,22 +97,32 @@ class Topics:
         def kept(days: int) -> dict[str, str]:
             return common | {"cleanup.policy": "delete", "retention.ms": str(days * DAY_MS)}
 
-        compacted = common | {
-            "cleanup.policy": "compact",
-            # A follower reads this topic from its beginning: small segments let the cleaner keep it short.
-            "segment.bytes": "33554432",
-            "min.cleanable.dirty.ratio": "0.3",
-            "max.compaction.lag.ms": "600000",
-        }
+        def compacted(segment: int) -> dict[str, str]:
+            # The segment being written is not compacted: a small one keeps short what a follower reads.
+            return common | {
+                "cleanup.policy": "compact",
+                "segment.bytes": str(segment),
+                "min.cleanable.dirty.ratio": "0.3",
+                "max.compaction.lag.ms": "600000",
+            }
+
         return [
             TopicSpec(self.interactions, self.partitions, kept(30)),
             TopicSpec(self.replies, self.partitions, kept(30)),
             TopicSpec(self.experiences, self.partitions, kept(90)),
-            # One partition: every follower reads all records, and the versions of a model are ordered.
-            TopicSpec(self.weights, 1, compacted),
-            TopicSpec(self.control, 1, compacted),
+            # As many as experiences: a transaction that a crash leaves open hides the models of one trainer's
+            # partition, and no others.
+            TopicSpec(self.weights, self.partitions, compacted(1 << 20)),
+            TopicSpec(self.payloads, self.partitions, compacted(1 << 25)),
+            # One: the commands of all models are ordered.
+            TopicSpec(self.control, 1, compacted(1 << 20)),
             TopicSpec(self.dead_letters, 1, kept(30)),
         ]
+
+
+def partition_of(model_id: str, partitions: int) -> int:
+    """The partition of a model's records: Kafka's default partitioner applied to the model_id."""
+    return int((murmur2(model_id.encode()) & 0x7FFFFFFF) % partitions)
 
 
 async def create_topics(settings: Settings) -> list[str]:

@@ -80,12 +80,7 @@ class Trainer(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka publ
         self._probe = EndProbe(settings)
         self._thread = ThreadPoolExecutor(1, "learning", torch.set_num_threads, (settings.torch_threads,))
         self._cache = redis_client(settings)
-        self._follower = WeightsFollower(
-            settings,
-            on_state=partial(worker.report, "kafka"),
-            keep_resume=True,
-            is_own=lambda manifest: manifest.sha256 in self._context.own_versions,
-        )
+        self._follower = WeightsFollower(settings, on_state=partial(worker.report, "kafka"))
         self._controls = ControlFollower(settings, self._on_control)
         worker.activity = self._activity
         self._context = TrainerContext(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -27,5 +26,3 @@ class TrainerContext:
     metrics: Metrics
     in_thread: Callable[..., Awaitable[Any]]
     """Runs a function in the single learning thread."""
-    own_versions: deque[str] = field(default_factory=lambda: deque(maxlen=1_000))
-    """sha256 of the latest versions that this process published; the follower need not check them."""

@@ -41,7 +41,7 @@ from streams.replay_fit import architecture_key
 from streams.replay_store import RedisReplayBuffer
 from streams.settings import Settings
 from streams.trainer.replay import LearnerReplay
-from streams.weights.architecture import model_config, strategies_changed, strategy_ids
+from streams.weights.architecture import build_model, model_config, strategies_changed, strategy_ids
 
 log = structlog.get_logger(__name__)
 
@@ -192,7 +192,7 @@ class ModelLearner:
         if newest is None:
             model = CortexModel.create(model_config(settings), model_id)
         else:
-            model = newest.to_model().with_strategies(strategy_ids(settings))
+            model = build_model(newest).with_strategies(strategy_ids(settings))
             if why := strategies_changed(settings, newest.manifest.architecture):
                 log.warning("strategies changed", model_id=model_id, what=why)
         try:
@@ -267,8 +267,11 @@ class ModelLearner:
         self._note(update)
         return update
 
-    def next_version(self, consumed: dict[str, int]) -> tuple[WeightsSnapshot, bytes]:
+    def next_version(self, consumed: dict[str, int], above: int = 0) -> tuple[WeightsSnapshot, bytes]:
         """What to publish next, with its `Resume`. Trains on what is pending first.
+
+        Args:
+            above: the highest version of the model in the log; higher than `version` if that one was refused.
 
         Raises:
             WeightsError: a weight is not finite; it must not leave.
@@ -277,7 +280,7 @@ class ModelLearner:
         snapshot = WeightsSnapshot.of(
             self._model,
             model_id=self.model_id,
-            version=self.version + 1,
+            version=max(self.version, above) + 1,
             parent=self.version or None,
             updates=self.updates,
             interactions=self.interactions,

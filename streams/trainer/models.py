@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 import redis
 import structlog
@@ -64,36 +65,22 @@ class LoadedModels:
         """The model's learner; continues from the newest version if it is not in memory.
 
         Raises:
-            WeightsError: the newest version cannot be used.
             KafkaError, redis.RedisError, OSError: a server does not answer.
         """
         learner = self._learners.get(model_id)
         if learner is None:
-            settings, follower, cache = self._context.settings, self._context.follower, self._context.cache
-            snapshot = await self._newest(model_id)
-            learner = await self._context.in_thread(
-                lambda: ModelLearner.open(
-                    settings,
-                    model_id,
-                    snapshot,
-                    follower.resume(model_id),
-                    buffer=RedisReplayBuffer.of(settings, model_id, cache),
-                    cache=cache,
-                )
-            )
+            learner = await self._context.follower.use(model_id, partial(self._open, model_id))
+            learner = learner or await self._open(model_id, None, b"")
             self._learners[model_id] = learner
         self._learners.move_to_end(model_id)
         return learner
 
-    async def _newest(self, model_id: str) -> WeightsSnapshot | None:
-        follower = self._context.follower
-        while True:
-            newest = follower.newest(model_id)
-            try:
-                return await follower.fetch(model_id, newest.version) if newest else None
-            except WeightsError as error:  # overwritten before it was fetched: there is a newer version
-                log.info("fetching a newer version", model_id=model_id, why=str(error))
-                await follower.catch_up()
+    async def _open(self, model_id: str, newest: WeightsSnapshot | None, resume: bytes) -> ModelLearner:
+        settings, cache = self._context.settings, self._context.cache
+        buffer = RedisReplayBuffer.of(settings, model_id, cache)
+        opening = partial(ModelLearner.open, settings, model_id, newest, resume, buffer=buffer, cache=cache)
+        learner: ModelLearner = await self._context.in_thread(opening)
+        return learner
 
     def discard(self, model_id: str) -> ModelLearner | None:
         """Removes a model from memory without publishing it; the learner it had."""
@@ -151,7 +138,8 @@ class LoadedModels:
                 metrics.stepped(learner.model_id, update, time.monotonic() - started)
             try:
                 consumed = {self._partition: max(position, self.position(learner))}
-                snapshot, resume = learner.next_version(consumed)
+                highest = self._context.follower.versions.highest(learner.model_id)
+                snapshot, resume = learner.next_version(consumed, highest)
             except WeightsError as error:
                 # Training restarts from the last version. The experiences since then stay in replay.
                 metrics.refused.labels("not_finite").inc()

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import ProducerFenced
-from aiokafka.partitioner import murmur2
 
 from cortex_core.errors import InputError, WeightsError
 from streams.connections import kafka_client_options
@@ -33,15 +32,16 @@ from streams.events import DeadLetter, ExperienceEvent, parse, version_of
 from streams.failures import error_text, is_systemic
 from streams.kafka.clients import start, stop
 from streams.kafka.dead_letters import dead_letter
-from streams.kafka.topics import MAX_RECORD_BYTES, Topics
+from streams.kafka.topics import MAX_RECORD_BYTES, Topics, partition_of
 from streams.replay_store import decode
 from streams.trainer.context import TrainerContext
 from streams.trainer.learner import MisfitError, ModelLearner, Resume
 from streams.trainer.models import LearningError, LoadedModels, Version
 from streams.trainer.replay import Misfit
-from streams.weights.records import publish
+from streams.weights.records import SPARE_SLOTS, Tombstone, delete, publish_all
 
 if TYPE_CHECKING:
+    from cortex_core.weights import WeightsManifest
     from streams.weights.control import Rollback
 
 log = structlog.get_logger(__name__)
@@ -51,11 +51,6 @@ KeyedLetter = tuple[bytes | None, DeadLetter]
 TRANSACTION_TIMEOUT_MS = 10_000
 """The longest time that a trainer which dies within a transaction blocks the readers of the weights."""
 PUBLISH_TIMEOUT_S = 20.0
-
-
-def owner_partition(model_id: str, partitions: int) -> int:
-    """The partition of a model's experiences: Kafka's default partitioner applied to the key."""
-    return int((murmur2(model_id.encode()) & 0x7FFFFFFF) % partitions)
 
 
 class PartitionLearner:
@@ -134,7 +129,7 @@ class PartitionLearner:
 
     def owns(self, model_id: str) -> bool:
         """Whether this model's experiences belong to this partition; False until it is open."""
-        return self._partitions > 0 and owner_partition(model_id, self._partitions) == self.tp.partition
+        return self._partitions > 0 and partition_of(model_id, self._partitions) == self.tp.partition
 
     # --- learning -------------------------------------------------------------------------------------------
 
@@ -279,7 +274,6 @@ class PartitionLearner:
         self._letters = []
         misplaced, self._misplaced = self._misplaced, []
         stepped = time.monotonic()
-        self.context.own_versions.extend(snapshot.manifest.sha256 for _, snapshot, _ in versions)
         saving = asyncio.ensure_future(self.context.in_thread(self.models.save_optimizers, versions))
         try:
             async with asyncio.timeout(PUBLISH_TIMEOUT_S):
@@ -316,17 +310,23 @@ class PartitionLearner:
         producer, settings = self._producer, self.settings
         assert producer is not None
         await producer.begin_transaction()
-        for _, snapshot, resume in versions:
-            await publish(producer, settings, snapshot, resume)
+        await publish_all(producer, settings, [(snapshot, resume) for _, snapshot, resume in versions])
+        for _, snapshot, _ in versions:
+            await delete(producer, self._overwritten(snapshot.manifest))
         topic = Topics.of(settings).dead_letters
         sent = [await producer.send(topic, letter.to_bytes(), key=key) for key, letter in letters]
         for model_id, record in misplaced:
-            partition = owner_partition(model_id, self._partitions)
+            partition = partition_of(model_id, self._partitions)
             its = {"key": model_id.encode(), "headers": [*record.headers], "partition": partition}
             sent.append(await producer.send(self.tp.topic, record.value, **its))
         await asyncio.gather(*sent)
         await producer.send_offsets_to_transaction({self.tp: offset}, settings.trainer_group)
         await producer.commit_transaction()
+
+    def _overwritten(self, manifest: WeightsManifest) -> list[Tombstone]:
+        """Chunks on the weights topic in its slot, from before there were payloads."""
+        slot = manifest.version % (self.settings.weights_kept + SPARE_SLOTS)
+        return self.context.follower.versions.chunks_beside(manifest.model_id, slot)
 
     def _next_offset(self) -> int:
         return min([self.position, *self.paused.values()])
@@ -360,7 +360,8 @@ class PartitionLearner:
         if learner is not None:
             done = learner.resume.control_offset
         else:
-            published = Resume.control_offset_in(follower.resume(model_id))
+            newest = follower.versions.get(model_id)
+            published = Resume.control_offset_in(newest.resume) if newest else -1
             done = max(published, self._refused_rollbacks.get(model_id, -1))
         if done >= rollback.offset:
             return False

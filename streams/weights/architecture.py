@@ -1,4 +1,4 @@
-"""The architecture of new models, from the settings; the same for trainers and inference workers.
+"""The architecture of models: of new ones from the settings, the same for trainers and inference workers.
 
 `CORTEX_STRATEGIES` may change while models live: a model grows by the strategies that it lacks, and keeps
 those that are no longer in the set. Workers choose among the set alone; what was learned of the others stays.
@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cortex_core.model import ModelConfig
+from cortex_core.errors import CortexError
+from cortex_core.model import CortexModel, ModelConfig
 from cortex_core.strategy_registry import StrategyRegistry
+from cortex_core.weights import WeightsSnapshot
 from streams.settings import Settings
+from streams.weights.records import UnusableError
 
 
 def strategy_ids(settings: Settings) -> tuple[str, ...]:
@@ -37,3 +40,20 @@ def strategies_changed(settings: Settings, architecture: Mapping[str, Any]) -> s
 def model_config(settings: Settings) -> ModelConfig:
     """The architecture of a model without a version."""
     return ModelConfig(text_dim=settings.text_dim, strategies=strategy_ids(settings))
+
+
+def build_model(snapshot: WeightsSnapshot) -> CortexModel:
+    """The model of a version.
+
+    Raises:
+        UnusableError: damaged, forged, not finite, or of an architecture that does not fit the weights.
+    """
+    try:
+        return snapshot.to_model()
+    except CortexError as error:
+        raise UnusableError(str(error)) from error
+    except Exception as error:  # an invalid architecture can fail anywhere in torch
+        raise UnusableError(
+            f"weights {snapshot.manifest.model_id} v{snapshot.manifest.version}: no model can be built from "
+            f"their architecture ({type(error).__name__}: {error})"
+        ) from error

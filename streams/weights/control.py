@@ -30,7 +30,7 @@ from streams.kafka.clients import started
 from streams.kafka.follower import StateFollower
 from streams.kafka.topics import Topics, create_topics
 from streams.settings import Settings
-from streams.weights.follower import WeightsFollower
+from streams.weights.versions import read_versions
 
 log = structlog.get_logger(__name__)
 
@@ -153,9 +153,7 @@ async def send_control(
     """
     await create_topics(settings)
     if action in ("rollback", "pin"):
-        async with WeightsFollower(settings) as follower:
-            await follower.until_caught_up()
-            kept = [m.version for m in follower.history(model_id)]
+        kept = [m.version for m in (await read_versions(settings)).history(model_id)]
         if version is None and len(kept) > (action == "rollback"):
             version = kept[-2] if action == "rollback" else kept[-1]
         if version not in kept:

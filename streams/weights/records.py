@@ -1,12 +1,32 @@
-"""The wire format of weights versions on the compacted topic: encoding, and assembly from records."""
+"""The wire format of weights versions on the compacted topics: keys, encoding, publishing.
+
+A version is published in one transaction, its manifest last:
+
+    topic      key                               value                      headers
+    payloads   ["<model_id>", slot, 0]           chunk 0                    version
+               ["<model_id>", slot, 1]           chunk 1                    version
+               …
+               ["<model_id>", slot, "resume"]    what the next owner needs  version
+    weights    ["<model_id>", slot, "manifest"]  WeightsManifest as JSON    version, payload, resume
+
+`slot` = version modulo (`weights_kept` + 2): a ring buffer. Compaction keeps the newest record of each key,
+so that the last `weights_kept` versions always remain readable; with the two spare slots, an operator's pin
+reaches the trainer before the pinned version is overwritten.
+
+Both topics are partitioned by model. The header `payload` is "partition:first offset:last offset" in the
+topic of payloads, so that a reader of manifests, which are small, can read the payload of any of them. The
+header `resume` is the first line of that record. Before there were payloads, the chunks preceded their
+manifest on the weights topic, and this header was the whole: such versions are read, too.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections import OrderedDict
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaProducer
 from pydantic import ValidationError
@@ -14,19 +34,16 @@ from pydantic import ValidationError
 from cortex_core.errors import WeightsError, shown
 from cortex_core.weights import MAX_CHUNK, WeightsManifest, WeightsSnapshot
 from streams.events import MAX_ID, describe
-from streams.kafka.topics import Topics
+from streams.kafka.topics import Topics, partition_of
 from streams.settings import Settings
 
 MANIFEST = "manifest"
+RESUME = "resume"
 SPARE_SLOTS = 2
 MAX_PAYLOAD = 64_000_000
 """Bytes of a snapshot; 3 million for embeddings of dimension 384, 15 million for dimension 4,096."""
-MAX_BUFFERED = 128_000_000
-"""Bytes of buffered chunks without a manifest; above this, the oldest are dropped."""
 MAX_MANIFEST = 100_000
 """Bytes of a manifest."""
-CHUNK_OVERHEAD = 500
-"""Bytes that a buffered chunk counts for in addition to its size."""
 MAX_SLOTS = MAX_PARTS = 10_000
 
 Key = tuple[str, int, int | str]
@@ -52,27 +69,115 @@ def decode_key(raw: bytes | None) -> Key:
         and 0 < len(model_id) <= MAX_ID
         and type(slot) is int
         and 0 <= slot < MAX_SLOTS
-        and (part == MANIFEST or (type(part) is int and 0 <= part < MAX_PARTS))
+        and (part in (MANIFEST, RESUME) or (type(part) is int and 0 <= part < MAX_PARTS))
     ):
         raise WeightsError(f"the key {shown(raw)} is not of the form [model_id, slot, part]")
     return model_id, slot, part
 
 
-def encode(
-    snapshot: WeightsSnapshot, weights_kept: int, resume: bytes = b""
-) -> list[tuple[bytes, bytes, list[tuple[str, bytes]]]]:
-    """The records of a version as (key, value, headers), in the order to send them."""
-    manifest = snapshot.manifest
-    slot = manifest.version % (weights_kept + SPARE_SLOTS)
-    version = ("version", str(manifest.version).encode())
-    records: list[tuple[bytes, bytes, list[tuple[str, bytes]]]] = [
-        (encode_key(manifest.model_id, slot, i), chunk, [version]) for i, chunk in enumerate(snapshot.split())
-    ]
-    headers = [version, *([("resume", resume)] if resume else [])]
-    records.append(
-        (encode_key(manifest.model_id, slot, MANIFEST), manifest.model_dump_json().encode(), headers)
-    )
-    return records
+class UnusableError(WeightsError):
+    """A version from which this process cannot build a model."""
+
+    reason = "unusable"
+
+
+class Location(NamedTuple):
+    """Where the payload of a version is."""
+
+    topic: str
+    partition: int
+    first: int
+    """Offset of its first record."""
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """A manifest as it was read, and where its payload is."""
+
+    manifest: WeightsManifest
+    slot: int
+    partition: int
+    """Of the manifest."""
+    location: Location
+    resume: bytes
+    """The header; see the module's description."""
+
+    @property
+    def name(self) -> str:
+        return f"weights {self.manifest.model_id} v{self.manifest.version}"
+
+    def key(self, part: int | str) -> bytes:
+        """The key of one of its records."""
+        return encode_key(self.manifest.model_id, self.slot, part)
+
+
+def decode_manifest(record: Any, topics: Topics, first_chunk: int | None = None) -> StoredVersion:
+    """A version from the record of its manifest.
+
+    Args:
+        first_chunk: offset of the first chunk that precedes it on its own topic, if any does.
+
+    Raises:
+        WeightsError: an invalid key, header or manifest.
+    """
+    model_id, slot, _ = decode_key(record.key)
+    version, headers = version_in(record), dict(record.headers)
+    if len(record.value) > MAX_MANIFEST:
+        raise WeightsError(
+            f"weights {model_id} v{version}: the manifest has {len(record.value)} bytes, the maximum is "
+            f"{MAX_MANIFEST}"
+        )
+    try:
+        manifest = WeightsManifest.model_validate_json(record.value)
+    except ValidationError as error:
+        raise WeightsError(f"weights {model_id} v{version}: invalid manifest: {describe(error)}") from error
+    if (manifest.model_id, manifest.version) != (model_id, version):
+        raise WeightsError(
+            f"a manifest of {manifest.model_id} v{manifest.version} has the key of {model_id} v{version}"
+        )
+    if manifest.bytes > MAX_PAYLOAD:
+        raise WeightsError(
+            f"weights {model_id} v{version} declare {manifest.bytes} bytes, the maximum is {MAX_PAYLOAD}"
+        )
+    chunks = max(1, math.ceil(manifest.bytes / MAX_CHUNK))
+    if manifest.chunks != chunks:
+        raise WeightsError(
+            f"weights {model_id} v{version} declare {manifest.chunks} chunks, their {manifest.bytes} bytes "
+            f"have {chunks}"
+        )
+    if "payload" in headers:
+        location = _location(headers["payload"], topics)
+    else:
+        first = record.offset if first_chunk is None else first_chunk
+        location = Location(topics.weights, record.partition, first, record.offset)
+    return StoredVersion(manifest, slot, record.partition, location, headers.get(RESUME) or b"")
+
+
+def _location(header: bytes | None, topics: Topics) -> Location:
+    numbers = (header or b"").split(b":")
+    if len(numbers) != 3 or not all(n.isdigit() and len(n) <= 18 for n in numbers):
+        raise WeightsError(f"the header payload is {shown(header)}, expected partition:first:last offset")
+    return Location(topics.payloads, *map(int, numbers))
+
+
+def version_in(record: Any) -> int:
+    """The version in a record's header.
+
+    Raises:
+        WeightsError: it has none, or one that is not a number.
+    """
+    header = dict(record.headers).get("version") or b""
+    if not header.isdigit() or len(header) > 15:
+        raise WeightsError(
+            f"the record at offset {record.offset} has version header {shown(header)}, expected a number of "
+            "at most 15 digits"
+        )
+    return int(header)
+
+
+Version = tuple[WeightsSnapshot, bytes]
+"""A snapshot, and what the next owner of its model needs (`streams.trainer.learner.Resume`)."""
 
 
 async def publish(
@@ -83,125 +188,70 @@ async def publish(
     Raises:
         KafkaError: abort the transaction.
     """
-    topic = Topics.of(settings).weights
+    await publish_all(producer, settings, [(snapshot, resume)])
+
+
+async def publish_all(producer: AIOKafkaProducer, settings: Settings, versions: Sequence[Version]) -> None:
+    """Sends versions of any models, as `publish` does."""
+    topics = Topics.of(settings)
+    counts = {t: len(await producer.partitions_for(t)) for t in (topics.weights, topics.payloads)}
+    ring = settings.weights_kept + SPARE_SLOTS
+    sending = []
+    for snapshot, resume in versions:
+        model_id, slot = snapshot.manifest.model_id, snapshot.manifest.version % ring
+        values: list[tuple[int | str, bytes]] = [*enumerate(snapshot.split())]
+        if resume:
+            values.append((RESUME, resume))
+        sending.append(
+            [
+                await producer.send(
+                    topics.payloads,
+                    value=value,
+                    key=encode_key(model_id, slot, part),
+                    partition=partition_of(model_id, counts[topics.payloads]),
+                    headers=[_version_header(snapshot)],
+                )
+                for part, value in values
+            ]
+        )
+    manifests = []
+    for (snapshot, resume), sent in zip(versions, sending, strict=True):
+        written = await asyncio.gather(*sent)
+        offsets = [record.offset for record in written]
+        location = f"{written[0].partition}:{min(offsets)}:{max(offsets)}"
+        manifest = snapshot.manifest
+        manifests.append(
+            await producer.send(
+                topics.weights,
+                value=manifest.model_dump_json().encode(),
+                key=encode_key(manifest.model_id, manifest.version % ring, MANIFEST),
+                partition=partition_of(manifest.model_id, counts[topics.weights]),
+                headers=[
+                    _version_header(snapshot),
+                    ("payload", location.encode()),
+                    *([(RESUME, resume.partition(b"\n")[0])] if resume else []),
+                ],
+            )
+        )
+    await asyncio.gather(*manifests)
+
+
+def _version_header(snapshot: WeightsSnapshot) -> tuple[str, bytes]:
+    return "version", str(snapshot.manifest.version).encode()
+
+
+Tombstone = tuple[str, int, bytes]
+"""Topic, partition and key of a record to delete."""
+
+
+async def delete(producer: AIOKafkaProducer, tombstones: Iterable[Tombstone]) -> None:
+    """Deletes records within the caller's open transaction; readers see it once that is committed.
+
+    Raises:
+        KafkaError: abort the transaction.
+    """
     sent = [
-        await producer.send(topic, value=value, key=key, partition=0, headers=headers)
-        for key, value, headers in encode(snapshot, settings.weights_kept, resume)
+        await producer.send(topic, value=None, key=key, partition=partition)
+        for topic, partition, key in tombstones
     ]
     await asyncio.gather(*sent)
-
-
-@dataclass(slots=True)
-class _Parts:
-    """The buffered chunks of one version."""
-
-    version: int
-    first_offset: int
-    chunks: dict[int, bytes] = field(default_factory=dict)
-
-
-class IncompleteError(WeightsError):
-    """Chunks of a version are missing: it was published incompletely, or has been overwritten."""
-
-    reason = "incomplete"
-
-
-class Assembler:
-    """Assembles versions from records, in order. Pure: no Kafka, no torch, no clock.
-
-    Buffers at most `MAX_BUFFERED` bytes, for any records.
-    """
-
-    def __init__(self) -> None:
-        # No LRUCache: entries grow while their parts arrive.
-        self._parts: OrderedDict[tuple[str, int], _Parts] = OrderedDict()
-        self._buffered = 0
-
-    @property
-    def buffered(self) -> int:
-        """Bytes of chunks whose manifest has not been read."""
-        return self._buffered
-
-    def add(self, record: Any) -> tuple[WeightsSnapshot, int, int] | None:
-        """Adds a record; returns the version that it completes, with its slot and its first record's offset.
-
-        The snapshot is verified by its sha256 only.
-
-        Raises:
-            WeightsError: an invalid key, header or manifest, or an incomplete or damaged version. Other
-                versions are not affected.
-        """
-        model_id, slot, part = decode_key(record.key)
-        if record.value is None:
-            self._remove((model_id, slot))
-            return None
-        version = _version(record)
-        if isinstance(part, int):
-            self._add_chunk((model_id, slot), version, part, record)
-            return None
-        parts = self._remove((model_id, slot))
-        if len(record.value) > MAX_MANIFEST:
-            raise WeightsError(
-                f"weights {model_id} v{version}: the manifest has {len(record.value)} bytes, the maximum is "
-                f"{MAX_MANIFEST}"
-            )
-        try:
-            manifest = WeightsManifest.model_validate_json(record.value)
-        except ValidationError as error:
-            raise WeightsError(
-                f"weights {model_id} v{version}: invalid manifest: {describe(error)}"
-            ) from error
-        if (manifest.model_id, manifest.version) != (model_id, version):
-            raise WeightsError(
-                f"a manifest of {manifest.model_id} v{manifest.version} has the key of {model_id} v{version}"
-            )
-        if manifest.bytes > MAX_PAYLOAD:
-            raise WeightsError(
-                f"weights {model_id} v{version} declare {manifest.bytes} bytes, the maximum is {MAX_PAYLOAD}"
-            )
-        chunks = parts.chunks if parts is not None and parts.version == version else {}
-        # Compared by number first: a manifest can declare any number, for which no set must be built.
-        if len(chunks) != manifest.chunks or set(chunks) != set(range(len(chunks))):
-            raise IncompleteError(
-                f"weights {model_id} v{version} are incomplete: {len(chunks)} of {manifest.chunks} chunks"
-            )
-        assert parts is not None
-        snapshot = WeightsSnapshot.join(manifest, [chunks[i] for i in range(manifest.chunks)])
-        return snapshot, slot, parts.first_offset
-
-    def _add_chunk(self, key: tuple[str, int], version: int, part: int, record: Any) -> None:
-        if len(record.value) > MAX_CHUNK:
-            raise WeightsError(
-                f"chunk {part} of {key[0]} v{version} has {len(record.value)} bytes, the maximum is "
-                f"{MAX_CHUNK}"
-            )
-        parts = self._parts.get(key)
-        if parts is None or parts.version != version:
-            self._remove(key)
-            parts = self._parts[key] = _Parts(version, record.offset)
-        replaced = parts.chunks.get(part)
-        self._buffered += _size(record.value) - (0 if replaced is None else _size(replaced))
-        parts.chunks[part] = record.value
-        self._parts.move_to_end(key)
-        while self._buffered > MAX_BUFFERED:
-            self._remove(next(iter(self._parts)))
-
-    def _remove(self, key: tuple[str, int]) -> _Parts | None:
-        parts = self._parts.pop(key, None)
-        if parts is not None:
-            self._buffered -= sum(map(_size, parts.chunks.values()))
-        return parts
-
-
-def _size(chunk: bytes) -> int:
-    return len(chunk) + CHUNK_OVERHEAD
-
-
-def _version(record: Any) -> int:
-    header = dict(record.headers).get("version") or b""
-    if not header.isdigit() or len(header) > 15:
-        raise WeightsError(
-            f"the record at offset {record.offset} has version header {shown(header)}, expected a number of "
-            "at most 15 digits"
-        )
-    return int(header)

@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from streams.kafka.topics import partition_of
 from streams.local.stack import Stack
 from streams.settings import Settings
 from streams.testing import async_wait_for
-from streams.trainer.partition import owner_partition
 from tests.chaos.checks import deviations, settled
 from tests.chaos.faults import Fault, dealt, inject
 from tests.chaos.load import Load
@@ -144,7 +144,7 @@ class Chaos:
         partitions = self.stack.settings.partitions
 
         def all_have() -> bool:
-            sent = {owner_partition(s.conversation_id, partitions) for s in self.load.recent}
+            sent = {partition_of(s.conversation_id, partitions) for s in self.load.recent}
             return len(sent) == partitions
 
         await async_wait_for(all_have, "a reply in every partition")
@@ -168,6 +168,4 @@ def _without(reports: Sequence[str], names: Iterable[str | None]) -> list[str]:
 def models_for_each_trainer(settings: Settings) -> list[str]:
     """One model for each trainer: they take the partitions in turn."""
     names = [f"model-{n}" for n in range(100)]
-    return [
-        next(m for m in names if owner_partition(m, settings.partitions) % EACH == n) for n in range(EACH)
-    ]
+    return [next(m for m in names if partition_of(m, settings.partitions) % EACH == n) for n in range(EACH)]

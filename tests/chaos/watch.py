@@ -14,11 +14,10 @@ from cortex_core.weights import WeightsManifest
 from streams.connections import retry
 from streams.kafka.follower import TopicFollower
 from streams.kafka.reader import reading
-from streams.kafka.topics import Topics
+from streams.kafka.topics import Topics, partition_of
 from streams.replay_store import ReplayKeys
 from streams.settings import Settings
 from streams.testing import async_wait_for
-from streams.trainer.partition import owner_partition
 from streams.weights.records import MANIFEST, decode_key
 from tests.chaos.load import Load, Sent
 
@@ -102,7 +101,7 @@ class Watch:
         return max(first.values()) - self.began
 
     def _partition(self, sent: Sent) -> int:
-        return owner_partition(sent.conversation_id, self.settings.partitions)
+        return partition_of(sent.conversation_id, self.settings.partitions)
 
     async def _found(self, client: redis.asyncio.Redis, sent: Sequence[Sent]) -> list[Sent]:
         """Those whose interaction's entry contains them."""

@@ -22,11 +22,10 @@ from streams.events import DeadLetter, ExperienceEvent, InteractionEvent, parse,
 from streams.kafka.clients import started
 from streams.kafka.follower import TopicFollower
 from streams.kafka.groups import committed_offsets
-from streams.kafka.topics import Topics
+from streams.kafka.topics import Topics, partition_of
 from streams.replay_store import RedisReplayBuffer, ReplayWrite
 from streams.settings import Settings
 from streams.testing import async_wait_for
-from streams.trainer.partition import owner_partition
 from streams.weights.records import MANIFEST, decode_key
 from tests.streams.kafka_helpers import read_all
 
@@ -179,6 +178,6 @@ def ends(settings: Settings, events: Iterable[ExperienceEvent]) -> dict[int, int
     """The end offset of each partition of a topic with exactly these experiences."""
     out: dict[int, int] = {}
     for event in events:
-        p = owner_partition(event.interaction.model_id, settings.partitions)
+        p = partition_of(event.interaction.model_id, settings.partitions)
         out[p] = out.get(p, 0) + 1
     return out

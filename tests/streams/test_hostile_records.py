@@ -23,19 +23,12 @@ from streams.testing import async_wait_for
 from streams.trainer.learner import Resume
 from streams.weights.control import ControlFollower
 from streams.weights.follower import WeightsFollower
-from streams.weights.records import (
-    MAX_BUFFERED,
-    MAX_PAYLOAD,
-    Assembler,
-    IncompleteError,
-    decode_key,
-    encode_key,
-)
+from streams.weights.records import encode_key
 from tests.streams.experiences import experience, publish_experiences
 from tests.streams.hostile_records import VALUES, survive
-from tests.streams.test_weights_follower import Swaps, producing, put, send_raw
+from tests.streams.test_weights_follower import Changes, producing, put, send_raw
 from tests.streams.trainers import for_trainers, running, watching
-from tests.streams.weights_records import CONFIG, Record, records_of, snapshot
+from tests.streams.weights_records import CONFIG, Record, snapshot
 
 V1 = [("version", b"1")]
 KEY = encode_key("m", 1, 0)
@@ -52,7 +45,6 @@ UNREADABLE: dict[str, Record] = {
     "a part beyond any payload": Record(encode_key("m", 1, 10**6), b"x", V1),
     "a model without a name": Record(encode_key("", 1, 0), b"x", V1),
     "a model with a long name": Record(encode_key("m" * 201, 1, 0), b"x", V1),
-    "a chunk too large": Record(KEY, b"x" * 900_001, V1),
     "a manifest nested deep": Record(encode_key("m", 1, "manifest"), b'{"a":' * 15_000, V1),
     "a manifest too large": Record(encode_key("m", 1, "manifest"), b" " * 200_000, V1),
     "a tombstone of nothing": Record(b"nothing", None, []),
@@ -62,15 +54,15 @@ UNREADABLE: dict[str, Record] = {
 @pytest.mark.integration
 async def test_an_invalid_weights_record_affects_no_other(settings: Settings) -> None:
     await create_topics(settings)
-    swaps = Swaps()
+    changes = Changes(settings)
     counted = {"topic": "weights", "reason": "damaged"}
     before = REGISTRY.get_sample_value("cortex_records_refused_total", counted) or 0.0
-    async with producing(settings) as producer, WeightsFollower(settings, swaps) as follower:
+    async with producing(settings) as producer, changes.follower as follower:
         await put(producer, settings, snapshot(1))
         await send_raw(producer, settings, list(UNREADABLE.values()))
         await put(producer, settings, snapshot(2))
         await asyncio.wait_for(follower.catch_up(), 30)
-        assert swaps.seen[-1] == ("m", 2)
+        assert await changes.used() == 2
         assert follower.refused == {"damaged": len(UNREADABLE)}
         assert follower._topic.restarts == 0
         after = REGISTRY.get_sample_value("cortex_records_refused_total", counted)
@@ -132,35 +124,6 @@ def test_any_bytes_of_a_resume_header_are_read_or_refused() -> None:
 # --- what a record may take ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunks", [2, 20_000_000, 10**9])
-def test_a_manifest_may_declare_any_number_of_chunks(chunks: int) -> None:
-    """Checked before anything is allocated: the larger ones would exhaust the memory."""
-    [*parts, manifest] = records_of(snapshot(1))
-    claims = json.loads(manifest.value or b"") | {"chunks": chunks}
-    assembler = Assembler()
-    for part in parts:
-        assembler.add(part)
-    with pytest.raises(IncompleteError, match=f"of {chunks} chunks"):
-        assembler.add(replace(manifest, value=json.dumps(claims).encode()))
-
-
-def test_the_buffer_of_chunks_without_a_manifest_is_bounded() -> None:
-    assembler, chunk = Assembler(), b"x" * 900_000
-    for n in range(3 * MAX_BUFFERED // len(chunk)):
-        assembler.add(
-            Record(encode_key(f"m{n % 50}", 0, n % 70), chunk, [("version", b"%d" % (1 + n // 100))])
-        )
-        assert assembler.buffered <= MAX_BUFFERED
-    for n in range(300_000):  # small ones count for what they cost
-        assembler.add(Record(encode_key(f"n{n}", 0, 0), b"", V1))
-    assert len(assembler._parts) < 300_000
-    # A complete version is still assembled.
-    *_, whole = (assembler.add(r) for r in records_of(snapshot(1)))
-    assert whole is not None
-    assert MAX_PAYLOAD < MAX_BUFFERED
-    assert decode_key(encode_key("m", 0, MAX_PAYLOAD // len(chunk)))
-
-
 @pytest.mark.integration
 async def test_rollbacks_of_models_that_do_not_exist_load_nothing(settings: Settings) -> None:
     settings = for_trainers(settings)
@@ -216,29 +179,29 @@ def numbered(version: int, parent: int | None, fill: float | None = None) -> Wei
 @pytest.mark.integration
 async def test_a_version_far_ahead_does_not_end_learning(settings: Settings) -> None:
     await create_topics(settings)
-    swaps = Swaps()
-    async with producing(settings) as producer, WeightsFollower(settings, swaps) as follower:
+    changes = Changes(settings)
+    async with producing(settings) as producer, changes.follower as follower:
         await follower.until_caught_up()
         await put(producer, settings, numbered(1, None), numbered(10**12, 1), numbered(2, 1))
         await put(producer, settings, numbered(10**14, 10**14 - 1), numbered(3, 2))
         await follower.catch_up()
-        assert [version for _, version in swaps.seen] == [1, 2, 3]
+        assert [version for _, version in changes.seen] == [1, 2, 3]
         assert follower.refused == {"unrelated": 2}
         # A reader that was disconnected while more than a ring was published finds the end of a chain.
         await put(producer, settings, numbered(100, 99), numbered(101, 100), numbered(102, 101))
         await follower.catch_up()
-        assert [version for _, version in swaps.seen] == [1, 2, 3, 101, 102]
+        assert [version for _, version in changes.seen] == [1, 2, 3, 101, 102]
         assert [m.version for m in follower.history("m")] == [101, 102]
-        # A refused record between two versions does not affect the second.
+        # A refused version between two does not affect the second.
         damaged = numbered(103, 102)
-        await put(
-            producer, settings, replace(damaged, payload=damaged.payload[:-1] + b"!"), numbered(104, 103)
-        )
+        damaged = replace(damaged, payload=damaged.payload[:-1] + b"!")
+        await put(producer, settings, damaged)
         await follower.catch_up()
-        assert swaps.seen[-1] == ("m", 104)
-    async with WeightsFollower(settings) as another:
-        await another.until_caught_up()
-        assert [m.version for m in another.history("m")] == [101, 102, 104]
+        assert await changes.used() == 102
+        await put(producer, settings, numbered(104, 102))
+        await follower.catch_up()
+        assert [m.version for m in follower.history("m")] == [101, 102, 104]
+        assert await changes.used() == 104
 
 
 @pytest.mark.integration

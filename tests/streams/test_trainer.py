@@ -24,11 +24,10 @@ from pydantic import SecretStr
 from streams.connections import kafka_client_options
 from streams.events import version_header
 from streams.kafka.clients import started
-from streams.kafka.topics import Topics
+from streams.kafka.topics import Topics, partition_of
 from streams.local.embedded import EmbeddedKafka, EmbeddedRedis, EmbeddedServer
 from streams.settings import Settings
 from streams.testing import async_wait_for, spawn_worker
-from streams.trainer.partition import owner_partition
 from tests.streams.experiences import (
     WeightsWatch,
     committed,
@@ -308,7 +307,7 @@ async def test_partitions_may_be_added_while_experiences_come(
             await admin.create_partitions({Topics.of(settings).experiences: NewPartitions(7)})
         # Still by the old number, as a producer that has not seen the new partitions does.
         for model in models:
-            old = owner_partition(model, settings.partitions)
+            old = partition_of(model, settings.partitions)
             event = experience(f"b-{model}", model_id=model)
             await send_raw(settings, model.encode(), event.to_bytes(), old, version_header(event.revision))
         await async_wait_for(lambda: trainer.partitions() == 7, "the new partitions")

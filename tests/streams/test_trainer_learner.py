@@ -21,10 +21,10 @@ from cortex_core.online.update import OnlineUpdate
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import redis_client
 from streams.events import ExperienceEvent
+from streams.kafka.topics import partition_of
 from streams.settings import Settings
 from streams.trainer import learner as learning
 from streams.trainer.learner import ModelLearner, Outcome, Resume
-from streams.trainer.partition import owner_partition
 from streams.weights.architecture import model_config
 from tests.streams.experiences import experience, remember
 from tests.streams.trainers import opened
@@ -71,7 +71,7 @@ def test_the_ledger_keeps_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(st.text(min_size=1, max_size=60), st.integers(1, 64))
 def test_the_owner_partition_is_that_of_the_default_partitioner(model_id: str, partitions: int) -> None:
     everywhere = list(range(partitions))
-    assert owner_partition(model_id, partitions) == DefaultPartitioner()(
+    assert partition_of(model_id, partitions) == DefaultPartitioner()(
         model_id.encode(), everywhere, everywhere
     )
 

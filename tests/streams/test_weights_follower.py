@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,9 +16,10 @@ from cortex_core.errors import WeightsError
 from cortex_core.model import CortexModel, ModelConfig
 from cortex_core.weights import WeightsSnapshot
 from streams.connections import kafka_client_options
-from streams.kafka.topics import Topics, create_topics
+from streams.kafka.topics import Topics, create_topics, partition_of
 from streams.settings import Settings
 from streams.testing import async_wait_for
+from streams.weights.architecture import build_model
 from streams.weights.follower import WeightsFollower
 from streams.weights.records import publish
 from tests.streams.weights_records import CONFIG, Record, records_of, snapshot
@@ -43,49 +45,131 @@ async def put(producer: AIOKafkaProducer, settings: Settings, *versions: Weights
             await publish(producer, settings, version, resume=b"r%d" % version.manifest.version)
 
 
-async def send_raw(producer: AIOKafkaProducer, settings: Settings, records: Sequence[Record]) -> None:
+async def send_raw(
+    producer: AIOKafkaProducer, settings: Settings, records: Sequence[Record], topic: str | None = None
+) -> None:
+    """Sends records of model "m" in one transaction."""
+    topic = topic or Topics.of(settings).weights
+    partition = partition_of("m", len(await producer.partitions_for(topic)))
     async with producer.transaction():
         for r in records:
-            await producer.send(
-                Topics.of(settings).weights, value=r.value, key=r.key, partition=0, headers=list(r.headers)
-            )
+            await producer.send(topic, value=r.value, key=r.key, partition=partition, headers=list(r.headers))
 
 
-class Swaps:
-    """Records the calls of `on_version`."""
+class Changes:
+    """A follower, and the newest version at each call of `on_change`."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self.follower = WeightsFollower(settings, self._note)
         self.seen: list[tuple[str, int]] = []
 
-    async def __call__(self, snapshot: WeightsSnapshot, model: CortexModel) -> None:
-        assert not model.training
-        self.seen.append((snapshot.manifest.model_id, snapshot.manifest.version))
+    def _note(self, model_id: str) -> None:
+        newest = self.follower.newest(model_id)
+        self.seen.append((model_id, newest.version if newest else 0))
+
+    async def used(self, model_id: str = "m") -> int:
+        """The newest version of which a model can be built; 0 if there is none."""
+
+        async def build(snapshot: WeightsSnapshot, _resume: bytes) -> int:
+            build_model(snapshot).freeze()
+            return snapshot.manifest.version
+
+        return await self.follower.use(model_id, build) or 0
 
 
 async def test_a_follower_starts_with_the_newest_and_then_gets_each(settings: Settings) -> None:
     await create_topics(settings)
-    swaps = Swaps()
+    changes = Changes(settings)
     async with producing(settings) as producer:
         await put(producer, settings, *(snapshot(v, "a") for v in (1, 2, 3)), snapshot(1, "b"))
-        async with WeightsFollower(settings, swaps, keep_resume=True) as follower:
+        async with changes.follower as follower:
             await follower.until_caught_up()
-            await async_wait_for(lambda: len(swaps.seen) == 2, "the newest of both models")
-            assert sorted(swaps.seen) == [("a", 3), ("b", 1)]
+            assert not changes.seen
+            assert [await changes.used(m) for m in "ab"] == [3, 1]
             await put(producer, settings, snapshot(4, "a"), snapshot(5, "a"))
             await follower.catch_up()
-            assert swaps.seen[2:] == [("a", 4), ("a", 5)]
+            assert changes.seen == [("a", 4), ("a", 5)]
             assert follower.models() == ["a", "b"]
-            assert follower.resume("a") == b"r5"
+            assert not follower.refused
+
+            async def resume(_snapshot: WeightsSnapshot, resume: bytes) -> bytes:
+                return resume
+
+            assert await follower.use("a", resume) == b"r5"
+
+
+async def test_a_start_reads_manifests_and_builds_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a start after minutes of load takes minutes, and 1,000 models take gigabytes."""
+    await create_topics(settings)
+    built: list[int] = []
+    to_model = WeightsSnapshot.to_model
+
+    def counted(self: WeightsSnapshot) -> CortexModel:
+        built.append(self.manifest.version)
+        return to_model(self)
+
+    monkeypatch.setattr(WeightsSnapshot, "to_model", counted)
+    changes = Changes(settings)
+    async with producing(settings) as producer:
+        for model_id in ("m", *(f"m{i}" for i in range(5))):
+            await put(producer, settings, *(snapshot(v, model_id) for v in range(1, 8)))
+        async with changes.follower as follower:
+            await follower.until_caught_up()
+            assert len(follower.models()) == 6
+            assert built == []
+            assert await changes.used() == 7
+            assert built == [7]
+
+
+async def test_a_transaction_that_is_left_open_hides_the_models_of_its_partition_alone(
+    settings: Settings,
+) -> None:
+    await create_topics(settings)
+    hidden, shown = "m", next(n for n in "abcdef" if partition_of(n, 2) != partition_of("m", 2))
+    changes = Changes(settings)
+    async with (
+        producing(settings) as one,
+        producing(settings, "u") as crashed,
+        changes.follower as follower,
+    ):
+        await follower.until_caught_up()
+        await crashed.begin_transaction()
+        await publish(crashed, settings, snapshot(1, hidden))
+        await put(one, settings, snapshot(1, hidden, fill=0.5), snapshot(1, shown))
+        await async_wait_for(lambda: changes.seen, "a version")
+        assert changes.seen == [(shown, 1)]
+        await crashed.abort_transaction()
+        await async_wait_for(lambda: len(changes.seen) == 2, "the hidden version")
+
+
+async def test_a_weights_topic_of_one_partition_with_chunks_in_it_keeps_working(settings: Settings) -> None:
+    one = settings.model_copy(update={"partitions": 1})
+    await create_topics(one)
+    changes = Changes(settings)
+    async with producing(settings) as producer:
+        await send_raw(
+            producer, settings, [r for v in (1, 2) for r in records_of(snapshot(v), resume=b"r%d" % v)]
+        )
+        async with changes.follower as follower:
+            await follower.until_caught_up()
+            assert await changes.used() == 2
+            assert await follower.fetch("m", 1) == snapshot(1)
+            await put(producer, settings, snapshot(3), snapshot(1, "other"))
+            await follower.catch_up()
+            assert [await changes.used(m) for m in ("m", "other")] == [3, 1]
+            assert await follower.fetch("m", 2) == snapshot(2)
             assert not follower.refused
 
 
 async def test_an_aborted_or_open_transaction_is_never_seen(settings: Settings) -> None:
     await create_topics(settings)
-    swaps = Swaps()
+    changes = Changes(settings)
     async with (
         producing(settings) as one,
         producing(settings, "u") as other,
-        WeightsFollower(settings, swaps) as follower,
+        changes.follower as follower,
     ):
         await follower.until_caught_up()
         await one.begin_transaction()
@@ -96,7 +180,7 @@ async def test_an_aborted_or_open_transaction_is_never_seen(settings: Settings) 
         await put(one, settings, snapshot(1, "whole"))
         await other.abort_transaction()
         await follower.catch_up()
-        assert swaps.seen == [("whole", 1)]
+        assert changes.seen == [("whole", 1)]
 
 
 async def test_catching_up_waits_for_versions_behind_an_open_transaction(settings: Settings) -> None:
@@ -118,71 +202,66 @@ async def test_catching_up_waits_for_versions_behind_an_open_transaction(setting
         assert follower.models() == ["open", "whole"]
 
 
-def forgeries() -> dict[str, list[Record]]:
+def forgeries() -> dict[str, WeightsSnapshot]:
     """Version 2 in forms that must be refused; version 1 is valid."""
     good = snapshot(2)
-    records = records_of(good)
     shifted = good.payload[:-4] + b"\0\0\xc0\x7f"  # the last weight becomes NaN, with a sha256 that agrees
-    nan = replace(good, payload=shifted)
-    nan = replace(nan, manifest=good.manifest.model_copy(update={"sha256": _sha(shifted)}))
-    wider = good.manifest.model_copy(update={"architecture": ModelConfig(text_dim=16).to_dict()})
-    hidden = {**CONFIG.to_dict(), "encoder_hidden_dim": 7}
-    unknown = {**CONFIG.to_dict(), "attention_heads": 8}
     junk = b"\0" * len(good.payload)
+
+    def claiming(architecture: dict[str, Any]) -> WeightsSnapshot:
+        return replace(good, manifest=good.manifest.model_copy(update={"architecture": architecture}))
+
     return {
-        "without a chunk": records[1:],
-        "with a damaged chunk": [
-            replace(records[0], value=b"x" + (records[0].value or b"")[1:]),
-            *records[1:],
-        ],
-        "of NaN": records_of(nan),
-        "for other embeddings": records_of(replace(good, manifest=wider)),
-        "of other shapes": records_of(
-            replace(good, manifest=good.manifest.model_copy(update={"architecture": hidden}))
-        ),
-        "of an unknown architecture": records_of(
-            replace(good, manifest=good.manifest.model_copy(update={"architecture": unknown}))
-        ),
-        "of junk": records_of(
-            replace(good, payload=junk, manifest=good.manifest.model_copy(update={"sha256": _sha(junk)}))
-        ),
-        "with a key of no kind": [Record(b"?", b"?", [])],
+        "with a damaged chunk": replace(good, payload=b"x" + good.payload[1:]),
+        "of NaN": _signed(replace(good, payload=shifted)),
+        "for other embeddings": claiming(ModelConfig(text_dim=16).to_dict()),
+        "of other shapes": claiming({**CONFIG.to_dict(), "encoder_hidden_dim": 7}),
+        "of an unknown architecture": claiming({**CONFIG.to_dict(), "attention_heads": 8}),
+        "of junk": _signed(replace(good, payload=junk)),
     }
 
 
-def _sha(payload: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(payload).hexdigest()
+def _signed(forged: WeightsSnapshot) -> WeightsSnapshot:
+    digest = hashlib.sha256(forged.payload).hexdigest()
+    return replace(forged, manifest=forged.manifest.model_copy(update={"sha256": digest}))
 
 
 async def test_invalid_versions_are_refused_and_the_valid_one_stays(settings: Settings) -> None:
     await create_topics(settings)
-    swaps = Swaps()
-    async with producing(settings) as producer, WeightsFollower(settings, swaps) as follower:
+    changes = Changes(settings)
+    async with producing(settings) as producer, changes.follower as follower:
         await put(producer, settings, snapshot(1))
-        await follower.catch_up()
-        for refused, (name, records) in enumerate(forgeries().items(), 1):
-            await send_raw(producer, settings, records)
+        for refused, (name, forged) in enumerate(forgeries().items(), 1):
+            await put(producer, settings, forged)
             await follower.catch_up()
+            assert await changes.used() == 1, name
             assert follower.refused.total() == refused, name
-            newest = follower.newest("m")
-            assert newest is not None, name
-            assert newest.version == 1, name
         await put(producer, settings, snapshot(2))
         await follower.catch_up()
-        assert swaps.seen == [("m", 1), ("m", 2)]
+        assert await changes.used() == 2
 
 
-async def test_older_and_equal_versions_are_ignored(settings: Settings) -> None:
+FORGED_PLACES = {
+    "on a partition that does not exist": b"99:0:3",
+    "after the end of the topic": b"0:1000000:1000004",
+    "all over the topic": b"0:0:999999999999",
+    "backwards": b"0:3:0",
+    "of another version": b"1:0:4",
+}
+
+
+async def test_a_manifest_with_a_wrong_place_is_refused(settings: Settings) -> None:
     await create_topics(settings)
-    swaps = Swaps()
-    async with producing(settings) as producer, WeightsFollower(settings, swaps) as follower:
-        await follower.until_caught_up()
-        await put(producer, settings, snapshot(3), snapshot(2), snapshot(3, fill=0.25), snapshot(4))
-        await follower.catch_up()
-        assert swaps.seen == [("m", 3), ("m", 4)]
-        assert [m.version for m in follower.history("m")] == [3, 4]
+    changes = Changes(settings)
+    async with producing(settings) as producer, changes.follower as follower:
+        await put(producer, settings, snapshot(1))
+        for refused, (name, place) in enumerate(FORGED_PLACES.items(), 1):
+            [*_, record] = records_of(snapshot(2))
+            record = replace(record, headers=[("version", b"2"), ("payload", place)])
+            await send_raw(producer, settings, [record])
+            await follower.catch_up()
+            assert await asyncio.wait_for(changes.used(), 60) == 1, name
+            assert follower.refused.total() == refused, name
 
 
 async def test_kept_versions_can_be_fetched_and_others_say_which_are(settings: Settings) -> None:
@@ -216,18 +295,9 @@ async def test_after_compaction_the_last_versions_are_still_there(settings: Sett
         async with WeightsFollower(settings) as follower:
             await follower.until_caught_up()
             assert [m.version for m in follower.history("m")] == [20, 21, 22, 23]
-            assert follower.refused == {"incomplete": 1}
-
-
-async def test_tombstones_shorten_the_history_but_keep_the_newest(settings: Settings) -> None:
-    await create_topics(settings)
-    async with producing(settings) as producer, WeightsFollower(settings) as follower:
-        await put(producer, settings, snapshot(1), snapshot(2))
-        for v in (1, 2):
-            await send_raw(producer, settings, [Record(r.key, None, []) for r in records_of(snapshot(v))])
-        await follower.catch_up()
-        assert [m.version for m in follower.history("m")] == [2]
-        assert not follower.refused
+            for v in (20, 21, 22, 23):
+                assert await follower.fetch("m", v) == snapshot(v, fill=v / 100)
+            assert not follower.refused
 
 
 async def test_a_stalled_client_is_replaced(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,11 +311,11 @@ async def test_a_stalled_client_is_replaced(settings: Settings, monkeypatch: pyt
     getmany = AIOKafkaConsumer.getmany
 
     async def sometimes(self: AIOKafkaConsumer, *args: Any, **options: Any) -> Any:
+        if not deaf:
+            deaf.append(self)
         if self in deaf:
             await asyncio.sleep(0.05)
             return {}
-        if not deaf:
-            deaf.append(self)
         return await getmany(self, *args, **options)
 
     monkeypatch.setattr(AIOKafkaConsumer, "getmany", sometimes)
@@ -264,21 +334,6 @@ async def test_a_stalled_client_is_replaced(settings: Settings, monkeypatch: pyt
             await follower.catch_up()
             assert got == [b"0", b"1", b"2", b"3", b"4"]
             assert follower.restarts >= 1
-
-
-async def test_a_callback_that_fails_stops_nothing(settings: Settings) -> None:
-    await create_topics(settings)
-    seen: list[int] = []
-
-    async def swap(snapshot: WeightsSnapshot, _model: CortexModel) -> None:
-        seen.append(snapshot.manifest.version)
-        raise ValueError("no room")
-
-    async with producing(settings) as producer, WeightsFollower(settings, swap) as follower:
-        await follower.until_caught_up()
-        await put(producer, settings, snapshot(1), snapshot(2))
-        await follower.catch_up()
-        assert seen == [1, 2]
 
 
 async def test_an_unreachable_broker_is_named_and_waited_for(settings: Settings) -> None:

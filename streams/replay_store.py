@@ -8,6 +8,7 @@ Keys (the braces are the hash tag that places a model on one node of a cluster):
     <prefix>:replay:{<model_id>}:changed   set     ids written during a rebuild
     <prefix>:replay:{<model_id>}:architecture      string  JSON; what entries must fit
     <prefix>:replay-models                 set     the model_ids with a buffer
+    <prefix>:replay-model:{<id>}           string  the model_id with this interaction, for `INDEX_S`
 
 The JSON is an `ExperienceEvent` exactly as published, or a `ReplayEntry` that a tool added. The content is a
 function of the set of writes, not of their order: the highest version of each id, and of those the last
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
     from streams.settings import Settings
 
+INDEX_S = 30 * 86_400
+"""Seconds after its last write for which an interaction is found by its id alone, as long as the topics have
+its events."""
 CHUNK = 200
 """Entries per command: about 2.5 MB, so that no single command blocks Redis for long."""
 
@@ -93,9 +97,9 @@ class ReplayWrite:
 
 
 # KEYS: entries, order, changed, removed. ARGV: capacity, then id, score, version, replaces, value of each
-# write. Returns the `WriteResult` of each.
+# write. Returns the `WriteResult` of each, and the ids that it evicted.
 WRITE = """
-local capacity, results = tonumber(ARGV[1]), {}
+local capacity, results, evicted = tonumber(ARGV[1]), {}, {}
 local is_rebuilding = redis.call('EXISTS', KEYS[3]) == 1
 local any_removed = redis.call('EXISTS', KEYS[4]) == 1
 for i = 2, #ARGV, 5 do
@@ -128,6 +132,7 @@ for i = 2, #ARGV, 5 do
       while redis.call('ZCARD', KEYS[2]) > capacity do
         local first = redis.call('ZPOPMIN', KEYS[2])[1]
         redis.call('HDEL', KEYS[1], first)
+        evicted[#evicted+1] = first
         if first == id then result = 2 end
       end
     end
@@ -135,7 +140,7 @@ for i = 2, #ARGV, 5 do
   if is_rebuilding then redis.call('SADD', KEYS[3], id) end
   results[#results+1] = result
 end
-return results
+return {results, evicted}
 """
 
 # KEYS: entries, order. ARGV: positions in the order. Returns the id and the value of each.
@@ -187,6 +192,11 @@ class ReplayKeys:
     def models(self) -> str:
         """The set of all models with a buffer."""
         return f"{self.prefix}:replay-models"
+
+
+def index_key(prefix: str, interaction_id: str) -> str:
+    """The key that holds the model_id of an interaction in replay."""
+    return f"{prefix}:replay-model:{{{interaction_id}}}"
 
 
 def _write_arguments(capacity: int, writes: Iterable[ReplayWrite]) -> list[Any]:
@@ -290,7 +300,8 @@ class RedisReplayBuffer:
             self._client.sadd(self.keys.models, self.model_id)
         for start in range(0, len(writes), CHUNK):
             arguments = _write_arguments(self.capacity, writes[start : start + CHUNK])
-            out += [WriteResult(result) for result in self._write(self.keys.written, arguments)]
+            results, _ = self._write(self.keys.written, arguments)
+            out += map(WriteResult, results)
         return out
 
     def remove(self, entry_id: str) -> bool:
@@ -366,7 +377,11 @@ class Found:
 
 
 class ReplayWriter:
-    """Writes entries of many models in one pipeline, for the joiner's event loop."""
+    """Writes entries of many models in one pipeline, for the joiner's event loop.
+
+    The index of models is written before the entries, so that no entry lacks it after a crash: an index
+    without its entry finds nothing, and expires. Evicted ids leave the index with the next writes.
+    """
 
     def __init__(
         self,
@@ -391,10 +406,7 @@ class ReplayWriter:
         self._generation = generation
         self._known: set[str] = set()
         self._fit = FitCheck(client, prefix, strategies)
-
-    def clear_cache(self) -> None:
-        """Forgets which models Redis knows. Required when Redis has lost writes."""
-        self._known.clear()
+        self._evicted: list[bytes] = []
 
     async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[WriteResult]:
         """Writes (model_id, write) pairs in one round trip; returns the result of each.
@@ -409,12 +421,16 @@ class ReplayWriter:
         for i, (model_id, _) in enumerate(writes):
             positions.setdefault(model_id, []).extend([] if i in unfit else [i])
         pipe = self._client.pipeline(transaction=False)
+        evicted, self._evicted = self._evicted, []
+        for entry_id in evicted:
+            pipe.delete(index_key(self._prefix, entry_id.decode()))
+        for model_id, write in writes:
+            pipe.set(index_key(self._prefix, write.id), model_id, ex=INDEX_S)
+        if not self._generation:
+            pipe.sadd(ReplayKeys(self._prefix, "").models, *positions)
         chunks: list[list[int]] = []
         for model_id, indices in positions.items():
             keys = ReplayKeys(self._prefix, model_id, self._generation)
-            if model_id not in self._known and not self._generation:
-                pipe.sadd(keys.models, model_id)
-                chunks.append([])
             for start in range(0, len(indices), CHUNK):
                 chunk = indices[start : start + CHUNK]
                 arguments = _write_arguments(self._capacity, [writes[i][1] for i in chunk])
@@ -425,32 +441,39 @@ class ReplayWriter:
         answers = await pipe.execute()
         if self._trail:
             self._trail.check(answers.pop(), number)
-        for chunk, results in zip(chunks, answers, strict=True):
-            for i, result in zip(chunk, results if chunk else (), strict=True):
+        for chunk, (results, gone) in zip(chunks, answers[len(answers) - len(chunks) :], strict=True):
+            for i, result in zip(chunk, results, strict=True):
                 out[i] = WriteResult(result)
+            if not self._generation:  # a buffer under construction evicts what the live one may have
+                self._evicted += gone
         self._known.update(positions)
         return out
 
     async def find(self, wanted: Sequence[tuple[str | None, str]]) -> list[Found | None]:
-        """The stored experience of each (model_id, or None for any; interaction_id), or None.
+        """The stored experience of each (model_id, or None if unknown; interaction_id), or None.
 
-        Costs one round trip if all models are given, else two.
+        Costs one round trip if all models are given, else two, whatever the number of models.
         """
         if not wanted:
             return []
-        models: list[str] = []
-        if any(model_id is None for model_id, _ in wanted):
-            found: Any = await self._client.smembers(ReplayKeys(self._prefix, "").models)
-            models = sorted({model_id.decode() for model_id in found} | self._known)
+        unknown = [entry_id for model_id, entry_id in wanted if model_id is None]
+        models: dict[str, str] = {}
+        if unknown:
+            pipe = self._client.pipeline(transaction=False)
+            for entry_id in unknown:
+                pipe.get(index_key(self._prefix, entry_id))
+            found = zip(unknown, await pipe.execute(), strict=True)
+            models = {entry_id: name.decode() for entry_id, name in found if name is not None}
         pipe = self._client.pipeline(transaction=False)
         lookups: list[tuple[int, str]] = []
         for i, (model_id, entry_id) in enumerate(wanted):
-            for candidate in models if model_id is None else [model_id]:
-                pipe.hget(ReplayKeys(self._prefix, candidate, self._generation).entries, entry_id)
-                lookups.append((i, candidate))
+            name = models.get(entry_id) if model_id is None else model_id
+            if name is not None:
+                pipe.hget(ReplayKeys(self._prefix, name, self._generation).entries, entry_id)
+                lookups.append((i, name))
         out: list[Found | None] = [None] * len(wanted)
-        for (i, model_id), value in zip(lookups, await pipe.execute(), strict=True):
+        for (i, name), value in zip(lookups, await pipe.execute() if lookups else (), strict=True):
             # A tool's entry has no interaction to amend.
-            if value is not None and out[i] is None and b'"interaction":' in value:
-                out[i] = Found(model_id, *decode(value))
+            if value is not None and b'"interaction":' in value:
+                out[i] = Found(name, *decode(value))
         return out

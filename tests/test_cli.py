@@ -115,7 +115,7 @@ def test_a_password_among_the_arguments_is_refused(url: str) -> None:
 def test_topics_are_created_once_and_shown(settings: Settings) -> None:
     first = here("topics", "create", *flags(settings))
     assert first.returncode == 0, first.stderr
-    assert len(first.stdout.splitlines()) == 6
+    assert len(first.stdout.splitlines()) == 7
     assert f"created {settings.topic_prefix}.interactions" in first.stdout
     assert here("topics", "create", *flags(settings)).stdout == "all topics exist\n"
     shown = json.loads(here("topics", "show", "--json", *flags(settings)).stdout)

@@ -102,13 +102,20 @@ UNUSED = "redis://127.0.0.1/0"
 
 
 def run(work: Any, settings: Settings) -> Any:
-    """Runs a coroutine; converts errors of Kafka and Redis into a `CortexError`, which is one line."""
+    """Runs a coroutine; converts errors of Kafka and Redis into a `CortexError`, which is one line.
+
+    SIGTERM cancels it, so that it releases what it holds; the exit code is then that of the signal.
+    """
     import asyncio
+    import signal
 
     from streams.connections import explain
     from streams.failures import refused_command
 
     async def explained() -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         try:
             return await work
         except Exception as error:
@@ -117,4 +124,7 @@ def run(work: Any, settings: Settings) -> Any:
                 raise
             raise meaning from error
 
-    return asyncio.run(explained())
+    try:
+        return asyncio.run(explained())
+    except asyncio.CancelledError:
+        raise typer.Exit(128 + signal.SIGTERM) from None

@@ -174,7 +174,6 @@ class JoinerApp(faust.App):
     def clear_caches(self) -> None:
         """Forgets what Redis stores: other workers change it from now on, or Redis has lost it."""
         self.states.clear_cache()
-        self.replay.clear_cache()
 
     async def _publish_experiences(self, experiences: Sequence[Experience]) -> None:
         topic = self.cortex_topics.experiences

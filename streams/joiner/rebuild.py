@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,9 @@ Progress = Callable[[int, int], None]
 
 GENERATION = "rebuild"
 LOCK_S = 60
-"""Seconds until the lock of a crashed rebuild expires."""
+"""Seconds until the lock of a rebuild that was killed with -9 expires."""
+UNFINISHED_S = 600
+"""Seconds until the unfinished buffers of a rebuild that was killed with -9 expire."""
 
 
 @dataclass(slots=True)
@@ -119,6 +121,8 @@ redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
 if redis.call('EXISTS', KEYS[4]) == 1 then
   redis.call('RENAME', KEYS[4], KEYS[1])
   redis.call('RENAME', KEYS[5], KEYS[2])
+  redis.call('PERSIST', KEYS[1]) -- from its expiry as an unfinished buffer
+  redis.call('PERSIST', KEYS[2])
 end
 return redis.call('ZCARD', KEYS[2])
 """
@@ -140,13 +144,30 @@ class _Writer(ReplayWriter):
         )
         self._only = model_id
         self.unfit = 0
+        self._expiring: dict[str, float] = {}
+        """Model → when its expiry was set."""
 
     async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[WriteResult]:
         mine = [(model_id, _rebuilt(w)) for model_id, w in writes if self._only in (None, model_id)]
         written = await super().write(mine)
         self.unfit += written.count(WriteResult.UNFIT)
         results = iter(written)
+        await self.postpone_expiry()
         return [next(results) if self._only in (None, w[0]) else WriteResult.SAME for w in writes]
+
+    async def postpone_expiry(self) -> None:
+        """Makes the unfinished buffers expire in `UNFINISHED_S`, if this rebuild does not continue."""
+        now = time.monotonic()
+        due = [m for m in self._known if now - self._expiring.get(m, -math.inf) > UNFINISHED_S / 10]
+        if not due:
+            return
+        pipe = self._client.pipeline(transaction=False)
+        for model_id in due:
+            keys = ReplayKeys(self._prefix, model_id, self._generation)
+            for key in (keys.entries, keys.order, keys.removed):
+                pipe.expire(key, UNFINISHED_S)
+        await pipe.execute()
+        self._expiring |= dict.fromkeys(due, now)
 
     @property
     def models(self) -> set[str]:
@@ -196,6 +217,11 @@ async def rebuild(
                 writer = _Writer(aio, settings, model_id)
                 join = make_join(settings, extractor)
                 engine = Engine(join, MemoryStates(), writer)
+
+                async def keep() -> None:
+                    await extend_lock()
+                    await writer.postpone_expiry()
+
                 await _replay(
                     settings,
                     engine,
@@ -203,7 +229,7 @@ async def rebuild(
                     forgotten=forgotten,
                     report=report,
                     progress=progress,
-                    extend_lock=extend_lock,
+                    keep=keep,
                 )
                 report.unfit = writer.unfit
                 if model_id and model_id not in {*writer.models, *existing}:
@@ -275,7 +301,7 @@ async def _replay(
     forgotten: Forgotten,
     report: RebuildReport,
     progress: Progress | None,
-    extend_lock: Callable[[], Any],
+    keep: Callable[[], Awaitable[None]],
 ) -> None:
     topics = Topics.of(settings)
     names = (topics.interactions, topics.replies)
@@ -315,7 +341,7 @@ async def _replay(
             for partition in {tp.partition for tp in partitions}:
                 moment = event_time.of(partition, lambda tp: (position[tp] >= ends[tp], now))
                 await engine.timer(partition, moment)
-            await extend_lock()
+            await keep()
             if progress:
                 progress(total - _remaining(position, ends), total)
         for partition in {tp.partition for tp in partitions}:

@@ -211,7 +211,6 @@ async def test_losses_and_crashes_in_any_order_change_no_experience(
         nonlocal offsets
         assert isinstance(bench.states, RedisStates)
         bench.states.clear_cache()
-        bench.writer.clear_cache()
         offsets = StoredOffsets(aio, prefix, bench.trail)
         stored = await offsets.load()
         return {tp: min(stored.get(tp, 0), committed[tp]) for tp in logs}

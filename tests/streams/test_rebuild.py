@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import asyncio
+import os
 import random
+import signal
+import sys
+from asyncio.subprocess import DEVNULL
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -12,9 +17,9 @@ from cortex_core.errors import InputError, UnavailableError
 from cortex_core.feedback.extractors import Extraction
 from cortex_core.feedback_collector import FeedbackSignal, SignalType
 from streams.events import Event, InteractionEvent, utc_now
-from streams.joiner.rebuild import console_progress, rebuild
+from streams.joiner.rebuild import UNFINISHED_S, console_progress, rebuild
 from streams.kafka.topics import Topics
-from streams.replay_store import RedisReplayBuffer, ReplayWrite, decode, model_ids
+from streams.replay_store import RedisReplayBuffer, ReplayKeys, ReplayWrite, decode, index_key, model_ids
 from streams.settings import Settings
 from streams.testing import async_wait_for, interaction, reply, send, spawn_worker
 from tests.streams.kafka_helpers import lag, read_all
@@ -116,6 +121,10 @@ async def test_a_rebuild_equals_what_live_processing_built(settings: Settings, c
         client.delete(key)
     await rebuild(settings)
     assert buffers(settings, client) == built
+    entries = {(model, entry_id) for model, them in built.items() for entry_id, _ in them}
+    index = {entry_id: client.get(index_key(settings.topic_prefix, entry_id)) for _, entry_id in entries}
+    assert index == {entry_id: model.encode() for model, entry_id in entries}
+    assert {client.ttl(ReplayKeys(settings.topic_prefix, model).entries) for model in built} == {-1}
     joiner = spawn_worker("joiner", settings)
     last = max((e for e in events if isinstance(e, InteractionEvent)), key=lambda e: e.occurred_at)
     await send(settings, [reply("after", None, last.conversation_id, occurred_at=NOW)])
@@ -235,3 +244,32 @@ async def test_a_second_rebuild_is_refused_and_a_model_without_events_keeps_its_
     assert (report.models, report.untouched) == ({}, ["m0"])
     assert buffers(settings, client)["m0"] == [("old", b"{}")]
     assert "rebuilding" in capsys.readouterr().out
+
+
+async def test_a_rebuild_that_is_killed_leaves_what_expires(settings: Settings, client: redis.Redis) -> None:
+    """With -9 it cannot clean up; with SIGTERM it does, and the next one need not wait for its lock."""
+    events = [interaction(f"i{n}", f"c{n}", occurred_at=NOW, model_id=f"m{n % 2}") for n in range(20)]
+    await send(settings, [*events, *(reply(f"r{n}", f"i{n}", f"c{n}", occurred_at=NOW) for n in range(20))])
+    unfinished, lock = f"{settings.topic_prefix}:replay:*:rebuild:*", f"{settings.topic_prefix}:rebuilding"
+
+    class Killed(BaseException):
+        """Ends a rebuild at once."""
+
+    def kill(_done: int, _total: int) -> None:
+        left.extend((key, client.ttl(key)) for key in client.scan_iter(unfinished))
+        if left:
+            raise Killed
+
+    left: list[tuple[bytes, object]] = []
+    with pytest.raises(Killed):
+        await rebuild(settings, progress=kill)
+    assert all(0 < life <= UNFINISHED_S for _, life in left)  # type: ignore[operator]  # redis-py's type
+
+    command = [sys.executable, "-m", "streams.cli", "rebuild", "--from", "beginning"]
+    env = os.environ | settings.environment()
+    process = await asyncio.create_subprocess_exec(*command, env=env, stdout=DEVNULL, stderr=DEVNULL)
+    await async_wait_for(lambda: client.exists(lock), "the lock", every_s=0.001)
+    process.send_signal(signal.SIGTERM)
+    assert await process.wait() in (0, 128 + signal.SIGTERM)
+    assert not client.exists(lock)
+    assert not list(client.scan_iter(unfinished))

@@ -4,6 +4,7 @@ import random
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import redis
@@ -12,11 +13,14 @@ import redis.asyncio
 from cortex_core.replay_buffer import ReplayBuffer
 from streams.events import ExperienceEvent, Reading, parse
 from streams.replay_store import (
+    INDEX_S,
     RedisReplayBuffer,
     Replaces,
+    ReplayKeys,
     ReplayWrite,
     ReplayWriter,
     WriteResult,
+    index_key,
     model_ids,
     to_entry,
 )
@@ -177,6 +181,57 @@ async def test_a_pipeline_of_many_models_returns_results_in_order(
             None,
         ]
         assert await writer.write([]) == []
+
+
+async def test_an_interaction_is_found_by_its_id_at_the_same_cost_with_any_number_of_models(
+    client: redis.Redis, redis_url: str, prefix: str
+) -> None:
+    async with redis.asyncio.Redis.from_url(redis_url) as aio:
+        writer = ReplayWriter(aio, prefix=prefix, capacity=300)
+        await writer.write([(f"m{i}", written(experience(f"i{i}", i))) for i in range(100)])
+        before = commands(client)
+        found = await writer.find([(None, f"i{i}") for i in range(10)] + [(None, f"x{i}") for i in range(10)])
+        assert [f and f.model_id for f in found] == [f"m{i}" for i in range(10)] + [None] * 10
+        assert commands(client) - before == 20 + 10
+
+
+def commands(client: redis.Redis) -> int:
+    """Number of keys read so far."""
+    stats: Any = client.info("commandstats")
+    return sum(stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("get", "hget", "smembers"))
+
+
+async def test_the_index_holds_what_the_buffer_holds_and_expires(
+    client: redis.Redis, redis_url: str, prefix: str
+) -> None:
+    async with redis.asyncio.Redis.from_url(redis_url) as aio:
+        writer = ReplayWriter(aio, prefix=prefix, capacity=10)
+        for i in range(30):
+            await writer.write([("m", written(experience(f"i{i}", i)))])
+        await writer.write([("other", written(experience("one")))])  # what was evicted leaves it by now
+        held = {
+            key.decode().rpartition("{")[2].rstrip("}")
+            for key in client.scan_iter(f"{prefix}:replay-model:*")
+        }
+        assert held == {"one", *(f"i{i}" for i in range(20, 30))}
+        life: Any = client.ttl(index_key(prefix, "i29"))
+        assert 29 * 86_400 < life <= INDEX_S
+
+
+async def test_a_write_that_fails_half_way_leaves_no_entry_without_an_index(
+    client: redis.Redis, redis_url: str, prefix: str
+) -> None:
+    keys = ReplayKeys(prefix, "m")
+    client.set(keys.entries, "not a hash")
+    async with redis.asyncio.Redis.from_url(redis_url) as aio:
+        writer = ReplayWriter(aio, prefix=prefix, capacity=10)
+        with pytest.raises(redis.ResponseError):
+            await writer.write([("m", written(experience("i1")))])
+        assert client.get(index_key(prefix, "i1")) == b"m"
+        client.delete(keys.entries)
+        assert await writer.find([(None, "i1")]) == [None]
+        await writer.write([("m", written(experience("i1")))])
+        assert [f and f.model_id for f in await writer.find([(None, "i1")])] == ["m"]
 
 
 def test_readers_see_whole_entries_while_a_writer_amends(client: redis.Redis, prefix: str) -> None:

@@ -17,11 +17,12 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
-from cortex_core.errors import ConfigError
+from cortex_core.errors import ConfigError, InputError
 from streams.api_keys import ApiKey, parse_keys
 from streams.ports import WORKER_PORTS
 
@@ -128,6 +129,9 @@ class Settings(BaseSettings):
     IP addresses, localhost, and `host`."""
 
     # The model
+    models: Annotated[tuple[str, ...], NoDecode] = ()
+    """Ids of the models that may be used, separated by commas; empty: any. Inference workers refuse requests
+    of others, and joiners publish their events as dead letters."""
     encoder: str = "minilm"
     """Text encoder: minilm, hashing, or a path or hub name of a SentenceTransformer.
 
@@ -195,6 +199,13 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, _Environment(settings_cls), dotenv_settings, file_secret_settings
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _model_ids(cls, value: object) -> object:
+        return (
+            [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+        )
 
     @field_validator("redis_url")
     @classmethod
@@ -280,6 +291,14 @@ class Settings(BaseSettings):
             return self
         return self.model_copy(update={"port": WORKER_PORTS[name]})
 
+    def check_model(self, model_id: str) -> None:
+        """Raises `InputError` for a model that may not be used."""
+        if self.models and model_id not in self.models:
+            raise InputError(
+                f"model {model_id!r} may not be used here; CORTEX_MODELS has {', '.join(self.models)}: use "
+                "one of these, or add it to CORTEX_MODELS of inference workers and joiners"
+            )
+
     @property
     def local_host(self) -> str:
         """Host at which processes on this machine reach a server that listens on `host`."""
@@ -294,6 +313,8 @@ class Settings(BaseSettings):
                 continue
             if isinstance(value, SecretStr):
                 value = value.get_secret_value()
+            if isinstance(value, tuple):
+                value = ",".join(value)
             values[f"CORTEX_{name.upper()}"] = str(int(value) if isinstance(value, bool) else value)
         return values
 

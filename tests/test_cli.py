@@ -123,6 +123,13 @@ def test_topics_are_created_once_and_shown(settings: Settings) -> None:
     assert "as expected" in here("topics", "show", *flags(settings)).stdout
 
 
+def test_a_list_of_models_is_read_from_the_environment_and_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings.load().models == ()
+    monkeypatch.setenv("CORTEX_MODELS", " support, sales,")
+    assert Settings.load().models == ("support", "sales")
+    assert Settings.load().environment()["CORTEX_MODELS"] == "support,sales"
+
+
 def test_topics_that_are_missing_are_said(settings: Settings) -> None:
     assert "does not exist" in here("topics", "show", *flags(settings)).stdout
 

@@ -50,6 +50,13 @@ class RequestError(InputError):
         self.fields = dict(fields or {})
 
 
+class UnknownModelError(RequestError):
+    """A model that may not be used (`CORTEX_MODELS`)."""
+
+    status = 404
+    type = "unknown_model"
+
+
 class ConflictError(RequestError):
     """An id that was already used for another request."""
 

@@ -193,7 +193,8 @@ router = APIRouter(
     # Only describes the key in /docs: it is checked before the body is read, which dependencies are not.
     dependencies=[Depends(HTTPBearer(auto_error=False, description="Required if CORTEX_API_KEYS is set."))],
     responses={
-        code: {"model": ErrorResponse} for code in (400, 401, 403, 408, 409, 413, 415, 422, 429, 500, 503)
+        code: {"model": ErrorResponse}
+        for code in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503)
     },
 )
 

@@ -21,7 +21,7 @@ from typing import NoReturn
 import structlog
 from aiokafka.errors import KafkaError
 
-from cortex_core.errors import UnavailableError, WeightsError
+from cortex_core.errors import InputError, UnavailableError, WeightsError
 from cortex_core.model import CortexModel
 from cortex_core.text_encoder import load_encoder
 from cortex_core.weights import WeightsManifest, WeightsSnapshot
@@ -37,6 +37,7 @@ from streams.inference.api import (
     ReplyRequest,
     ReplyResponse,
     RequestError,
+    UnknownModelError,
 )
 from streams.inference.decider import Decider
 from streams.inference.models import Models
@@ -129,10 +130,12 @@ class Service:
         """Makes a decision; the interaction is in Kafka when this returns.
 
         Raises:
+            UnknownModelError: its model may not be used.
             RequestError: the request is invalid, or its interaction_id was used for a different request.
             UnavailableError: retry later with the same interaction_id.
         """
         decider = self._ready()
+        self._check_model(request.model_id)
         interaction_id = request.interaction_id or new_id()
 
         async def make() -> Record[DecideResponse]:
@@ -204,7 +207,12 @@ class Service:
         )
 
     def model(self, model_id: str) -> ModelDetail:
-        """One model; version 0 for untrained weights."""
+        """One model; version 0 for untrained weights.
+
+        Raises:
+            UnknownModelError: it may not be used.
+        """
+        self._check_model(model_id)
         detail = self._models.detail(model_id, self._follower.newest(model_id))
         return detail.model_copy(update=self._notes(model_id))
 
@@ -243,6 +251,12 @@ class Service:
             version = self._models.summary(model_id, None).version
             models[model_id] = ModelState(version, control.pinned, control.paused)
         return Activity(models=models, models_total=len(ids))
+
+    def _check_model(self, model_id: str) -> None:
+        try:
+            self.settings.check_model(model_id)
+        except InputError as error:
+            raise UnknownModelError(str(error), {"model_id": str(error)}) from None
 
     def _ready(self) -> Decider:
         if self._decider is None or self.missing:

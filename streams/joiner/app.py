@@ -73,6 +73,7 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
                         part.refuse,
                         store_text=join.store_text,
                         is_published=part.batch.is_published,
+                        check_model=app.cortex_settings.check_model,
                     )
                     received = drop_forgotten(read_, app.follower.forgotten)
                     tasks = extract_feedback(received, join, part.refuse)

@@ -44,6 +44,7 @@ def read(
     *,
     store_text: bool,
     is_published: Callable[[Any], bool] = lambda _: False,
+    check_model: Callable[[str], None] = lambda _model_id: None,
 ) -> list[Received]:
     """Decodes records of the two topics into events.
 
@@ -51,6 +52,7 @@ def read(
         refuse: called for each record that is not a valid event.
         store_text: whether interactions keep the text of the user's message, if they have it.
         is_published: whether what follows from a record was published before.
+        check_model: raises `InputError` for the id of a model that may not be used.
     """
     received = []
     for record in records:
@@ -61,7 +63,9 @@ def read(
                     f"the event has {size} bytes; the maximum is {MAX_RECORD_BYTES - RESERVED_BYTES}"
                 )
             if record.topic == topics.interactions:
-                event: Interaction | Reply = decode_interaction(record.value, store_text=store_text)
+                interaction = decode_interaction(record.value, store_text=store_text)
+                check_model(interaction.model_id)
+                event: Interaction | Reply = interaction
             else:
                 event = decode_reply(record.value)
             received.append(Received(record, event, is_published(record)))

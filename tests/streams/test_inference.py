@@ -524,6 +524,30 @@ async def test_a_model_pinned_while_it_loads_is_served_as_pinned(settings: Setti
     updating.cancel()
 
 
+@pytest.mark.integration
+async def test_a_model_that_is_not_allowed_is_refused_with_what_to_do(settings: Settings) -> None:
+    async with served(settings.model_copy(update={"models": ("support", "sales")})) as (_, http):
+        for answer in (
+            await http.post("/v1/decide", json=body(model_id="invented")),
+            await http.get("/v1/models/invented"),
+        ):
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"]) == (404, "unknown_model")
+            assert "CORTEX_MODELS has support, sales" in error["message"]
+        assert (await http.post("/v1/decide", json=body(model_id="sales"))).status_code == 200
+    assert [event.model_id for event in await interactions(settings)] == ["sales"]
+
+
+@pytest.mark.integration
+async def test_names_that_clients_invent_do_not_grow_the_metrics(settings: Settings) -> None:
+    async with served(settings.model_copy(update={"models_in_memory": 3})) as (_, http):
+        for n in range(10):
+            answer = await http.post("/v1/decide", json=body(model_id=f"invented-{n}"))
+            assert answer.status_code == 200
+        metrics = (await http.get("/metrics")).text
+    assert [line.count("invented") for line in metrics.splitlines()].count(1) == 3
+
+
 async def _listed(http: httpx.AsyncClient, model_id: str, number: int) -> bool:
     models = (await http.get("/v1/models")).json()["models"]
     return any(m["model_id"] == model_id and m["version"] == number for m in models)

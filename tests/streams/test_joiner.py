@@ -156,3 +156,20 @@ async def test_it_is_ready_again_after_a_batch_that_kafka_refused_once(
         await async_wait_for(lambda: all_committed(settings), "the events")
         await async_wait_for(lambda: not joiner.worker.missing, "the joiner to be ready")
     assert summary(replay(settings, client)) == expected(conversation(1))
+
+
+async def test_events_of_models_that_are_not_allowed_become_dead_letters(
+    settings: Settings, client: redis.Redis
+) -> None:
+    now = utc_now()
+    async with joining(settings.model_copy(update={"models": ("default", "support")})):
+        events = [
+            interaction("i1", occurred_at=now, model_id="invented"),
+            interaction("i2", "d", occurred_at=now),
+        ]
+        replies = [reply("r1", "i1", occurred_at=now), reply("r2", "i2", "d", occurred_at=now)]
+        await send(settings, [*events, *replies])
+        await async_wait_for(lambda: replay(settings, client), "the experience of the other model")
+    letters = [parse(DeadLetter, r.value) for r in await read_all(settings, Topics.of(settings).dead_letters)]
+    assert len(letters) == 1
+    assert "'invented' may not be used here; CORTEX_MODELS has default, support" in letters[0].reason

@@ -347,7 +347,7 @@ def version_of(headers: Iterable[tuple[str, bytes]], revision: int) -> int:
     return int(value) if value.isdigit() and len(value) < 16 else revision
 
 
-ControlAction = Literal["rollback", "pin", "unpin", "pause", "resume"]
+ControlAction = Literal["rollback", "pin", "unpin", "pause", "resume", "forget", "forgotten"]
 
 
 class ControlEvent(Event):

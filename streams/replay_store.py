@@ -35,7 +35,7 @@ from cortex_core.recency import RecencySampler
 from cortex_core.replay_buffer import ReplayEntry
 from streams.connections import redis_client
 from streams.events import ExperienceEvent, new_id, parse
-from streams.replay_fit import FitCheck
+from streams.replay_fit import FitCheck, architecture_key
 from streams.trail import Trail
 
 if TYPE_CHECKING:
@@ -352,6 +352,18 @@ class RedisReplayBuffer:
         """Deletes all entries."""
         self._client.delete(self.keys.entries, self.keys.order, self.keys.removed)
 
+    def forget(self) -> None:
+        """Deletes all entries, and all that refers to them or to the model."""
+        ids = self.ids()
+        for start in range(0, len(ids), CHUNK):
+            pipe = self._client.pipeline(transaction=False)
+            for entry_id in ids[start : start + CHUNK]:
+                pipe.delete(index_key(self.keys.prefix, entry_id))
+            pipe.execute()
+        self.clear()
+        self._client.delete(architecture_key(self.keys.prefix, self.model_id))
+        self._client.srem(self.keys.models, self.model_id)
+
     def __len__(self) -> int:
         size: Any = self._client.zcard(self.keys.order)
         return int(size)
@@ -364,6 +376,15 @@ def model_ids(client: redis.Redis, prefix: str) -> list[str]:
     """All models with a buffer, sorted."""
     found: Any = client.smembers(ReplayKeys(prefix, "").models)
     return sorted(model_id.decode() for model_id in found)
+
+
+def sizes(client: redis.Redis, prefix: str) -> dict[str, int]:
+    """The number of entries of each model with a buffer."""
+    names = model_ids(client, prefix)
+    pipe = client.pipeline(transaction=False)
+    for name in names:
+        pipe.zcard(ReplayKeys(prefix, name).order)
+    return dict(zip(names, pipe.execute(), strict=True)) if names else {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,7 @@ class _Comparison:
         required = bool(self.required[it.key]) or due
         stored, published = evidence.stored.get(it.key), evidence.published.get(it.key)
         may_be_evicted = self.joined.rank[it.key] >= evidence.capacity
+        may_be_evicted |= it.arrived < evidence.models_forgotten.get(it.model_id, 0.0)
         if stored is not None:
             self._check_experience(it, stored, "replay")
         elif it.key in evidence.misfits:

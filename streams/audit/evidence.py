@@ -138,6 +138,7 @@ class Version:
 
     model_id: str
     version: int
+    """0: the model's versions before were deleted."""
     parent: int | None
     learned: int
     """Number of distinct experiences that the model has learned from."""
@@ -191,6 +192,8 @@ class Evidence:
     """Invalid or inconsistent entries of replay and records of the experiences topic."""
     versions: list[Version] = field(default_factory=list)
     """In the order of the topic."""
+    models_forgotten: dict[str, float] = field(default_factory=dict)
+    """Model → Unix seconds when its replay and its versions were last deleted."""
 
 
 def digest(event: InteractionEvent) -> bytes:

@@ -26,6 +26,7 @@ from streams.kafka.reader import reading, records_to_end
 from streams.kafka.topics import Topics
 from streams.replay_fit import architecture_key
 from streams.replay_store import CHUNK, ReplayKeys, decode
+from streams.weights.forgotten import forgotten_models
 from streams.weights.records import MANIFEST, decode_key
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ async def collect(settings: Settings) -> Evidence:
         await _replay(settings, client, evidence, fits)
     async for record in _records(settings, topics.experiences):
         _published(record, letters, evidence, fits, forgotten=forgotten)
+    evidence.models_forgotten = await forgotten_models(settings)
     async for record in _records(settings, topics.weights):
         if version := _version(record):
             evidence.versions.append(version)
@@ -179,10 +181,13 @@ def _published(
 
 
 def _version(record: Any) -> Version | None:
-    """The version of a manifest; None for chunks, tombstones and records that followers refuse."""
+    """The version of a manifest, 0 of a deleted one; None for chunks and records that followers refuse."""
     try:
-        if record.value is None or decode_key(record.key)[2] != MANIFEST:
+        model_id, _, part = decode_key(record.key)
+        if part != MANIFEST:
             return None
+        if record.value is None:
+            return Version(model_id, 0, None, 0, {})
         return Version.of(WeightsManifest.model_validate_json(record.value))
     except (CortexError, ValidationError, RecursionError):
         return None

@@ -17,6 +17,9 @@ def check_versions(versions: Iterable[Version], report: Report) -> None:
     """
     newest: dict[str, Version] = {}
     for version in versions:
+        if not version.version:
+            newest.pop(version.model_id, None)
+            continue
         report.counts["versions"] += 1
         before = newest.get(version.model_id)
         if problem := _problem(version, before):

@@ -1,4 +1,4 @@
-"""The commands of operators: topics, status, audit, logs, rebuild, dead letters, control."""
+"""The commands of operators: topics, status, audit, logs, rebuild, dead letters, models, control."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cortex_core.errors import ConfigError
+from streams.cli import models
 from streams.cli.options import UNUSED, AsJson, Data, Kafka, Prefix, Redis, group, load, run
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ topics_app = group(help="Create or show the topics.")
 letters_app = group(help="Show dead letters, or retry them.")
 app.add_typer(topics_app, name="topics")
 app.add_typer(letters_app, name="dead-letters")
+app.add_typer(models.app, name="models")
 
 
 @topics_app.command("create")

@@ -107,6 +107,7 @@ def run(work: Any, settings: Settings) -> Any:
     SIGTERM cancels it, so that it releases what it holds; the exit code is then that of the signal.
     """
     import asyncio
+    import contextlib
     import signal
 
     from streams.connections import explain
@@ -115,7 +116,8 @@ def run(work: Any, settings: Settings) -> Any:
     async def explained() -> Any:
         task = asyncio.current_task()
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        with contextlib.suppress(RuntimeError):  # only the main thread gets signals
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         try:
             return await work
         except Exception as error:

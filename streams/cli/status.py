@@ -25,7 +25,7 @@ from streams.kafka.groups import committed_offsets
 from streams.kafka.reader import reading
 from streams.kafka.topics import MAX_PARTITIONS, Topics
 from streams.ports import WORKER_PORTS
-from streams.replay_store import RedisReplayBuffer, model_ids
+from streams.replay_store import sizes
 from streams.settings import Settings
 from streams.trail import Trail
 
@@ -207,14 +207,9 @@ async def _waiting(settings: Settings) -> Rows:
 async def _replay(settings: Settings) -> Rows:
     """Number of entries in replay, by model."""
 
-    def sizes() -> Rows:
-        with redis_client(settings) as client:
-            return [
-                {"model_id": name, "entries": len(RedisReplayBuffer.of(settings, name, client))}
-                for name in model_ids(client, settings.topic_prefix)
-            ]
-
-    return await asyncio.to_thread(sizes)
+    with redis_client(settings) as client:
+        entries = await asyncio.to_thread(sizes, client, settings.topic_prefix)
+    return [{"model_id": name, "entries": count} for name, count in entries.items()]
 
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:

@@ -4,7 +4,8 @@
 
 Reads without a consumer group and commits nothing. Readers see the old buffer until one atomic swap replaces
 it. Live joiners' writes are not lost: during a rebuild every write records its id in a set, and the swap
-copies those entries to the new buffer. A model without events in the topics keeps its buffer.
+copies those entries to the new buffer. A model without events in the topics keeps its buffer. Interactions
+from before their model was forgotten (`cortex models forget`) are left out.
 
 Leaves out the events of forgotten conversations. It does not touch the joiners' state: they restore what
 Redis has lost of it (`streams.joiner.offsets`).
@@ -16,7 +17,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from streams.connections import async_redis_client, redis_client
 from streams.forgotten import Forgotten, read_forgotten
 from streams.joiner.decode import Interaction, Reply
 from streams.joiner.effects import Engine, Task
-from streams.joiner.records import EventTime, drop_forgotten, extract_feedback, make_join, read
+from streams.joiner.records import EventTime, Received, drop_forgotten, extract_feedback, make_join, read
 from streams.joiner.states import MemoryStates
 from streams.kafka.reader import STALL_S, Watchdog, reading
 from streams.kafka.topics import Topics, create_topics
@@ -46,6 +47,7 @@ from streams.replay_store import (
     decode,
     model_ids,
 )
+from streams.weights.forgotten import forgotten_models
 
 if TYPE_CHECKING:
     import redis
@@ -305,6 +307,7 @@ async def _replay(
 ) -> None:
     topics = Topics.of(settings)
     names = (topics.interactions, topics.replies)
+    include = _filter(since, await forgotten_models(settings))
     # Including uncommitted records, as the joiner reads.
     async with reading(settings, names, committed_only=False) as consumer:
         partitions = sorted(consumer.assignment())
@@ -337,7 +340,8 @@ async def _replay(
                         event_time.advance(tp, record.timestamp)
                         batch.append(record)
                 position[tp] = max(position[tp], await consumer.position(tp))
-            await engine.apply(_tasks(engine, topics, batch, since=since, forgotten=forgotten, report=report))
+            tasks = _tasks(settings, engine, batch, include=include, forgotten=forgotten, report=report)
+            await engine.apply(tasks)
             for partition in {tp.partition for tp in partitions}:
                 moment = event_time.of(partition, lambda tp: (position[tp] >= ends[tp], now))
                 await engine.timer(partition, moment)
@@ -352,12 +356,27 @@ def _remaining(position: dict[TopicPartition, int], ends: dict[TopicPartition, i
     return sum(max(0, end - position[tp]) for tp, end in ends.items())
 
 
+def _filter(since: datetime | None, forgotten: Mapping[str, float]) -> Callable[[Received], bool]:
+    """Tells which events to rebuild from: all replies, and interactions since then and since a forgetting."""
+
+    def include(received: Received) -> bool:
+        event = received.event
+        if isinstance(event, Reply):
+            return True
+        arrived = received.record.timestamp / 1000
+        return (since is None or event.at >= since.timestamp()) and arrived >= forgotten.get(
+            event.model_id, 0.0
+        )
+
+    return include
+
+
 def _tasks(
+    settings: Settings,
     engine: Engine,
-    topics: Topics,
     records: list[Any],
     *,
-    since: datetime | None,
+    include: Callable[[Received], bool],
     forgotten: Forgotten,
     report: RebuildReport,
 ) -> list[Task]:
@@ -366,10 +385,16 @@ def _tasks(
         log.warning("invalid record", topic=record.topic, offset=record.offset, error=reason)
         report.unreadable += 1
 
+    topics = Topics.of(settings)
     received = [
         it
-        for it in drop_forgotten(read(records, topics, refuse, store_text=engine.rules.store_text), forgotten)
-        if since is None or isinstance(it.event, Reply) or it.event.at >= since.timestamp()
+        for it in drop_forgotten(
+            read(
+                records, topics, refuse, store_text=engine.rules.store_text, check_model=settings.check_model
+            ),
+            forgotten,
+        )
+        if include(it)
     ]
     tasks = extract_feedback(received, engine.rules, refuse)
     interactions = sum(isinstance(it.event, Interaction) for it in received)

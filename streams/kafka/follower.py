@@ -200,7 +200,7 @@ class StateFollower(abc.ABC):
         """Set once all records in the topic at the start have been read."""
         self.refused: Counter[str] = Counter()
         """Number of refused records, by reason."""
-        self._topic = TopicFollower(settings, topic, self._handle, on_state=on_state)
+        self._topic = TopicFollower(settings, topic, self.handle, on_state=on_state)
         self._starting: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -247,7 +247,8 @@ class StateFollower(abc.ABC):
         await self._topic.catch_up()
         self.caught_up.set()
 
-    async def _handle(self, records: list[Any]) -> None:
+    async def handle(self, records: list[Any]) -> None:
+        """Adds records to the state, or refuses them."""
         for record in records:
             try:
                 await self._add(record)

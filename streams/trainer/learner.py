@@ -118,6 +118,11 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def optimizer_key(settings: Settings, model_id: str) -> str:
+    """The key in Redis of a model's optimizer states."""
+    return f"{settings.topic_prefix}:trainer:{{{model_id}}}:optimizer"
+
+
 def warm_up(settings: Settings) -> None:
     """Takes one training step and discards it: torch loads modules for seconds at its first step."""
     model = CortexModel.create(model_config(settings))
@@ -342,7 +347,7 @@ class ModelLearner:
 
     @property
     def _cache_key(self) -> str:
-        return f"{self.settings.topic_prefix}:trainer:{{{self.model_id}}}:optimizer"
+        return optimizer_key(self.settings, self.model_id)
 
     def _load_optimizer(self, cache: redis.Redis) -> bool:
         try:

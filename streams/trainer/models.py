@@ -19,7 +19,7 @@ from cortex_core.weights import WeightsSnapshot
 from streams.failures import error_text, is_systemic
 from streams.replay_store import RedisReplayBuffer
 from streams.trainer.context import TrainerContext
-from streams.trainer.learner import ModelLearner
+from streams.trainer.learner import ModelLearner, optimizer_key
 from streams.trainer.replay import Misfit
 
 log = structlog.get_logger(__name__)
@@ -86,6 +86,22 @@ class LoadedModels:
         """Removes a model from memory without publishing it; the learner it had."""
         self._learned.pop(model_id, None)
         return self._learners.pop(model_id, None)
+
+    async def forget(self, model_id: str, position: int) -> None:
+        """Removes a model from memory, and its replay and optimizer from Redis.
+
+        Args:
+            position: offset of the partition's next experience; the model begins again there.
+        """
+        self.discard(model_id)
+        self._learned[model_id] = position
+        settings, cache = self._context.settings, self._context.cache
+
+        def forget() -> None:
+            RedisReplayBuffer.of(settings, model_id, cache).forget()
+            cache.delete(optimizer_key(settings, model_id))
+
+        await self._context.in_thread(forget)
 
     def unload(self) -> None:
         """Removes the least recently used models beyond `MODELS_LOADED`, except unpublished ones."""

@@ -38,6 +38,7 @@ from streams.trainer.context import TrainerContext
 from streams.trainer.learner import MisfitError, ModelLearner, Resume
 from streams.trainer.models import LearningError, LoadedModels, Version
 from streams.trainer.replay import Misfit
+from streams.weights.control import publish_forgotten
 from streams.weights.records import SPARE_SLOTS, Tombstone, delete, publish_all
 
 if TYPE_CHECKING:
@@ -338,6 +339,9 @@ class PartitionLearner:
         if not self.owns(model_id):
             return
         control = self.context.controls.of(model_id)
+        if control.forget:
+            await self._forget(model_id)
+            return
         rollback = control.rollback
         if rollback is not None and self._is_pending(model_id, rollback):
             learner = await self._load(model_id.encode())
@@ -353,6 +357,23 @@ class PartitionLearner:
             self.position = self.paused.pop(model_id)
             self._consumer.seek(self.tp, self.position)
             log.info("training resumed", model_id=model_id, offset=self.position)
+
+    async def _forget(self, model_id: str) -> None:
+        """Deletes all that is known of a model; its next experience starts it anew.
+
+        Redis first: after a crash in between, the command is still there, and is carried out again.
+        """
+        producer, follower = self._producer, self.context.follower
+        assert producer is not None
+        self.paused.pop(model_id, None)
+        self._refused_rollbacks.pop(model_id, None)
+        await self.models.forget(model_id, self.position)
+        async with asyncio.timeout(PUBLISH_TIMEOUT_S), producer.transaction():
+            await delete(producer, follower.versions.tombstones(model_id))
+            await publish_forgotten(producer, self.settings, model_id)
+        await follower.catch_up()
+        await self.context.controls.catch_up()
+        log.warning("model forgotten", model_id=model_id)
 
     def _is_pending(self, model_id: str, rollback: Rollback) -> bool:
         """Whether a rollback has yet to be done; refuses it if its version is not kept. Loads no model."""

@@ -1,4 +1,4 @@
-"""Operator commands for a model: rollback, pin, pause; how they are sent and followed.
+"""Operator commands for a model: rollback, pin, pause, forget; how they are sent and followed.
 
 | action | effect on inference workers | effect on trainers |
 |---|---|---|
@@ -7,6 +7,8 @@
 | unpin | they serve the newest version again | continue with the first experience not learned from |
 | pause | none | neither learn nor publish |
 | resume | none | continue with the first experience not learned from |
+| forget | they drop the model once its versions are deleted | delete its versions, replay and commands |
+| forgotten | none | written by the trainer that has forgotten the model, in place of all its commands |
 
 The topic is compacted by key, so a reader gets the state of every model from the topic's beginning. The key
 is the model_id and the action's subject: with the model_id alone, a later pause would delete a pin.
@@ -14,9 +16,11 @@ is the model_id and the action's subject: with the model_id alone, a later pause
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import structlog
@@ -28,13 +32,23 @@ from streams.events import ControlAction, ControlEvent, new_id, parse, utc_now
 from streams.forgotten import is_forget
 from streams.kafka.clients import started
 from streams.kafka.follower import StateFollower
+from streams.kafka.reader import reading, records_to_end
 from streams.kafka.topics import Topics, create_topics
 from streams.settings import Settings
+from streams.weights.records import delete
 from streams.weights.versions import read_versions
 
 log = structlog.get_logger(__name__)
 
-_SUBJECT = {"rollback": "rollback", "pin": "pin", "unpin": "pin", "pause": "pause", "resume": "pause"}
+_SUBJECT: dict[ControlAction, str] = {
+    "rollback": "rollback",
+    "pin": "pin",
+    "unpin": "pin",
+    "pause": "pause",
+    "resume": "pause",
+    "forget": "forget-model",
+    "forgotten": "forget-model",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +68,10 @@ class Control:
     """The version that inference workers serve; None: the newest."""
     paused: bool = False
     rollback: Rollback | None = None
+    forget: bool = False
+    """Whether the model is to be forgotten, and no trainer has done it yet."""
+    forgotten_at: datetime | None = None
+    """When the model was last forgotten."""
 
     @property
     def training_paused(self) -> bool:
@@ -74,14 +92,14 @@ class Control:
             case "rollback":
                 assert event.version is not None
                 return replace(self, rollback=Rollback(event.version, offset, event.reason))
-            case "pin":
-                return replace(self, pinned=event.version)
-            case "unpin":
-                return replace(self, pinned=None)
-            case "pause":
-                return replace(self, paused=True)
-            case "resume":
-                return replace(self, paused=False)
+            case "pin" | "unpin":
+                return replace(self, pinned=event.version if event.action == "pin" else None)
+            case "pause" | "resume":
+                return replace(self, paused=event.action == "pause")
+            case "forget":
+                return replace(self, forget=True)
+            case "forgotten":
+                return Control(forgotten_at=event.occurred_at)
 
 
 NO_CONTROL = Control()
@@ -169,8 +187,54 @@ async def send_control(
         version=version,
         reason=reason,
     )
-    key = json.dumps([model_id, _SUBJECT[action]], ensure_ascii=False).encode()
     options = kafka_client_options(settings)
     async with started(AIOKafkaProducer(**options, enable_idempotence=True)) as producer:
+        key = encode_control_key(model_id, _SUBJECT[action])
         await producer.send_and_wait(Topics.of(settings).control, event.to_bytes(), key=key, partition=0)
     return event
+
+
+def encode_control_key(model_id: str, subject: str) -> bytes:
+    """The key of a model's commands about one subject."""
+    return json.dumps([model_id, subject], ensure_ascii=False).encode()
+
+
+async def publish_forgotten(producer: AIOKafkaProducer, settings: Settings, model_id: str) -> None:
+    """Replaces all commands for a model by the note that it is forgotten, in the caller's open transaction.
+
+    Raises:
+        KafkaError: abort the transaction.
+    """
+    topic = Topics.of(settings).control
+    obsolete = sorted({*_SUBJECT.values()} - {_SUBJECT["forget"]})
+    await delete(producer, [(topic, 0, encode_control_key(model_id, subject)) for subject in obsolete])
+    event = ControlEvent(control_id=new_id(), occurred_at=utc_now(), model_id=model_id, action="forgotten")
+    key = encode_control_key(model_id, _SUBJECT[event.action])
+    await (await producer.send(topic, event.to_bytes(), key=key, partition=0))
+
+
+async def read_controls(settings: Settings) -> dict[str, Control]:
+    """The state of each model that had an operator command.
+
+    Raises:
+        UnavailableError: Kafka stopped sending.
+        KafkaError, OSError: the broker does not answer, or has no such topic.
+    """
+    controls = ControlFollower(settings)
+    async with reading(settings, [Topics.of(settings).control]) as consumer:
+        async for record in records_to_end(consumer, settings):
+            await controls.handle([record])
+    return {model_id: controls.of(model_id) for model_id in controls.models()}
+
+
+async def wait_until_forgotten(settings: Settings, model_id: str) -> None:
+    """Returns once a trainer has carried out a `forget`. Give it a timeout."""
+    forgotten = asyncio.Event()
+
+    async def note(changed: str, control: Control) -> None:
+        if changed == model_id:
+            forgotten.clear() if control.forget else forgotten.set()
+
+    async with ControlFollower(settings, note) as controls:
+        await controls.until_caught_up()
+        await forgotten.wait()

@@ -12,6 +12,7 @@ ALL = (
     "joiner_throughput",
     "reply_to_weights",
     "inference_latency",
+    "model_count",
 )
 """Quality benchmarks first; then timings, which need an idle machine."""
 

@@ -114,7 +114,7 @@ NOT_RUN = {
     "streams.replay_store",  # keys of Redis
     "streams.trail.Trail",  # an outline
     "streams.trail.Trail 2",  # keys of Redis
-    "streams.weights.follower",  # keys and values of a topic
+    "streams.weights.records",  # keys and values of a topic
 }
 """Blocks that are tables, trees and formulas."""
 
@@ -202,6 +202,7 @@ ALONE: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "streams.joiner.join": of_join,
     "streams.local.embedded": lambda: {"data": Path("data")},
+    "streams.weights.versions": lambda: {"settings": Settings.load(), "records": []},
     "streams.local.processes.Child": lambda: {"program": redis_program(), "data": Path("data")},
 }
 """Examples that need no server, and what stands for the names that they take for given."""
@@ -232,7 +233,7 @@ ON_SERVERS: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "streams.local.stack": lambda _: {},
     "streams.replay_store.RedisReplayBuffer": lambda _: {},
     "streams.testing": lambda _: {"Settings": Settings},
-    "streams.weights.follower.WeightsFollower": lambda _: {},
+    "streams.weights.follower.WeightsFollower": lambda _: {"build": ignore},
 }
 """Examples that need Kafka and Redis, an interaction and its reply in the topics."""
 

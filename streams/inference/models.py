@@ -60,11 +60,6 @@ Pinned = Callable[[str], int | None]
 class Models:
     """LRU cache of at most `capacity` models; a requested model is loaded, and then kept up to date.
 
-        models = Models(config, capacity, load, pinned)
-        updating = asyncio.create_task(models.update())
-        served = await models.get("default")
-        models.changed("default")               # its version to serve is another one now
-
     All methods run on one event loop, and a swap is one assignment, so that it is atomic between two
     requests. Of the changes while a version is being loaded, only the last is loaded.
     """

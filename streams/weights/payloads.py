@@ -1,9 +1,4 @@
-"""Reads the payloads of versions on demand.
-
-payloads = Payloads(settings)
-snapshot, resume = await payloads.read(version)
-await payloads.close()
-"""
+"""Reads the payloads of versions on demand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The versions of all models, from the records of the weights topic. Pure: no Kafka, no torch, no clock.
+"""The versions of all models, from the records of the weights topic. `Versions` knows no Kafka and no torch.
 
     versions = Versions(settings)
     for record in records:

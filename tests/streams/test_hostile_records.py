@@ -89,6 +89,8 @@ async def test_an_invalid_control_record_affects_no_other(settings: Settings) ->
         json.dumps(fields | {"occurred_at": 1e300}).encode(),
     ]
     await create_topics(settings)
+    counted = {"topic": "control", "reason": "damaged"}
+    before = REGISTRY.get_sample_value("cortex_records_refused_total", counted) or 0.0
     async with producing(settings) as producer, ControlFollower(settings) as follower:
         async with producer.transaction():
             for value in [*bad, good.to_bytes()]:
@@ -96,6 +98,8 @@ async def test_an_invalid_control_record_affects_no_other(settings: Settings) ->
         await asyncio.wait_for(follower.catch_up(), 30)
         assert follower.of("m").paused
         assert follower.refused == {"damaged": len(bad)}
+        after = REGISTRY.get_sample_value("cortex_records_refused_total", counted)
+        assert after == before + len(bad)
         assert follower._topic.restarts == 0
 
 

@@ -446,7 +446,8 @@ class ReplayWriter:
         for entry_id in evicted:
             pipe.delete(index_key(self._prefix, entry_id.decode()))
         for model_id, write in writes:
-            pipe.set(index_key(self._prefix, write.id), model_id, ex=INDEX_S)
+            # `pipe.set` checks its arguments for longer than the command takes.
+            pipe.execute_command("SET", index_key(self._prefix, write.id), model_id, "EX", INDEX_S)
         if not self._generation:
             pipe.sadd(ReplayKeys(self._prefix, "").models, *positions)
         chunks: list[list[int]] = []

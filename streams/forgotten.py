@@ -1,10 +1,12 @@
-"""Forgotten conversations: whose events up to a time are never joined again, however often they are read.
+"""Forgotten conversations and models: their events up to a time are never joined again, however often they
+are read.
 
-The record of a forgotten conversation is on the compacted control topic, so that it outlives Redis and each
-joiner. It contains a digest of the conversation's id, not the id:
+The records are on the compacted control topic, so that they outlive Redis and each joiner. That of a
+conversation contains a digest of its id, not the id:
 
-    key                       value
-    ["<digest>", "forget"]    ForgetEvent
+    key                             value
+    ["<digest>", "forget"]          ForgetEvent
+    ["<model_id>", "forget-model"]  ControlEvent of the action "forgotten"
 
 Joiners follow the topic (`ForgottenFollower`); rebuilds and audits read it once (`read_forgotten`).
 `streams.joiner.forget` writes it and erases what Redis has.
@@ -12,6 +14,7 @@ Joiners follow the topic (`ForgottenFollower`); rebuilds and audits read it once
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
@@ -22,7 +25,7 @@ from aiokafka import AIOKafkaProducer
 
 from cortex_core.errors import InputError
 from streams.connections import kafka_client_options
-from streams.events import ForgetEvent, parse
+from streams.events import ControlEvent, ForgetEvent, parse
 from streams.kafka.clients import started
 from streams.kafka.follower import StateFollower
 from streams.kafka.reader import reading, records_to_end
@@ -44,22 +47,42 @@ def is_forget(key: bytes | None) -> bool:
 
 
 class Forgotten:
-    """The forgotten conversations, about 200 bytes each."""
+    """The forgotten conversations and models, about 200 bytes each."""
 
     def __init__(self) -> None:
         self._until: dict[str, float] = {}
+        self.models: dict[str, float] = {}
+        """Model → Unix seconds when it was last forgotten."""
 
-    def add(self, event: ForgetEvent) -> None:
-        """Adds a conversation; of several times the last one counts."""
-        until = event.occurred_at.timestamp()
-        self._until[event.conversation] = max(until, self._until.get(event.conversation, until))
+    def add(self, record: Any) -> bool:
+        """Adds a record of the control topic; returns whether it is of a conversation.
+
+        Raises:
+            InputError: it is not a valid record.
+        """
+        if record.value is None:
+            return False
+        if is_forget(record.key):
+            event = parse(ForgetEvent, record.value)
+            until = event.occurred_at.timestamp()
+            self._until[event.conversation] = max(until, self._until.get(event.conversation, until))
+            return True
+        if b'"forgotten"' in record.value:
+            control = parse(ControlEvent, record.value)
+            if control.action == "forgotten":
+                self.models[control.model_id] = control.occurred_at.timestamp()
+        return False
+
+    def has_model(self, model_id: str, arrived: float) -> bool:
+        """Whether an interaction must not be joined, because its model was forgotten after it was sent."""
+        return arrived < self.models.get(model_id, 0.0)
 
     def until(self, conversation_id: str) -> float | None:
         """The time up to which a conversation is forgotten, Unix seconds; None: it is not."""
         return self._until.get(digest(conversation_id)) if self._until else None
 
     def has(self, conversation_id: str, occurred: float, arrived: float) -> bool:
-        """Whether an event must not be joined.
+        """Whether an event must not be joined, because its conversation was forgotten.
 
         Args:
             occurred: its time, Unix seconds.
@@ -87,7 +110,7 @@ async def send_forget(settings: Settings, conversation_id: str, now: datetime) -
 
 
 async def read_forgotten(settings: Settings) -> Forgotten:
-    """All forgotten conversations at the time of the call.
+    """All forgotten conversations and models at the time of the call.
 
     Raises:
         UnavailableError, KafkaError, OSError: the broker does not answer.
@@ -95,21 +118,18 @@ async def read_forgotten(settings: Settings) -> Forgotten:
     forgotten = Forgotten()
     async with reading(settings, [Topics.of(settings).control]) as consumer:
         async for record in records_to_end(consumer, settings):
-            if is_forget(record.key) and record.value is not None:
-                try:
-                    forgotten.add(parse(ForgetEvent, record.value))
-                except InputError:  # refused and logged by the followers
-                    continue
+            with contextlib.suppress(InputError):  # refused and logged by the followers
+                forgotten.add(record)
     return forgotten
 
 
 class ForgottenFollower(StateFollower):
-    """Follows the forgotten conversations."""
+    """Follows what is forgotten."""
 
     def __init__(self, settings: Settings, on_forget: Callable[[], Awaitable[None]]) -> None:
         """
         Args:
-            on_forget: awaited after each new one, which `forgotten` then has.
+            on_forget: awaited after each new conversation, which `forgotten` then has.
         """
         super().__init__(settings, Topics.of(settings).control, None)
         self.forgotten = Forgotten()
@@ -121,6 +141,5 @@ class ForgottenFollower(StateFollower):
         return sum(self._topic.positions.values())  # the topic has one partition
 
     async def _add(self, record: Any) -> None:
-        if is_forget(record.key) and record.value is not None:
-            self.forgotten.add(parse(ForgetEvent, record.value))
+        if self.forgotten.add(record):
             await self._on_forget()

@@ -26,7 +26,6 @@ from streams.kafka.reader import reading, records_to_end
 from streams.kafka.topics import Topics
 from streams.replay_fit import architecture_key
 from streams.replay_store import CHUNK, ReplayKeys, decode
-from streams.weights.forgotten import forgotten_models
 from streams.weights.records import MANIFEST, decode_key
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ async def collect(settings: Settings) -> Evidence:
         await _replay(settings, client, evidence, fits)
     async for record in _records(settings, topics.experiences):
         _published(record, letters, evidence, fits, forgotten=forgotten)
-    evidence.models_forgotten = await forgotten_models(settings)
+    evidence.models_forgotten = (await read_forgotten(settings)).models
     async for record in _records(settings, topics.weights):
         if version := _version(record):
             evidence.versions.append(version)

@@ -38,7 +38,7 @@ from streams.joiner.records import drop_forgotten, extract_feedback, make_join, 
 from streams.joiner.states import RedisStates
 from streams.kafka.publisher import Message, Publisher
 from streams.kafka.topics import Topics
-from streams.replay_store import ReplayWriter
+from streams.replay_writer import ReplayWriter
 from streams.settings import Settings
 from streams.trail import Trail, WritesLost
 from streams.worker import Worker, configure_logs, run_worker

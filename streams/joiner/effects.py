@@ -36,7 +36,8 @@ from streams.joiner.decode import StoredExperience, decode_experience, moment
 from streams.joiner.join import Changes, Join
 from streams.joiner.states import DUE_LIMIT, Save, States
 from streams.kafka.publisher import MAX_VALUE
-from streams.replay_store import Found, Replaces, ReplayWrite, ReplayWriter, WriteResult
+from streams.replay_store import Replaces, ReplayWrite, WriteResult
+from streams.replay_writer import Found, ReplayWriter
 from streams.trail import WritesLost
 
 log = structlog.get_logger(__name__)

@@ -27,7 +27,7 @@ from streams.joiner.conversation import INTERACTION
 from streams.joiner.rebuild import locked
 from streams.joiner.states import RedisStates
 from streams.kafka.topics import MAX_PARTITIONS, create_topics, retention
-from streams.replay_store import CHUNK, RedisReplayBuffer, decode, model_ids
+from streams.replay_store import CHUNK, RedisReplayBuffer, decode, index_key, model_ids
 from streams.trail import Trail
 
 if TYPE_CHECKING:
@@ -160,5 +160,6 @@ def _erase_entries(
         pipe.hdel(keys.entries, *chunk)
         pipe.zrem(keys.order, *chunk)
         pipe.hdel(keys.removed, *chunk)
+        pipe.delete(*(index_key(settings.topic_prefix, entry_id) for entry_id in chunk))
         pipe.execute()
     return len(found)

@@ -19,7 +19,7 @@ OUTCOME_NAMES = {
     "expired": "interactions whose window closed without a reply",
     "too_late": "amendments of experiences that replay had evicted",
     "experiences": "records sent to the experiences topic",
-    "forgotten": "events of forgotten conversations: not joined",
+    "forgotten": "events of forgotten conversations and models: not joined",
     "conflicts": "conversations that another joiner had changed: joined again",
     "timer_failures": "conversations that could not be closed: tried again later",
 }

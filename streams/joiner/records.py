@@ -75,13 +75,17 @@ def read(
 
 
 def drop_forgotten(received: Sequence[Received], forgotten: Forgotten) -> list[Received]:
-    """The events without those of forgotten conversations."""
+    """The events without those of forgotten conversations and models."""
     kept = []
     for it in received:
         event = it.event
         occurred = event.at if isinstance(event, Interaction) else event.occurred_at.timestamp()
-        if not forgotten.has(event.conversation_id, occurred, it.record.timestamp / 1000):
-            kept.append(it)
+        arrived = it.record.timestamp / 1000
+        if forgotten.has(event.conversation_id, occurred, arrived):
+            continue
+        if isinstance(event, Interaction) and forgotten.has_model(event.model_id, arrived):
+            continue
+        kept.append(it)
     return kept
 
 

@@ -20,7 +20,8 @@ from streams.joiner.decode import decode_interaction, decode_reply
 from streams.joiner.effects import POSTPONE_S, Engine, Experience, Task
 from streams.joiner.join import MAX_KEPT, Changes, Join
 from streams.joiner.states import MemoryStates, RedisStates, Save, States
-from streams.replay_store import ReplayKeys, ReplayWriter, decode
+from streams.replay_store import ReplayKeys, decode
+from streams.replay_writer import ReplayWriter
 from streams.testing import T0, interaction, reply
 from streams.trail import Trail
 

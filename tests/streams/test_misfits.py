@@ -27,9 +27,9 @@ from streams.replay_store import (
     RedisReplayBuffer,
     ReplayKeys,
     ReplayWrite,
-    ReplayWriter,
     WriteResult,
 )
+from streams.replay_writer import ReplayWriter
 from streams.settings import Settings
 from streams.testing import async_wait_for, reply, send
 from tests.streams.experiences import (

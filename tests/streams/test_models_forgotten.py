@@ -131,6 +131,18 @@ async def test_what_a_forgotten_model_was_is_missed_by_no_audit_and_restored_by_
     assert report.models == {"gone": 1, "kept": 1}
     assert audit(await collect(settings)).clean
 
+    # Redis loses its data: the joiner joins all events again that are not forgotten.
+    with redis.Redis.from_url(settings.redis_address) as client:
+        client.delete(*client.scan_iter(f"{settings.topic_prefix}:*"))
+        joiner = spawn_worker("joiner", settings)
+        restored = RedisReplayBuffer.of(settings, "gone", client)
+        await async_wait_for(lambda: len(restored) == 1, "the experience after the forgetting")
+        other = f"{settings.topic_prefix}:join:{{d}}"
+        await async_wait_for(lambda: client.hexists(other, "i:i2"), "the other model's interaction")
+        assert restored.ids() == ["i3"]
+        assert not client.hexists(f"{settings.topic_prefix}:join:{{c}}", "i:i1")
+    assert joiner.stop() == 0
+
 
 async def test_a_forgetting_that_fails_is_carried_out_by_the_next_attempt(
     settings: Settings, monkeypatch: pytest.MonkeyPatch

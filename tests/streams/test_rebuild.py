@@ -17,7 +17,8 @@ from cortex_core.errors import InputError, UnavailableError
 from cortex_core.feedback.extractors import Extraction
 from cortex_core.feedback_collector import FeedbackSignal, SignalType
 from streams.events import Event, InteractionEvent, utc_now
-from streams.joiner.rebuild import UNFINISHED_S, console_progress, rebuild
+from streams.joiner.rebuild import console_progress, rebuild
+from streams.joiner.rebuild_buffers import UNFINISHED_S
 from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer, ReplayKeys, ReplayWrite, decode, index_key, model_ids
 from streams.settings import Settings
@@ -60,7 +61,7 @@ def buffers(settings: Settings, client: redis.Redis) -> dict[str, list[tuple[str
     """The id and JSON of all entries of each model; versions depend on the time of writing."""
     stores = [RedisReplayBuffer.of(settings, model, client) for model in ("m0", "m1")]
     return {
-        store.model_id: [(i, decode(value or b"")[1]) for i, value in store.raw_values(store.ids())]
+        store.model_id: [(i, decode(value)[1]) for i, value in store.raw_values(store.ids()) if value]
         for store in stores
     }
 

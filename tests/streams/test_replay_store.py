@@ -18,12 +18,12 @@ from streams.replay_store import (
     Replaces,
     ReplayKeys,
     ReplayWrite,
-    ReplayWriter,
     WriteResult,
     index_key,
     model_ids,
     to_entry,
 )
+from streams.replay_writer import ReplayWriter
 from streams.testing import interaction
 from tests.contracts.replay_store_contract import MakeStore, ReplayStoreContract, entry, ids, same
 

@@ -241,7 +241,7 @@ class BatchThread(driver.AIOKafkaConsumerThread):
             await self.sleep(PROBE_S)
             if self._consumer is None:
                 continue
-            assigned = list(self._consumer.assignment())
+            assigned, generation = list(self._consumer.assignment()), self.generation
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_S):
                     if not assigned:  # Kafka may refuse this process the group
@@ -264,6 +264,8 @@ class BatchThread(driver.AIOKafkaConsumerThread):
                 self._unavailable("kafka", f"no topic {', '.join(missing)}: `cortex topics create`")
                 self.watchdog.reset()
                 continue
+            if self.generation != generation:
+                continue  # the metrics of these partitions are another joiner's now
             for tp, end in ends.items():
                 position = self._next_offset(tp)
                 joined = done[tp] if position is None else min(done[tp], position)

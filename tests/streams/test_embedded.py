@@ -34,7 +34,7 @@ def gone(pid: int) -> bool:
 
 
 async def test_topics_on_the_shared_kafka_are_as_they_must_be(settings: Settings) -> None:
-    assert len(await create_topics(settings)) == 6
+    assert len(await create_topics(settings)) == 7
     assert await create_topics(settings) == []
     assert all(row["exists"] and not row["differs"] for row in await describe_topics(settings))
 

@@ -163,10 +163,10 @@ Entry = tuple[float, bytes]
 def _entries(settings: Settings, client: redis.Redis, model_id: str) -> dict[str, Entry]:
     store = RedisReplayBuffer.of(settings, model_id, client)
     order: Any = client.zrange(store.keys.order, 0, -1, withscores=True)
-    scores = dict(order)
+    scores = {id_.decode(): score for id_, score in order}
     return {
-        id_: (scores[id_.encode()], decode(value)[1])
-        for id_, value in store.raw_values(store.ids())
+        id_: (scores[id_], decode(value)[1])
+        for id_, value in store.raw_values([*scores])
         if value is not None
     }
 

@@ -37,6 +37,8 @@ log = structlog.get_logger(__name__)
 
 BEAT_S = 2.0
 """Seconds between two heartbeats of a worker."""
+POLL_S = 0.05
+"""Seconds until a change of readiness is noticed."""
 STOP_S = 0.5
 """Seconds that a worker which stops waits for Redis, twice at most."""
 MISSING_S = 15.0
@@ -106,7 +108,7 @@ class Seen:
 
 @contextlib.asynccontextmanager
 async def beating(settings: Settings, name: str, current: Callable[[], Heartbeat]) -> AsyncIterator[None]:
-    """Writes a heartbeat every `BEAT_S` while the body runs, and deletes it at the end."""
+    """Writes a heartbeat every `BEAT_S`, and when readiness changes, while the body runs; then deletes it."""
     client, stopped = async_redis_client(settings), asyncio.Event()
     task = asyncio.create_task(_beat(client, settings.topic_prefix, current, stopped))
     try:
@@ -129,8 +131,8 @@ async def _beat(
 ) -> None:
     failing = False
     while not stopped.is_set():
+        heartbeat, now = current(), time.time()
         try:
-            heartbeat, now = current(), time.time()
             pipe = client.pipeline(transaction=False)
             pipe.set(_key(prefix, heartbeat.name), msgspec.json.encode(heartbeat), ex=FORGOTTEN_S)
             pipe.zadd(_names(prefix), {heartbeat.name: now})
@@ -141,9 +143,11 @@ async def _beat(
             if not failing:
                 log.warning("`cortex status` cannot see this worker", why=error_text(error))
             failing = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(BEAT_S):
-                await stopped.wait()
+        until = time.monotonic() + BEAT_S
+        while time.monotonic() < until and current().ready == heartbeat.ready and not stopped.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await stopped.wait()
 
 
 async def read_heartbeats(client: redis.asyncio.Redis, prefix: str) -> list[Seen]:

@@ -143,7 +143,7 @@ class Settings(BaseSettings):
     text_cache: Count = 10_000
     """Number of cached text embeddings per inference worker; about 2 KB each."""
     models_in_memory: Count = 100
-    """Number of models in the memory of each inference worker, about 10 MB each; others are loaded on demand."""
+    """Models in the memory of each inference worker, about 10 MB each; others are loaded on demand."""
     strategies: Literal["generic", "developer", "support"] = "generic"
     """Strategy set: generic, developer or support; the same for all workers. May change while models live:
     strategies in both sets keep what they learned, new ones start untrained, others are no longer chosen."""

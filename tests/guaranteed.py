@@ -31,7 +31,8 @@ class GuaranteedTests:
         return sorted(self.named - self.passed | self.named & self.skipped)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        name = report.nodeid.rpartition("::")[2].partition("[")[0]
+        # "folder/file.py::test_this[parameters]@group of xdist"
+        name = re.split(r"[\[@]", report.nodeid.rpartition("::")[2])[0]
         if report.skipped:
             self.skipped.add(name)
         elif report.when == "call" and report.passed:

@@ -31,7 +31,7 @@ from streams.testing import spawn_worker, wait_for
 
 COMMANDS = {
     "up", "demo", "joiner", "trainer", "inference", "rebuild", "topics", "status", "audit", "logs",
-    "dead-letters", "control", "forget", "keys", "version",
+    "dead-letters", "control", "models", "forget", "keys", "version",
 }  # fmt: skip
 
 

@@ -44,6 +44,8 @@ def try_operation(operation: Any, mode: GenerationMode) -> Counter[int]:
 
 
 @pytest.mark.integration
+# Schemathesis's own strategies do.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 async def test_no_request_made_from_the_schema_is_answered_5xx_or_other_than_described(
     settings: Settings,
 ) -> None:

@@ -195,7 +195,7 @@ def test_status_says_what_redis_refused_and_fails(settings: Settings, tmp_path: 
         done = command(with_redis(settings, url), "status", "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 1
-    assert set(report["errors"]) == {"replay"}
+    assert set(report["errors"]) == {"replay", "waiting", "workers"}
     assert "CORTEX_REDIS_URL" in report["errors"]["replay"]
     assert report["groups"]
 

@@ -38,7 +38,7 @@ async def test_topics_that_promise_less_than_the_settings_are_reported(settings:
     more = settings.model_copy(update={"replication_factor": 3, "min_insync_replicas": 2})
     with capture_logs() as logs:
         assert await create_topics(more) == []
-    for about, names in (("CORTEX_MIN_INSYNC_REPLICAS", 6), ("CORTEX_REPLICATION_FACTOR", 6)):
+    for about, names in (("CORTEX_MIN_INSYNC_REPLICAS", 7), ("CORTEX_REPLICATION_FACTOR", 7)):
         assert len({each["topic"] for each in logs if about in each["event"]}) == names
     for row in await describe_topics(more):
         assert row["differs"] == {

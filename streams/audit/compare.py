@@ -107,7 +107,8 @@ class _Comparison:
             self._add_lost(it, "replay")
         current = published.newest if published and required else None
         if current is not None:
-            amendable = stored is not None or not may_be_evicted
+            # After its window, only what replay has can be amended.
+            amendable = stored is not None or not (may_be_evicted or it.key in evidence.misfits)
             self._check_experience(it, current, "the experiences topic", amendable=amendable)
         elif required:
             self._add_lost(it, "the experiences topic")
@@ -150,7 +151,7 @@ class _Comparison:
         """Compares one experience with its events.
 
         Args:
-            amendable: False if replay has evicted it: a reply could then not be moved out of it.
+            amendable: False if replay does not have it: a reply could then not be moved out of it.
         """
 
         def wrong(what: str) -> None:

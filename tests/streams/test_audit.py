@@ -315,6 +315,22 @@ def test_evicted_experiences_are_checked_on_the_topic() -> None:
     assert [(f.kind, f.subject) for f in audit(evidence).findings] == [("lost", "i1")]
 
 
+def test_what_replay_does_not_take_cannot_be_amended_after_its_window() -> None:
+    watched = (
+        Watched().see(interaction("i1", at_s=0), reply("r1", None, at_s=WINDOW + 200)).timer(WINDOW + 100)
+    )
+    evidence = watched.see(interaction("i2", at_s=WINDOW + 150)).collect()
+    assert evidence.published["default", "i1"].newest.reply_ids == ()
+    before = next(e for e in watched.world.published if e.interaction.interaction_id == "i1" and e.reply_ids)
+    evidence.published["default", "i1"] = Published.of(Experience.of(before, 1))
+    del evidence.stored["default", "i1"]
+    assert not audit(evidence).clean
+    evidence.misfits.add(("default", "i1"))
+    report = audit(evidence)
+    assert report.clean, report.findings
+    assert report.counts["misfits"] == 1
+
+
 def test_events_before_retention_or_before_since_are_not_checked() -> None:
     evidence = Watched().see(*talk()).collect()
     evidence.stored.clear()

@@ -187,10 +187,12 @@ def test_the_workers_counters_agree_with_the_audit(
     joined(2)
     now = utc_now()
     # What is sent by others: an interaction that is later than its reply, and the same event twice.
-    others = [interaction("d1", "d", occurred_at=now - timedelta(seconds=9))] * 2
+    # Of the model's dimensions: what it cannot learn from is not stored, and not amended after its window.
+    fits: dict[str, Any] = {"dim": 384, "metadata": [0.0] * 10}
+    others = [interaction("d1", "d", occurred_at=now - timedelta(seconds=9), **fits)] * 2
     asyncio.run(send(settings, others))
     joined(3)
-    asyncio.run(send(settings, [interaction("d2", "d", occurred_at=now - timedelta(seconds=8))]))
+    asyncio.run(send(settings, [interaction("d2", "d", occurred_at=now - timedelta(seconds=8), **fits)]))
     wait_for(lambda: counters(joiner)["moved"] == 1, "the move", every_s=0.1)
 
     def settled() -> bool:

@@ -153,12 +153,11 @@ class Engine:
             for task in its_tasks:
                 task.step(after, changes)
             joined.changes[conversation_id] = changes
-            due = after.due(self.rules.window_s)
-            must_save_due = its_tasks[-1].is_timer or (due is not None and not before.is_cached)
-            if after.changed or after.pending or must_save_due:
+            if after.changed or after.pending or its_tasks[-1].is_timer:
                 # From the clock, so that versions increase even if Redis loses the state with the last one.
                 version = max(before.version + 1, _now_ms())
                 after.stamp(version, is_published=joined.is_published(conversation_id))
+                due = after.due(self.rules.window_s)
                 joined.saves[conversation_id] = Save(
                     conversation_id, its_tasks[-1].partition, before, after, version, due
                 )

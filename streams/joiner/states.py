@@ -27,8 +27,6 @@ class Stored:
 
     version: int
     conversation: Conversation
-    is_cached: bool = False
-    """Whether this process saved it. If not, a worker may have crashed before it wrote the due time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +111,27 @@ class MemoryStates:
         self._due.setdefault(partition, {})[conversation_id] = until
 
 
-# KEYS: the conversation, the trail. ARGV: the trail's acknowledged number, expected version, new version,
-# milliseconds until expiry (0: none; -1: delete the key now), number of fields to delete, their names, then
-# field, value … to set. Returns 1: written; 0: another version is stored; -1: Redis has lost writes.
+# KEYS: the conversation, the trail, its partition's due times. ARGV: the trail's acknowledged number,
+# expected version, new version, conversation_id, when it is due (empty: never), milliseconds until expiry
+# (0: none; -1: delete the key now), number of fields to delete, their names, then field, value … to set.
+# Returns 1: written; 0: another version is stored; -1: Redis has lost writes.
 SAVE = (
     GUARD.format(key=2, arg=1)
     + """
 local key = KEYS[1]
 if (redis.call('HGET', key, 'v') or '0') ~= ARGV[2] then return 0 end
-if ARGV[4] == '-1' then redis.call('DEL', key) return 1 end
-local deleted = tonumber(ARGV[5])
+if ARGV[6] == '-1' then
+  redis.call('DEL', key)
+  redis.call('ZREM', KEYS[3], ARGV[4])
+  return 1
+end
+local deleted = tonumber(ARGV[7])
 redis.call('HSET', key, 'v', ARGV[3]) -- first: if Redis is full, the script fails before any change
-for i = 6, 5 + deleted do redis.call('HDEL', key, ARGV[i]) end
-for i = 6 + deleted, #ARGV, 2 do redis.call('HSET', key, ARGV[i], ARGV[i+1]) end
-if ARGV[4] ~= '0' then redis.call('PEXPIRE', key, ARGV[4]) else redis.call('PERSIST', key) end
+for i = 8, 7 + deleted do redis.call('HDEL', key, ARGV[i]) end
+for i = 8 + deleted, #ARGV, 2 do redis.call('HSET', key, ARGV[i], ARGV[i+1]) end
+if ARGV[6] ~= '0' then redis.call('PEXPIRE', key, ARGV[6]) else redis.call('PERSIST', key) end
+if ARGV[5] == '' then redis.call('ZREM', KEYS[3], ARGV[4])
+else redis.call('ZADD', KEYS[3], ARGV[5], ARGV[4]) end
 return 1
 """
 )
@@ -222,19 +227,9 @@ class RedisStates:
         if not saves:
             return set()
         pipe = self._client.pipeline(transaction=False)
-        due: dict[int, dict[str, float]] = {}
-        no_longer_due: dict[int, list[str]] = {}
         for save in saves:
-            keys = [self.key(save.conversation_id), self._trail.key]
+            keys = [self.key(save.conversation_id), self._trail.key, self.due_key(save.partition)]
             await self._save(keys, self._arguments(save), client=pipe)
-            if save.due is None:
-                no_longer_due.setdefault(save.partition, []).append(save.conversation_id)
-            else:
-                due.setdefault(save.partition, {})[save.conversation_id] = save.due
-        for partition, times in due.items():
-            pipe.zadd(self.due_key(partition), times)
-        for partition, ids in no_longer_due.items():
-            pipe.zrem(self.due_key(partition), *ids)
         evicted = self._evicted_versions.copy()
         for conversation_id, version in evicted.items():
             await self._clear_pending([self.key(conversation_id)], [version, PENDING], client=pipe)
@@ -251,7 +246,7 @@ class RedisStates:
             else:
                 self._conflicts.discard(save.conversation_id)
                 version = 0 if save.after.is_empty else save.version
-                self._cache[save.conversation_id] = Stored(version, save.after, is_cached=True)
+                self._cache[save.conversation_id] = Stored(version, save.after)
         return conflicts
 
     def clear_pending(self, saves: Iterable[Save]) -> None:
@@ -266,18 +261,17 @@ class RedisStates:
             self._evicted_versions[conversation_id] = stored.version
 
     def _arguments(self, save: Save) -> list[Any]:
-        acknowledged = self._trail.acknowledged
-        if save.after.is_empty:
-            return [acknowledged, save.before.version, save.version, -1, 0]
-        fields, deleted = save.after.fields(whole=not save.before.version)
         arguments: list[Any] = [
-            acknowledged,
+            self._trail.acknowledged,
             save.before.version,
             save.version,
-            self._expiry_ms if save.due is None else 0,
-            len(deleted),
-            *deleted,
+            save.conversation_id,
+            "" if save.due is None else save.due,
         ]
+        if save.after.is_empty:
+            return [*arguments, -1, 0]
+        fields, deleted = save.after.fields(whole=not save.before.version)
+        arguments += (self._expiry_ms if save.due is None else 0, len(deleted), *deleted)
         for name, value in fields.items():
             arguments += (name, value)
         return arguments

@@ -222,14 +222,17 @@ async def test_what_was_closed_but_not_published_is_published_also_after_another
     assert len(published) == 2
 
 
-async def test_the_next_worker_writes_due_times_that_a_crashed_one_did_not(
+async def test_a_save_that_conflicts_does_not_change_when_its_conversation_is_due(
     client: redis.asyncio.Redis, prefix: str
 ) -> None:
-    await Bench(client, prefix).see(interaction("i1"))
-    await client.delete(f"{prefix}:join-due:{{0}}")  # as if the worker had crashed before writing it
-    successor = Bench(client, prefix)
-    assert (await successor.see(interaction("i1")))["repeated"] == 1
-    assert (await successor.engine.timer(0, START + 2 * WINDOW))["expired"] == 1
+    slow, quick = Bench(client, prefix), Bench(client, prefix)
+    timer = Task("c", 0, partial(_timer, slow.join, START + 2 * WINDOW), is_timer=True)
+    await slow.see(interaction("i1"))
+    joined = await slow.engine.join([timer])
+    await quick.see(interaction("i2", at_s=WINDOW))
+    assert await slow.engine.save(joined) == [timer]
+    # It dies before it tries again: the interactions are closed by another.
+    assert (await quick.engine.timer(0, START + 3 * WINDOW))["expired"] == 2
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -100,6 +100,8 @@ Embedding = Annotated[
 """One vector (dim,) or one matrix (rows, dim), float16 on the wire and in memory."""
 
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
+MODEL_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
+"""A model's id names topics' keys, keys of Redis, metrics and lines of terminals."""
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Signed = Annotated[float, Field(ge=-1.0, le=1.0)]
 Rating = Annotated[float, Field(ge=-1.0, le=1.0, strict=True)]
@@ -148,7 +150,7 @@ class InteractionEvent(Event):
 
     interaction_id: Id
     conversation_id: Id
-    model_id: Id
+    model_id: Annotated[str, Field(pattern=MODEL_ID)]
     agent_id: Id = "agent"
     weights_version: Whole
     encoder: Id | None = None

@@ -59,7 +59,9 @@ class _Environment(EnvSettingsSource):
 class Settings(BaseSettings):
     """All settings; created by `Settings.load()`."""
 
-    model_config = SettingsConfigDict(env_prefix="CORTEX_", env_file=".env", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="CORTEX_", env_file=".env", extra="ignore", frozen=True, allow_inf_nan=False
+    )
 
     # Addresses and folders
     kafka: str | None = None

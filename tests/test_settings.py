@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cortex_core.errors import ConfigError
 from streams.ports import WORKER_PORTS
 from streams.settings import Settings
 from streams.testing import spawn_worker
@@ -29,3 +30,11 @@ def test_a_worker_starts_beside_a_service_named_cortex(settings: Settings) -> No
     # On an address of its own, for the port is the default one.
     worker = spawn_worker("joiner", settings, host="127.86.12.3", **service_links("cortex"))
     assert worker.port == WORKER_PORTS["joiner"]
+
+
+@pytest.mark.parametrize("name", ["CORTEX_JOIN_WINDOW_S", "CORTEX_LR", "CORTEX_PUBLISH_INTERVAL_S"])
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_numbers_are_finite(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=name):
+        Settings.load()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cortex_core.errors import ConfigError
+from cortex_core.errors import ConfigError, InputError
 from streams.cli import models
 from streams.cli.options import UNUSED, AsJson, Data, Kafka, Prefix, Redis, group, load, run
 
@@ -135,6 +135,8 @@ def forget(
 
     The exit code is 1 if a joiner has not confirmed in time: then repeat the command.
     """
+    if not conversation.strip():
+        raise InputError("--conversation is empty, expected the id of a conversation")
     settings = load(kafka=kafka, redis=redis, data=data, topic_prefix=topic_prefix).resolved()
     from streams.joiner.forget import forget as erase
 
@@ -261,8 +263,10 @@ def audit(
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=1))
     else:
+        from streams.cli.status import shown
+
         for line in report.lines():
-            typer.echo(line)
+            typer.echo(shown(line).plain)
     if not report.clean:
         raise typer.Exit(1)
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+import redis
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from streams.connections import async_redis_client, explain, kafka_client_options, redis_client
 from streams.failures import error_text
@@ -53,11 +55,17 @@ async def collect(settings: Settings) -> dict[str, Any]:
             errors[name] = str(await explain(error, settings) or error_text(error))
             return []
 
+    async def in_redis(read: Callable[[Settings], Awaitable[Rows]]) -> Rows:
+        await asyncio.shield(answers)
+        return await read(settings)
+
+    # One for all that is in Redis: a server that hangs is waited for once.
+    answers = asyncio.ensure_future(_ping(settings))
     workers, groups, waiting, replay = await asyncio.gather(
-        part("workers", _workers(settings)),
+        part("workers", in_redis(_workers)),
         part("groups", _groups(settings)),
-        part("waiting", _waiting(settings)),
-        part("replay", _replay(settings)),
+        part("waiting", in_redis(_waiting)),
+        part("replay", in_redis(_replay)),
     )
     problems = [f"{name}: {why}" for name, why in errors.items()]
     if "workers" not in errors:
@@ -77,6 +85,15 @@ async def collect(settings: Settings) -> dict[str, Any]:
         "errors": errors,
         "problems": problems,
     }
+
+
+async def _ping(settings: Settings) -> None:
+    """Raises the error of a Redis that does not answer in time, or refuses."""
+    async with async_redis_client(settings) as client:
+        try:
+            await asyncio.wait_for(client.ping(), TIMEOUT_S)
+        except TimeoutError:
+            raise redis.TimeoutError(f"no answer within {TIMEOUT_S:g} s") from None
 
 
 def _problems(workers: Rows) -> list[str]:
@@ -243,11 +260,8 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
         console,
     )
     for w in report["waiting"]:
-        console.print(
-            f"Oldest interaction that waits for a reply: {w['oldest_interaction']}, {_span(w['age_s'])}; "
-            f"{w['conversations']} open conversations",
-            highlight=False,
-        )
+        oldest = f"{w['oldest_interaction']}, {_span(w['age_s'])}; {w['conversations']} open conversations"
+        console.print(shown(f"Oldest interaction that waits for a reply: {oldest}"))
     table(
         "Replay",
         ["model", "entries"],
@@ -261,7 +275,7 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
         console,
     )
     for problem in report["problems"]:
-        console.print(problem, style="red", highlight=False)
+        console.print(shown(problem, style="red"))
 
 
 def _control(state: dict[str, Any]) -> str:
@@ -289,5 +303,10 @@ def table(title: str, columns: list[str], rows: list[list[str]], console: Consol
     for column in columns:
         grid.add_column(column, overflow="fold")  # on a narrow terminal, nothing is cut
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(shown, row))
     console.print(grid)
+
+
+def shown(text: str, style: str = "") -> Text:
+    """A text for the terminal: markup and control characters, as ids in events may have, do nothing."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style)

@@ -27,7 +27,7 @@ from pydantic import (
 
 from cortex_core.arrays import FloatArray
 from cortex_core.errors import InputError, shown
-from streams.events import Embedding, Id, Rating, Unit, require_value
+from streams.events import MODEL_ID, Embedding, Id, Rating, Unit, require_value
 
 MAX_TOP_K = 100
 MAX_ITEMS = 10_000
@@ -140,7 +140,7 @@ Vector = Annotated[
         }
     ),
 ]
-ModelId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+ModelId = Annotated[str, StringConstraints(pattern=MODEL_ID)]
 """Name of a model: letters, digits, dot, dash and underscore, since it is part of keys, paths and labels."""
 
 

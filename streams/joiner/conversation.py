@@ -246,6 +246,19 @@ class Conversation:
             if reply.at <= until:
                 self.remove_waiting(reply)
 
+    def forget_models(self, models: Mapping[str, float], window_s: float) -> None:
+        """Removes the interactions of forgotten models that arrived before, with their replies.
+
+        Args:
+            models: model → Unix seconds when it was forgotten.
+        """
+        for interaction in self.in_order():
+            if interaction.until - window_s < models.get(interaction.model_id, 0.0):
+                if interaction.body is not None:
+                    self.close(interaction)
+                self.pending.pop(interaction.id, None)
+                self.remove_interaction(interaction)
+
     def _assign(self, interaction: TrackedInteraction, replies: list[ReceivedReply]) -> None:
         if replies:
             self._assigned[interaction.id] = tuple(sorted(replies, key=lambda r: r.order))

@@ -22,6 +22,7 @@ from pydantic import AwareDatetime, TypeAdapter
 from streams.events import (
     MAX_ID,
     MAX_SIDE,
+    MODEL_ID,
     SCHEMA_VERSION,
     Float16Array,
     InteractionEvent,
@@ -77,7 +78,7 @@ class _Interaction(Struct, forbid_unknown_fields=True):
     occurred_at: str
     interaction_id: Id
     conversation_id: Id
-    model_id: Id
+    model_id: Annotated[str, Meta(pattern=MODEL_ID)]
     weights_version: Annotated[int, Meta(ge=0, lt=2**53)]
     message: _Array
     history: _Array

@@ -150,6 +150,8 @@ class Engine:
             after, changes = before.conversation.copy(), Changes()
             if (until := self._forgotten.until(conversation_id)) is not None:
                 after.forget(until)
+            if self._forgotten.models:
+                after.forget_models(self._forgotten.models, self.rules.window_s)
             for task in its_tasks:
                 task.step(after, changes)
             joined.changes[conversation_id] = changes

@@ -50,6 +50,9 @@ class LoadedModels:
         self._partition = partition
         # No LRUCache: a model with unpublished experiences must not be evicted.
         self._learners: OrderedDict[str, ModelLearner] = OrderedDict()
+        self.end = 0
+        """Offset after the last known record of the partition. What a model has learned up to a later one was
+        in a topic of this name that was deleted."""
         self._learned: dict[str, int] = {}
         """Model → offset after the last experience that was learned since the model was loaded."""
 
@@ -115,8 +118,8 @@ class LoadedModels:
 
     def position(self, learner: ModelLearner) -> int:
         """The first offset of this partition that the model has not learned from."""
-        learned = self._learned.get(learner.model_id, 0)
-        return max(learned, learner.consumed.get(self._partition, 0))
+        learned, consumed = self._learned.get(learner.model_id, 0), learner.consumed.get(self._partition, 0)
+        return max(learned, consumed if consumed <= self.end else 0)
 
     def mark_learned(self, model_id: str, offset: int) -> None:
         """Records that the model has learned from the experience at this offset."""

@@ -115,6 +115,7 @@ class PartitionLearner:
             await self.context.follower.catch_up()
             await self.context.controls.catch_up()
             committed = await self._consumer.committed(self.tp)
+            self.models.end = (await self._consumer.end_offsets([self.tp]))[self.tp]
         # If retention has deleted this offset, the consumer continues at the first one that is left.
         self.position = self.committed = self._highest_position = int(committed or 0)
         self._consumer.seek(self.tp, self.position)
@@ -137,6 +138,7 @@ class PartitionLearner:
     async def learn_batch(self, records: Sequence[Any]) -> None:
         """Learns from the records in order; publishes in between when that is due."""
         left = [r for r in records if r.offset >= self.position]
+        self.models.end = max(self.models.end, *(r.offset + 1 for r in left), 0)
         while left:
             isolated = left[0].offset < self.isolate_until
             batch = left[:1] if isolated else left

@@ -25,10 +25,11 @@ from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaProducer
+from pydantic import ValidationError
 
 from cortex_core.errors import InputError, WeightsError
 from streams.connections import kafka_client_options
-from streams.events import ControlAction, ControlEvent, new_id, parse, utc_now
+from streams.events import ControlAction, ControlEvent, describe, new_id, parse, utc_now
 from streams.forgotten import is_forget
 from streams.kafka.clients import started
 from streams.kafka.follower import StateFollower
@@ -175,18 +176,21 @@ async def send_control(
         if version is None and len(kept) > (action == "rollback"):
             version = kept[-2] if action == "rollback" else kept[-1]
         if version not in kept:
+            which = "no version to go to" if version is None else f"version {version} is not kept"
             raise WeightsError(
-                f"{action} of {model_id}: version {version} is not kept; kept are "
-                f"{', '.join(map(str, kept)) or 'none'}"
+                f"{action} of {model_id}: {which}; kept are {', '.join(map(str, kept)) or 'none'}"
             )
-    event = ControlEvent(
-        control_id=new_id(),
-        occurred_at=utc_now(),
-        model_id=model_id,
-        action=action,
-        version=version,
-        reason=reason,
-    )
+    try:
+        event = ControlEvent(
+            control_id=new_id(),
+            occurred_at=utc_now(),
+            model_id=model_id,
+            action=action,
+            version=version,
+            reason=reason,
+        )
+    except ValidationError as error:
+        raise InputError(f"{action} of {model_id!r}: {describe(error)}") from error
     options = kafka_client_options(settings)
     async with started(AIOKafkaProducer(**options, enable_idempotence=True)) as producer:
         key = encode_control_key(model_id, _SUBJECT[action])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 import pytest
 from redis.asyncio.client import Pipeline
+from rich.console import Console
 
+from streams.cli.status import table
 from streams.connections import async_redis_client
 from streams.heartbeats import Activity, ModelState, Seen, read_heartbeats
 from streams.settings import Settings
@@ -94,3 +97,12 @@ async def test_a_worker_stops_although_its_client_swallows_the_cancellation(
     async with asyncio.timeout(DEFAULT_TIMEOUT_S), Worker("joiner", settings, ()).serving():
         await waiting.wait()
     assert swallowed == 1
+
+
+def test_what_events_have_in_their_ids_does_nothing_to_the_terminal() -> None:
+    out = io.StringIO()
+    table("Weights", ["model"], [["[/]"], ["[bold]x"], ["\x1b[2J\x00"]], Console(file=out, width=80))
+    assert "[/]" in out.getvalue()
+    assert "[bold]x" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+    assert "\x00" not in out.getvalue()

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from streams.audit.compare import audit
 from streams.audit.reading import collect
 from streams.cli.app import app
-from streams.events import ExperienceEvent
+from streams.events import ExperienceEvent, utc_now
 from streams.joiner.rebuild import rebuild
 from streams.kafka.topics import Topics
 from streams.replay_store import RedisReplayBuffer, ReplayKeys, ReplayWrite, index_key
@@ -22,6 +22,7 @@ from streams.weights.control import publish_forgotten, read_controls, send_contr
 from streams.weights.records import decode_key
 from streams.weights.versions import read_versions
 from tests.streams.experiences import experience, publish_experiences
+from tests.streams.joined import all_committed
 from tests.streams.kafka_helpers import read_all
 from tests.streams.serving import body, served
 from tests.streams.trainers import for_trainers, running, watching
@@ -142,6 +143,28 @@ async def test_what_a_forgotten_model_was_is_missed_by_no_audit_and_restored_by_
         assert restored.ids() == ["i3"]
         assert not client.hexists(f"{settings.topic_prefix}:join:{{c}}", "i:i1")
     assert joiner.stop() == 0
+
+
+async def test_a_late_reply_brings_nothing_of_a_forgotten_model_back(settings: Settings) -> None:
+    fits: dict[str, Any] = {"dim": 384, "metadata": [0.0] * 10}
+    joiner = spawn_worker("joiner", settings).wait_ready()
+    async with running(settings):
+        await send(settings, [interaction(f"i{n}", f"c{n}", model_id="gone", **fits) for n in range(4)])
+        await send(settings, [reply(f"r{n}", None, f"c{n}") for n in range(2)])
+        with redis.Redis.from_url(settings.redis_address) as client:
+            buffer = RedisReplayBuffer.of(settings, "gone", client)
+            await async_wait_for(lambda: len(buffer) == 2, "the experiences")
+            await send_control(settings, "forget", "gone")
+            await wait_until_forgotten(settings, "gone")
+            new = interaction("new", "d", model_id="gone", occurred_at=utc_now(), **fits)
+            late = [reply(f"late-{n}", None, f"c{n}", occurred_at=utc_now()) for n in range(4)]
+            await send(settings, [*late, new, reply("r-new", None, "d", occurred_at=utc_now())])
+            await async_wait_for(lambda: "new" in buffer.ids(), "the new experience")
+            await async_wait_for(lambda: all_committed(settings), "the late replies")
+            assert buffer.ids() == ["new"]
+            assert (await rebuild(settings)).models == {"gone": 1}
+    assert joiner.stop() == 0
+    assert audit(await collect(settings)).clean
 
 
 async def test_a_forgetting_that_fails_is_carried_out_by_the_next_attempt(

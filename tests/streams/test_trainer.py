@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 import torch
 from aiokafka import AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 from pydantic import SecretStr
 
 from streams.connections import kafka_client_options
@@ -316,6 +316,24 @@ async def test_partitions_may_be_added_while_experiences_come(
     assert not await dead_letters(settings)
     await watch.check()
     assert {m: watch.newest(m).interactions for m in models} == dict.fromkeys(models, 3)
+
+
+async def test_models_learn_from_a_topic_that_is_made_again(settings: Settings, watch: WeightsWatch) -> None:
+    topic = Topics.of(settings).experiences
+    async with running(settings):
+        await publish_experiences(settings, [experience(f"old-{n}") for n in range(5)])
+        await watch.learned(5)
+    async with started(AIOKafkaAdminClient(bootstrap_servers=settings.kafka_address)) as admin:
+        await admin.delete_topics([topic])
+
+        async def is_gone() -> bool:
+            return topic not in await admin.list_topics()
+
+        await async_wait_for(is_gone, "the topic to be deleted")
+        await admin.create_topics([NewTopic(topic, settings.partitions, 1)])
+    async with running(settings):
+        await publish_experiences(settings, [experience(f"new-{n}") for n in range(3)])
+        await watch.learned(8)
 
 
 async def test_unreachable_servers_are_named(settings: Settings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -187,6 +188,17 @@ async def test_a_redis_that_is_full_is_waited_for(settings: Settings, own_url: s
     finally:
         administer(own_url, "CONFIG", "SET", "maxmemory", 0)
     await async_wait_for(lambda: joined(its) == 1, "it to be joined")
+
+
+def test_status_names_a_redis_that_hangs(settings: Settings) -> None:
+    asyncio.run(create_topics(settings))
+    with socket.create_server(("127.0.0.1", 0)) as hanging:
+        url = f"redis://127.0.0.1:{hanging.getsockname()[1]}/0"
+        done = command(with_redis(settings, url), "status", "--json")
+    errors = json.loads(done.stdout)["errors"]
+    assert done.returncode == 1
+    assert set(errors) == {"replay", "waiting", "workers"}
+    assert all(why.startswith(f"Redis at {url}") for why in errors.values()), errors
 
 
 def test_status_says_what_redis_refused_and_fails(settings: Settings, tmp_path: Path) -> None:

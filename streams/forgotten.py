@@ -6,7 +6,7 @@ conversation contains a digest of its id, not the id:
 
     key                             value
     ["<digest>", "forget"]          ForgetEvent
-    ["<model_id>", "forget-model"]  ControlEvent of the action "forgotten"
+    ["<model_id>", "forget-model"]  ControlEvent of the action "forget", then "forgotten"
 
 Joiners follow the topic (`ForgottenFollower`); rebuilds and audits read it once (`read_forgotten`).
 `streams.joiner.forget` writes it and erases what Redis has.
@@ -67,9 +67,10 @@ class Forgotten:
             until = event.occurred_at.timestamp()
             self._until[event.conversation] = max(until, self._until.get(event.conversation, until))
             return True
-        if b'"forgotten"' in record.value:
+        if b'"forg' in record.value:
             control = parse(ControlEvent, record.value)
-            if control.action == "forgotten":
+            # From the request on: a joiner knows before the trainer erases what it has written.
+            if control.action in ("forget", "forgotten"):
                 self.models[control.model_id] = control.occurred_at.timestamp()
         return False
 

@@ -20,7 +20,7 @@ import structlog
 import uvicorn
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from cortex_core.errors import ConfigError
@@ -97,8 +97,25 @@ class HeadChecks:
         self._suffixes = (".localhost", *(name[1:] for name in names if name.startswith("*.")))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = self._refusal(scope) if scope["type"] == "http" else None
-        await (refused or self._app)(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await (self._refusal(scope) or self._app)(scope, receive, noting)
+        except asyncio.CancelledError:
+            if has_begun:
+                raise
+            # The shutdown did not wait longer. Without an answer of ours, uvicorn's is 500: do not repeat it.
+            message = "the worker stops; the event may or may not be stored: repeat it with the same ids"
+            stopped = JSONResponse(error_body("stopping", message), 503, {"Retry-After": "1"})
+            await stopped(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)

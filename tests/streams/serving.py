@@ -146,6 +146,8 @@ async def exchange(url: str, *parts: bytes) -> bytes:
         return await reader.read()
     finally:
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 ANSWER = {

@@ -89,6 +89,7 @@ async def test_beyond_its_capacity_the_service_says_when_to_retry(settings: Sett
             writer.write(content[-1:])
             assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
             writer.close()
+            await writer.wait_closed()
         assert (await waiting).weights_version == 0
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from starlette.types import Message
 
+from streams.http_server import HeadChecks
 from streams.local.embedded import free_port
 from streams.settings import Settings
 from streams.testing import async_wait_for, spawn_worker, wait_for
@@ -192,3 +194,26 @@ async def test_an_address_of_another_machine_is_an_error_of_the_configuration(tm
         with pytest.raises(ValueError, match="CORTEX_HOST"):
             async with Worker("trainer", settings).serving():
                 pass
+
+
+async def test_a_request_that_the_shutdown_cuts_off_can_be_repeated() -> None:
+    began = asyncio.Event()
+    sent: list[Message] = []
+
+    async def hangs(*_: object) -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/decide", "headers": [(b"host", b"localhost")]}
+    request = asyncio.create_task(HeadChecks(hangs, Settings.load())(scope, receive, send))
+    await began.wait()
+    request.cancel()
+    await request
+    assert sent[0]["status"] == 503
+    assert (b"retry-after", b"1") in sent[0]["headers"]

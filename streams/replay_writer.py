@@ -62,7 +62,6 @@ class ReplayWriter:
         self._prefix = prefix
         self._capacity = capacity
         self._generation = generation
-        self._known: set[str] = set()
         self._fit = FitCheck(client, prefix, strategies)
         self._evicted: list[bytes] = []
 
@@ -105,7 +104,6 @@ class ReplayWriter:
                 out[i] = WriteResult(result)
             if not self._generation:  # a buffer under construction evicts what the live one may have
                 self._evicted += gone
-        self._known.update(positions)
         return out
 
     async def find(self, wanted: Sequence[tuple[str | None, str]]) -> list[Found | None]:

@@ -103,7 +103,7 @@ def create_app(settings: Settings, worker: Worker | None = None) -> JoinerApp:
 
     @app.on_partitions_revoked.connect
     async def clear_cache(*_: Any, **__: Any) -> None:
-        app.clear_caches()
+        app.states.clear_cache()
 
     return app
 
@@ -165,16 +165,12 @@ class JoinerApp(faust.App):
             self.join, self.states, self.replay, self._publish_experiences, self.follower.forgotten
         )
         offsets = StoredOffsets(self.redis, prefix, trail)
-        self.transport = BatchTransport(self, settings, self.worker, offsets, self.clear_caches)
+        self.transport = BatchTransport(self, settings, self.worker, offsets, self.states.clear_cache)
 
     @property
     def batches(self) -> BatchConsumer:
         """The consumer, with its type."""
         return cast(BatchConsumer, self.consumer)
-
-    def clear_caches(self) -> None:
-        """Forgets what Redis stores: other workers change it from now on, or Redis has lost it."""
-        self.states.clear_cache()
 
     async def _publish_experiences(self, experiences: Sequence[Experience]) -> None:
         topic = self.cortex_topics.experiences

@@ -105,7 +105,7 @@ class BatchConsumer(driver.Consumer):
         log.warning("reading again", why=str(error))
         self._rewinds += 1
         self.event_time = {}
-        self.transport.clear_caches()
+        self.transport.clear_cache()
 
     async def _deliver(self, batch: Batch) -> None:
         first = batch.records[0]
@@ -218,13 +218,13 @@ class BatchTransport(driver.Transport):
         settings: Settings,
         worker: Worker,
         offsets: Offsets,
-        clear_caches: Callable[[], None],
+        clear_cache: Callable[[], None],
     ) -> None:
         super().__init__(app.conf.broker_consumer, app)
         self.settings = settings
         self.worker = worker
         self.offsets = offsets
-        self.clear_caches = clear_caches
+        self.clear_cache = clear_cache
 
 
 class JoinedTopic(Topic):

@@ -86,12 +86,15 @@ class BufferWriter(ReplayWriter):
         )
         self._only = model_id
         self.unfit = 0
+        self.models: set[str] = set()
+        """Models with a new buffer."""
         self._expiring: dict[str, float] = {}
         """Model → when its expiry was set."""
 
     async def write(self, writes: Sequence[tuple[str, ReplayWrite]]) -> list[WriteResult]:
         mine = [(model_id, _rebuilt(w)) for model_id, w in writes if self._only in (None, model_id)]
         written = await super().write(mine)
+        self.models.update(model_id for model_id, _ in mine)
         self.unfit += written.count(WriteResult.UNFIT)
         results = iter(written)
         await self.postpone_expiry()
@@ -100,7 +103,7 @@ class BufferWriter(ReplayWriter):
     async def postpone_expiry(self) -> None:
         """Makes the unfinished buffers expire in `UNFINISHED_S`, if this rebuild does not continue."""
         now = time.monotonic()
-        due = [m for m in self._known if now - self._expiring.get(m, -math.inf) > UNFINISHED_S / 10]
+        due = [m for m in self.models if now - self._expiring.get(m, -math.inf) > UNFINISHED_S / 10]
         if not due:
             return
         pipe = self._client.pipeline(transaction=False)
@@ -110,10 +113,6 @@ class BufferWriter(ReplayWriter):
                 pipe.expire(key, UNFINISHED_S)
         await pipe.execute()
         self._expiring |= dict.fromkeys(due, now)
-
-    @property
-    def models(self) -> set[str]:
-        return set(self._known)
 
 
 def _rebuilt(write: ReplayWrite) -> ReplayWrite:

@@ -163,6 +163,7 @@ def test_commands(section: str, url: str, home: Path) -> None:
             run_command(line.replace("http://127.0.0.1:8080", url), env, home)
 
 
+@on_one_stack  # two stacks that start at the same moment can choose the same free port
 def test_commands_with_own_servers(kafka: str, redis_url: str, tmp_path: Path) -> None:
     env = environment(tmp_path) | {"CORTEX_TOPIC_PREFIX": "readme"}
     for line in commands(OWN_SERVERS):
